@@ -1,0 +1,9 @@
+"""Algorithms, one a file. Imported as `dprl.agents`, never under its bare name (that would make a second copy)."""
+
+if __name__ != "dprl.agents":
+    raise ImportError("import this package as 'dprl.agents', not as 'agents'")
+
+from dprl.agents.bc import BC, BCConfig
+from dprl.agents.dppo import DPPO, DPPOConfig
+
+__all__ = ["BC", "DPPO", "BCConfig", "DPPOConfig"]

@@ -1,0 +1,183 @@
+"""The command ``dprl``: one verb for each thing people do."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from dprl.agents import BC, DPPO
+from dprl.doctor import examine
+from dprl.errors import DprlError
+from dprl.experiments import demo as demo_module
+from dprl.experiments import runs
+from dprl.experiments.catalogue import CATALOGUE, find
+from dprl.policy import DiffusionPolicy, find_policy
+from dprl.progress import ProgressBar
+from dprl.rollout import evaluate as evaluate_policy
+from dprl.rollout.evaluation import require_fit
+from dprl.spec import EnvOptions, resolve
+
+app = tyro.extras.SubcommandApp()
+
+Flat = tyro.conf.arg(name="")
+Out = Annotated[Path, tyro.conf.arg(help="New folder to write; must not exist or be empty.")]
+Quiet = Annotated[bool, tyro.conf.arg(help="Show no progress bar.")]
+
+
+@app.command
+def demo(
+    experiment: tyro.conf.Positional[str] = "push",
+    *,
+    seed: int = 0,
+    out: Path | None = None,
+    pictures: bool = True,
+    quiet: Quiet = False,
+) -> None:
+    """The main job, end to end: noisy demonstrations, behaviour cloning, DPPO, and a table of what changed.
+
+    Args:
+        experiment: A name of 'dprl list experiments'.
+        seed: Of everything.
+        out: New folder. Default: runs/NAME-seedS-DATE-TIME.
+        pictures: Also draw trajectories and record a video.
+        quiet: Show no progress bars.
+    """
+    chosen = find(experiment)
+    folder = out or Path("runs") / f"{chosen.name}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    demo_module.run(chosen, seed, folder, progress_bar=not quiet, pictures=pictures)
+
+
+@app.command(name="list")
+def list_(what: tyro.conf.Positional[Literal["envs", "experts", "experiments", "agents"]]) -> None:
+    """Show the names that other commands take.
+
+    Args:
+        what: Which names.
+    """
+    table = Table("name", "what it is", box=None)
+    for name, about in _names(what):
+        table.add_row(name, about)
+    Console().print(table)
+
+
+def _names(what: str) -> list[tuple[str, str]]:
+    if what == "envs":
+        from dprl.envs.catalogue import METAWORLD, MUJOCO
+
+        rows = [(name, "Meta-World v3, 39 numbers, 4 actions, success, 200 steps") for name in METAWORLD]
+        rows += [(name, "Gymnasium MuJoCo, dense reward") for name in MUJOCO]
+        return [*rows, ("any other Gymnasium id", "with a Box action space, e.g. your_module:YourEnv-v0")]
+    if what == "experts":
+        from dprl.envs.experts import EXPERTS
+
+        return [(name, f"{len(env_ids)} environments, {env_ids[0]} to {env_ids[-1]}") for name, (env_ids, _) in
+                EXPERTS.items()]  # fmt: skip
+    if what == "experiments":
+        return [(experiment.name, experiment.summary) for experiment in CATALOGUE]
+    return [(agent.name, (sys.modules[agent.__module__].__doc__ or "").splitlines()[0]) for agent in (BC, DPPO)]
+
+
+@app.command
+def collect(config: Annotated[runs.CollectConfig, Flat], *, out: Out, quiet: Quiet = False) -> None:
+    """Play episodes with an expert and write them as a Minari data set."""
+    data = runs.collect(config, out, progress_bar=not quiet)
+    low, high = runs.wilson_of(data)
+    Console().print(
+        f"{data.n_episodes} episodes, {data.ends[-1]:,} steps, success {data.success_rate:.2f} ({low:.2f} to {high:.2f})"
+        f" in {out}. Next: dprl pretrain {out} --out runs/pretrain"
+    )
+
+
+@app.command
+def pretrain(config: Annotated[runs.PretrainConfig, Flat], *, out: Out, quiet: Quiet = False) -> None:
+    """Train a diffusion policy on a data set by behaviour cloning."""
+    runs.pretrain(config, out, progress_bar=not quiet)
+    Console().print(f"The policy is in {out}. Next: dprl finetune {out} --env ENV --out runs/finetune")
+
+
+@app.command
+def finetune(config: Annotated[runs.FinetuneConfig, Flat], *, out: Out, quiet: Quiet = False) -> None:
+    """Improve a pretrained policy with reward (DPPO)."""
+    runs.finetune(config, out, progress_bar=not quiet)
+    Console().print(f"The policy is in {out}. Next: dprl evaluate {out} --env {config.env} --episodes 100")
+
+
+@app.command
+def resume(run: tyro.conf.Positional[Path], *, quiet: Quiet = False) -> None:
+    """Continue an interrupted run from its newest checkpoint, as if it had never stopped.
+
+    Args:
+        run: Folder of the run.
+        quiet: Show no progress bar.
+    """
+    runs.resume(run, progress_bar=not quiet)
+    Console().print(f"{run} is complete.")
+
+
+@app.command
+def evaluate(
+    policy: tyro.conf.Positional[Path],
+    *,
+    env: str,
+    episodes: int = 100,
+    seed: int = 0,
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    options: EnvOptions = EnvOptions(),  # noqa: B008  frozen
+    quiet: Quiet = False,
+) -> None:
+    """Play episodes with a policy, without exploration noise, and report how it did.
+
+    Args:
+        policy: Folder of the policy, or of a run (its best checkpoint, else its last).
+        env: Environment, see 'dprl list envs'.
+        episodes: How many.
+        seed: Of the start states and the policy's noise; the same seed gives the same result.
+        json_: Print one JSON object on standard output and nothing else.
+        options: Of the environment.
+        quiet: Show no progress bar.
+    """
+    spec = resolve(env, options)
+    loaded = DiffusionPolicy.from_pretrained(policy)
+    require_fit(loaded, spec)
+    with ProgressBar("evaluate", episodes, shown=not quiet and not json_) as bar:
+        result = evaluate_policy(loaded, spec, episodes, seed, on_progress=bar.advance)
+    if json_:
+        print(json.dumps(result.to_json()))
+        return
+    table = Table(title=f"{find_policy(policy)} on {spec.id}, {episodes} episodes, seed {seed}", show_header=False)
+    for name, value in result.to_json().items():
+        shown = f"{value:.3f}" if isinstance(value, float) else value
+        table.add_row(name, f"{value[0]:.3f} to {value[1]:.3f}" if isinstance(value, list | tuple) else str(shown))
+    Console().print(table)
+
+
+@app.command
+def doctor() -> None:
+    """Show versions, devices, Ray and rendering, and what to install for what is missing."""
+    table = Table("", "found", "what to do", box=None)
+    for finding in examine():
+        mark = "[green]ok[/]" if finding.ok else "[yellow]missing[/]"
+        table.add_row(f"{mark} {finding.what}", finding.found, finding.remedy.replace("[", r"\["))
+    Console().print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code: 0, 2 for a user's error, 128 + n after signal n."""
+    try:
+        app.cli(prog="dprl", args=list(sys.argv[1:] if arguments is None else arguments), description=__doc__)
+    except DprlError as error:
+        print(f"dprl: error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 2)
+    except KeyboardInterrupt:
+        print("dprl: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0

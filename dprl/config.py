@@ -1,0 +1,84 @@
+"""Frozen dataclasses to JSON and back, strictly: an unknown key or a wrong type is an error with a hint."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any, TypeVar, cast
+
+from dprl.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+Json = dict[str, Any]
+
+
+def to_json(config: Any) -> Json:
+    """Return a dataclass instance as nested plain dictionaries and lists, ready for `json.dump`."""
+    return dataclasses.asdict(config)
+
+
+def from_json(cls: type[T], data: Any, where: str) -> T:
+    """Build the dataclass `cls` from parsed JSON.
+
+    Args:
+        cls: a (frozen) dataclass; its own ``__post_init__`` checks ranges.
+        data: what `json.load` returned.
+        where: how to name the place in errors, e.g. a file name.
+
+    Raises:
+        ConfigError: unknown or missing key, wrong type, or a value the dataclass refuses.
+    """
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: expected an object with the keys of {cls.__name__}, found {data!r}")
+    fields = {f.name: f for f in dataclasses.fields(cast("Any", cls))}
+    for key in data:
+        if key not in fields:
+            raise ConfigError(f"{where}: unknown key '{key}' for {cls.__name__}.{did_you_mean(key, fields)}")
+    hints = typing.get_type_hints(cls)
+    values = {key: _convert(hints[key], value, f"{where}: {key}") for key, value in data.items()}
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{where}: {cls.__name__} lacks the key '{missing[0]}'")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Check `value` against the type `hint`, turning lists into tuples and objects into dataclasses."""
+    if dataclasses.is_dataclass(hint):
+        return from_json(cast("type[Any]", hint), value, where)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(args, value, where)
+    if origin is typing.Literal:
+        if value not in args:
+            raise ConfigError(f"{where} = {value!r}: must be one of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where} = {value!r}: must be a list")
+        return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{where} = {value!r}: must be of type {hint.__name__}")
+    return value
+
+
+def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
+    """Take the first member of the union that fits; None fits only where it is a member."""
+    if value is None and type(None) in args:
+        return None
+    errors: list[str] = []
+    for arg in args:
+        if arg is type(None):
+            continue
+        try:
+            return _convert(arg, value, where)
+        except ConfigError as error:
+            errors.append(str(error))
+    raise ConfigError(errors[0])

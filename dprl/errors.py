@@ -1,0 +1,52 @@
+"""Every error a user can cause: one family, so that the command line can print one line and exit with 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DprlError(Exception):
+    """Base of all errors that say what was wrong with the input and what would be right."""
+
+
+class ConfigError(DprlError, ValueError):
+    """A setting that is unknown, of the wrong type, out of range, or at odds with another one."""
+
+
+class DatasetError(DprlError, ValueError):
+    """A data set that is missing, damaged, or does not fit; the message names file, episode and step."""
+
+
+class CheckpointError(DprlError, ValueError):
+    """A policy or checkpoint that is missing, damaged, too new, or does not fit."""
+
+
+class EnvError(DprlError, ValueError):
+    """An environment that is unknown, misused, or returned something it must not."""
+
+
+class RunExistsError(DprlError, FileExistsError):
+    """The output folder already holds something that would be overwritten."""
+
+
+class MissingDependencyError(DprlError, ImportError):
+    """An optional package is needed; the message names the extra that installs it."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs the package '{package}': pip install 'dprl[{extra}]'")
+
+
+def did_you_mean(word: str, known: Iterable[str], n: int = 3) -> str:
+    """Return ``" Did you mean a, b or c?"`` for the nearest known words, or an empty string."""
+    nearest = difflib.get_close_matches(word, list(known), n=n, cutoff=0.5)
+    if not nearest:
+        return ""
+    *head, last = nearest
+    return f" Did you mean {', '.join(head) + ' or ' if head else ''}{last}?"
+
+
+def check(condition: bool, field: str, value: object, expected: str) -> None:
+    """Raise ConfigError naming the field, its value and what would be right, unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{field} = {value!r}: {expected}")

@@ -1,0 +1,171 @@
+"""Evaluation: a pure function of policy, task and seed. It builds environments of its own and leaves nothing behind."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dprl.errors import EnvError, check
+from dprl.policy import DiffusionPolicy
+from dprl.rollout.pool import checked_slice_size, one_thread
+from dprl.seeding import torch_generator
+from dprl.spec import BatchedEnv, EnvSpec, build, env_seeds, with_n_obs_steps
+
+Z95 = 1.959963984540054
+MAX_ENVS = 100
+LATENCY_CALLS = 30
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a policy did."""
+
+    env: str
+    episodes: int
+    seed: int
+    success_rate: float | None
+    """Share of episodes with a success; None where the environment reports none."""
+    success_ci95: tuple[float, float] | None
+    """Wilson's interval."""
+    return_mean: float
+    return_ci95: tuple[float, float]
+    """Mean ± 1.96 standard errors."""
+    episode_length_mean: float
+    """Environment steps."""
+    policy_latency_ms_p50: float
+    """Median time of one decision for one environment, milliseconds."""
+
+    @property
+    def score(self) -> float:
+        """What the best checkpoint is chosen by: success where there is one, else return."""
+        return self.return_mean if self.success_rate is None else self.success_rate
+
+    def metrics(self) -> dict[str, float]:
+        """Return the figures for a log, without the timing."""
+        values = {"return_mean": self.return_mean, "episode_length_mean": self.episode_length_mean}
+        if self.success_rate is not None and self.success_ci95 is not None:
+            low, high = self.success_ci95
+            values |= {"success_rate": self.success_rate, "success_low": low, "success_high": high}
+        return {f"eval/{name}": value for name, value in values.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data for `json.dump`."""
+        return asdict(self)
+
+
+def evaluate(
+    policy: DiffusionPolicy,
+    spec: EnvSpec,
+    episodes: int,
+    seed: int,
+    *,
+    on_progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Play `episodes` episodes without exploration noise.
+
+    Episode i starts from a state that depends on `seed` and i alone.
+
+    Args:
+        policy: what acts.
+        spec: the task; its observation history is set to the policy's.
+        episodes: how many.
+        seed: of the start states and of the policy's noise.
+        on_progress: called with the number of episodes that just ended.
+
+    Raises:
+        ConfigError: `episodes` below 1.
+        EnvError: the policy's sizes are not the environment's.
+    """
+    check(episodes >= 1, "episodes", episodes, "must be at least 1")
+    require_fit(policy, spec)
+    spec = with_n_obs_steps(spec, policy.config.n_obs_steps)
+    results: list[tuple[bool, float, int]] = []
+    for first in range(0, episodes, MAX_ENVS):
+        n = min(MAX_ENVS, episodes - first)
+        env = build(spec, env_seeds(seed, n, first, purpose="evaluation"))
+        try:
+            results += _play(policy, env, seed, first, on_progress)
+        finally:
+            env.close()
+    success, returns, lengths = (np.asarray(column) for column in zip(*results, strict=True))
+    rate = float(success.mean()) if spec.has_success else None
+    half_width = Z95 * float(returns.std(ddof=1)) / math.sqrt(episodes) if episodes > 1 else math.inf
+    mean = float(returns.mean())
+    return Evaluation(
+        env=spec.id,
+        episodes=episodes,
+        seed=seed,
+        success_rate=rate,
+        success_ci95=None if rate is None else wilson(int(success.sum()), episodes),
+        return_mean=mean,
+        return_ci95=(mean - half_width, mean + half_width),
+        episode_length_mean=float(lengths.mean()),
+        policy_latency_ms_p50=_latency_ms(policy),
+    )
+
+
+def require_fit(policy: DiffusionPolicy, spec: EnvSpec) -> None:
+    """Raise EnvError unless the policy's observation and action sizes are the environment's."""
+    config = policy.config
+    for what, ours, theirs in (
+        ("observation", config.observation_size, spec.observation_size),
+        ("action", config.action_size, spec.action_size),
+    ):
+        if ours != theirs:
+            raise EnvError(
+                f"the policy was trained with {what}_size = {ours}, but {spec.id} has {theirs}; "
+                f"choose the environment it was trained for{f' ({config.env_id})' if config.env_id else ''}"
+            )
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a rate (E. B. Wilson, 1927)."""
+    rate, z2 = successes / n, Z95**2
+    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _play(
+    policy: DiffusionPolicy, env: BatchedEnv, seed: int, first: int, on_progress: Callable[[int], None] | None
+) -> list[tuple[bool, float, int]]:
+    """Play one episode in every environment; return (success, return, length) of each, in order."""
+    size = checked_slice_size(env.n_envs, None)
+    generators = [torch_generator(seed, "evaluation", first, i) for i in range(env.n_envs // size)]
+    observation = env.reset()
+    playing = np.ones(env.n_envs, np.bool_)
+    results: list[tuple[bool, float, int]] = [(False, 0.0, 0)] * env.n_envs
+    while playing.any():
+        with one_thread():
+            chunks = [  # whole slices, so that a row's batch does not depend on who is still playing
+                policy.sample(torch.from_numpy(observation[i * size : (i + 1) * size]), generator=generator)
+                for i, generator in enumerate(generators)
+            ]
+        rows = np.flatnonzero(playing)
+        actions = torch.cat(chunks)[:, : policy.config.n_action_steps].numpy()
+        step = env.step_chunk(actions[rows], rows, autoreset=False)
+        observation[rows] = step.observation
+        for i in np.flatnonzero(step.ended):
+            results[rows[i]] = (bool(step.success[i]), float(step.episode_return[i]), int(step.episode_length[i]))
+        playing[rows[step.ended]] = False
+        if on_progress is not None and step.ended.any():
+            on_progress(int(step.ended.sum()))
+    return results
+
+
+def _latency_ms(policy: DiffusionPolicy) -> float:
+    obs = torch.zeros(1, policy.config.n_obs_steps, policy.config.observation_size)
+    generator = torch_generator(0, "latency", device=policy.device)
+    times = []
+    with one_thread():
+        for _ in range(LATENCY_CALLS):
+            start = time.perf_counter()
+            policy.sample(obs, generator=generator).cpu()
+            times.append(time.perf_counter() - start)
+    return 1000 * float(np.median(times))

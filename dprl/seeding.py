@@ -1,0 +1,35 @@
+"""Random streams by name: every stream is derived from one seed and the name of its purpose, never from global state."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def derive_seed(seed: int, *names: str | int) -> int:
+    """Return a 63-bit seed for the stream `names` of the run seeded `seed`; different names are independent."""
+    words = [zlib.crc32(name.encode()) if isinstance(name, str) else name for name in names]
+    state = np.random.SeedSequence([seed, *words]).generate_state(2, np.uint32)
+    return (int(state[0]) << 31) ^ int(state[1])
+
+
+def torch_generator(seed: int, *names: str | int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a `torch.Generator` on `device` for the stream `names` of the run seeded `seed`."""
+    return torch.Generator(device=device).manual_seed(derive_seed(seed, *names))
+
+
+def numpy_generator(seed: int, *names: str | int) -> np.random.Generator:
+    """Return a numpy `Generator` for the stream `names` of the run seeded `seed`."""
+    return np.random.default_rng(derive_seed(seed, *names))
+
+
+@contextmanager
+def seeded_init(seed: int, *names: str | int) -> Iterator[None]:
+    """Initialise modules from the stream `names` of `seed`, leaving torch's global generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, *names))
+        yield

@@ -1,0 +1,204 @@
+"""What an environment is to this library: a spec, a batched environment that runs action chunks, and a registry.
+
+A spec is plain data. It names the function that builds its environments as ``module:function``, resolved at run
+time, so that a pool on any worker can build one without importing `envs`.
+
+Shapes: N environments, E executed actions of a chunk, A action size, O observation steps, D observation size.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from dprl.errors import EnvError, check
+from dprl.seeding import derive_seed
+
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
+
+RewardKind = Literal["sparse", "dense"]
+Backend = Literal["auto", "envpool", "gymnasium"]
+
+
+@dataclass(frozen=True)
+class EnvSpec:
+    """One task as data. Everything a policy, a pool or a data set must know of it."""
+
+    id: str
+    """The name users type, e.g. ``metaworld/push-v3`` or ``Hopper-v5``."""
+    builder: str
+    """``module:function`` that builds the simulator's side of it."""
+    backend_id: str
+    """The name the simulator knows it by."""
+    observation_size: int
+    """D, numbers in one observation."""
+    action_low: tuple[float, ...]
+    action_high: tuple[float, ...]
+    max_episode_steps: int
+    """Environment steps after which an episode is truncated."""
+    reward: RewardKind = "dense"
+    """``sparse``: 1 at the first success, else 0. ``dense``: the simulator's own reward."""
+    has_success: bool = False
+    """Whether the simulator reports success. If so, an episode ends at the first one: terminated under the sparse
+    reward; truncated under the dense one, so that reaching the goal early does not cost the reward to come."""
+    n_obs_steps: int = 1
+    """O, how many of the latest observations a policy sees."""
+    vectorization: Literal["sync", "async"] = "sync"
+    """How `gymnasium.vector` runs its environments (EnvPool always uses threads)."""
+
+    def __post_init__(self) -> None:
+        check(self.max_episode_steps >= 1, "max_episode_steps", self.max_episode_steps, "must be at least 1")
+        check(self.n_obs_steps >= 1, "n_obs_steps", self.n_obs_steps, "must be at least 1")
+        sparse_ok = self.reward == "dense" or self.has_success
+        check(sparse_ok, "reward", self.reward, f"{self.id} reports no success, so its reward must be 'dense'")
+
+    @property
+    def action_size(self) -> int:
+        """A, numbers in one action."""
+        return len(self.action_low)
+
+
+@dataclass(frozen=True)
+class EnvOptions:
+    """What a user may choose of any environment."""
+
+    reward: RewardKind | None = None
+    """Sparse (1 at the first success) or the simulator's dense reward. Default: sparse where it reports success."""
+    max_episode_steps: int | None = None
+    """Environment steps before an episode is truncated. Default: the task's own."""
+    n_obs_steps: int = 1
+    """How many of the latest observations the policy sees."""
+    backend: Backend = "auto"
+    """EnvPool where it has the task and runs here, else `gymnasium.vector`."""
+    vectorization: Literal["sync", "async"] = "sync"
+    """How `gymnasium.vector` runs its environments: one after the other, or one process each."""
+
+
+@dataclass(frozen=True)
+class ChunkStep:
+    """What one action chunk brought to each of n environments."""
+
+    observation: FloatArray
+    """(n, O, D) what the next decision sees: where an episode ended, the first observation of the next one."""
+    final_observation: FloatArray
+    """(n, O, D) what the chunk ended in, before any reset."""
+    reward: FloatArray
+    """(n,) summed over the executed steps."""
+    success: BoolArray
+    """(n,) whether the task succeeded during the chunk."""
+    terminated: BoolArray
+    """(n,) the episode ended and its future is worth nothing."""
+    truncated: BoolArray
+    """(n,) the episode was cut; its future is worth the value of `final_observation`."""
+    n_steps: IntArray
+    """(n,) steps executed, at most E; fewer where the episode ended inside the chunk."""
+    episode_return: FloatArray
+    """(n,) reward of the episode so far, this chunk included."""
+    episode_length: IntArray
+    """(n,) steps of the episode so far, this chunk included."""
+
+    @property
+    def ended(self) -> BoolArray:
+        """(n,) terminated or truncated."""
+        return self.terminated | self.truncated
+
+
+@dataclass(frozen=True)
+class EnvState:
+    """All that is needed to bring a batched environment back: it is rebuilt, reset and its open episodes replayed."""
+
+    episodes: IntArray
+    """(N,) which episode each environment is in, counted from 0; -1 before the first reset."""
+    lengths: IntArray
+    """(N,) actions executed in it."""
+    actions: FloatArray
+    """(sum of lengths, A) these actions, environment after environment."""
+
+
+class BatchedEnv(Protocol):
+    """N environments that run action chunks. An environment's k-th episode depends on its seed and k alone."""
+
+    @property
+    def spec(self) -> EnvSpec: ...
+
+    @property
+    def n_envs(self) -> int: ...
+
+    def reset(self, indices: IntArray | None = None) -> FloatArray:
+        """Start the next episode of the environments `indices` (default: all) and return (n, O, D)."""
+        ...
+
+    def step_chunk(self, actions: FloatArray, indices: IntArray | None = None, *, autoreset: bool = True) -> ChunkStep:
+        """Run `actions` (n, E, A) in the environments `indices` (default: all), each until its chunk or episode ends.
+
+        With `autoreset` every ended episode is followed by the next one at once; no action of the chunk is
+        executed in it. Without, an ended environment must be reset before it is stepped again.
+        """
+        ...
+
+    def state(self) -> EnvState: ...
+
+    def restore(self, state: EnvState) -> FloatArray:
+        """Bring a freshly built environment to `state`; return the current observations (N, O, D)."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class EnvBuilder(Protocol):
+    """The function behind `EnvSpec.builder`."""
+
+    def __call__(self, spec: EnvSpec, seeds: list[int], num_threads: int) -> BatchedEnv: ...
+
+
+# Where names are looked up, in order: functions `(name, options) -> EnvSpec | None`.
+RESOLVERS: list[str] = ["dprl.envs.catalogue:resolve"]
+
+
+def load(reference: str) -> Any:
+    """Return what ``module:name`` refers to."""
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def resolve(name: str, options: EnvOptions | None = None) -> EnvSpec:
+    """Return the spec of the environment `name`.
+
+    Raises:
+        EnvError: no resolver knows it; the message offers the nearest names.
+    """
+    for reference in RESOLVERS:
+        resolver = cast("Callable[[str, EnvOptions], EnvSpec | None]", load(reference))
+        spec = resolver(name, options or EnvOptions())
+        if spec is not None:
+            return spec
+    raise EnvError(f"unknown environment '{name}'. 'dprl list envs' shows the names.")
+
+
+def build(spec: EnvSpec, seeds: list[int], num_threads: int = 0) -> BatchedEnv:
+    """Build one environment per seed; `num_threads` = 0 lets the backend use every core."""
+    return cast("EnvBuilder", load(spec.builder))(spec, seeds, num_threads)
+
+
+def env_seeds(seed: int, n_envs: int, first: int = 0, *, purpose: str = "training") -> list[int]:
+    """Return the 31-bit seeds of environments `first` to `first + n_envs - 1`; each purpose has its own."""
+    return [derive_seed(seed, purpose, index) & 0x7FFFFFFF for index in range(first, first + n_envs)]
+
+
+def make(env: str | EnvSpec, n_envs: int = 1, *, seed: int = 0, options: EnvOptions | None = None) -> BatchedEnv:
+    """Build a batched environment by name: any task of ``dprl list envs`` or any id registered with Gymnasium."""
+    check(n_envs >= 1, "n_envs", n_envs, "must be at least 1")
+    spec = env if isinstance(env, EnvSpec) else resolve(env, options)
+    return build(spec, env_seeds(seed, n_envs))
+
+
+def with_n_obs_steps(spec: EnvSpec, n_obs_steps: int) -> EnvSpec:
+    """Return `spec` with the observation history a policy asks for."""
+    return replace(spec, n_obs_steps=n_obs_steps)

@@ -1,0 +1,177 @@
+"""The one loop: collect, update, evaluate, checkpoint, log. For every algorithm."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from dprl.errors import DprlError, check
+from dprl.log import MetricsLog
+from dprl.progress import ProgressBar
+from dprl.training.agent import Agent, load_agent_state
+from dprl.training.run import RunFolder
+
+if TYPE_CHECKING:
+    from dprl.rollout.evaluation import Evaluation
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """When to stop, evaluate and save."""
+
+    total_timesteps: int
+    """Environment steps over all environments; gradient steps for behaviour cloning."""
+    eval_every: int = 0
+    """Iterations between evaluations; 0 never evaluates."""
+    checkpoint_every: int = 10
+    """Iterations between checkpoints."""
+
+    def __post_init__(self) -> None:
+        check(self.total_timesteps >= 1, "total_timesteps", self.total_timesteps, "must be at least 1")
+        check(self.eval_every >= 0, "eval_every", self.eval_every, "must be at least 0")
+        check(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "must be at least 1")
+
+
+class Interrupted(DprlError):
+    """The user asked the run to stop; it was saved."""
+
+    def __init__(self, signum: int, run: RunFolder | None) -> None:
+        where = f"; continue with 'dprl resume {run.path}'" if run else ""
+        super().__init__(f"stopped after a whole iteration{where}")
+        self.exit_code = 128 + signum
+
+
+@dataclass
+class _Progress:
+    """Where a run is."""
+
+    iteration: int = 0
+    best: float | None = None
+    started: float = field(default_factory=time.perf_counter)
+    seconds_before: float = 0.0
+
+
+def train(
+    agent: Agent[Any],
+    config: LoopConfig,
+    *,
+    run: RunFolder | None = None,
+    evaluate: Callable[[], Evaluation] | None = None,
+    resume: bool = False,
+    wandb_project: str | None = None,
+    progress_bar: bool = True,
+) -> None:
+    """Drive `agent` to `config.total_timesteps`.
+
+    A checkpoint is written before the first iteration, every `checkpoint_every`, at every new best evaluation, at the
+    end, and when the run is interrupted. Each is written before its iteration is logged, so a killed run resumes as
+    if it had never stopped.
+
+    Args:
+        agent: what learns.
+        config: when to stop, evaluate and save.
+        run: where to save and log; None keeps all in memory.
+        evaluate: scores the agent's policy; must not touch its state.
+        resume: continue from the run's newest checkpoint.
+        wandb_project: also log to this W&B project.
+        progress_bar: show one.
+
+    Raises:
+        Interrupted: on SIGINT or SIGTERM, after the current iteration was finished and saved.
+    """
+    progress = _Progress()
+    if run is not None and resume:
+        assert run.last is not None
+        about = load_agent_state(agent, run.last)
+        progress = _Progress(iteration=about["iteration"], best=about["best_score"])
+    log = MetricsLog(run.path, keep_iterations=progress.iteration, wandb_project=wandb_project) if run else None
+    bar = ProgressBar(agent.name, config.total_timesteps, agent.timesteps, shown=progress_bar)
+    with bar, _interruptible() as interrupted:
+        try:
+            if not resume:
+                _finish_iteration(agent, config, progress, {}, run, evaluate, log, bar)
+            while agent.timesteps < config.total_timesteps and not interrupted:
+                progress.iteration += 1
+                metrics = _iterate(agent)
+                _finish_iteration(agent, config, progress, metrics, run, evaluate, log, bar)
+            if run is not None and (run.last is None or run.progress()["iteration"] != progress.iteration):
+                run.save(agent, progress.iteration, best=progress.best, is_best=False)
+        finally:
+            if log is not None:
+                log.close()
+    if interrupted and agent.timesteps < config.total_timesteps:
+        raise Interrupted(interrupted[0], run)
+
+
+def _iterate(agent: Agent[Any]) -> dict[str, float]:
+    """One collection and update, timed."""
+    before, start = agent.timesteps, time.perf_counter()
+    batch = agent.collect()
+    collected = time.perf_counter()
+    metrics = agent.update(batch)
+    end = time.perf_counter()
+    for name, value in metrics.items():
+        if math.isinf(value) or (math.isnan(value) and name.endswith("loss")):
+            raise DprlError(
+                f"{name} = {value} at timestep {agent.timesteps}: training diverged; lower the learning rate"
+            )
+    return metrics | {
+        "time/collect_s": collected - start,
+        "time/update_s": end - collected,
+        "time/timesteps_per_s": (agent.timesteps - before) / (end - start),
+    }
+
+
+def _finish_iteration(
+    agent: Agent[Any],
+    config: LoopConfig,
+    progress: _Progress,
+    metrics: dict[str, float],
+    run: RunFolder | None,
+    evaluate: Callable[[], Evaluation] | None,
+    log: MetricsLog | None,
+    bar: ProgressBar,
+) -> None:
+    """Evaluate, checkpoint and log, as far as each is due."""
+    i, finished = progress.iteration, agent.timesteps >= config.total_timesteps
+    is_best = False
+    if evaluate is not None and config.eval_every and (i % config.eval_every == 0 or finished):
+        result = evaluate()
+        is_best = progress.best is None or result.score >= progress.best  # of equals the longer trained
+        progress.best = result.score if is_best else progress.best
+        metrics = metrics | result.metrics()
+    if run is not None and (is_best or i % config.checkpoint_every == 0 or finished):
+        run.save(agent, i, best=progress.best, is_best=is_best)
+    metrics = metrics | {"time/elapsed_s": progress.seconds_before + time.perf_counter() - progress.started}
+    if log is not None:
+        log.write(metrics, i, agent.timesteps)
+    bar.update(agent.timesteps, metrics)
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in the list it yields; a second one acts at once, as it would have."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    try:
+        for asked in (signal.SIGINT, signal.SIGTERM):
+            previous[asked] = signal.signal(asked, handle)
+    except ValueError:  # not in the main thread: no handlers can be set
+        pass
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

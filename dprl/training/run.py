@@ -1,0 +1,88 @@
+"""A run folder.
+
+run.json                  what was asked for: kind of run and its whole config
+metrics.jsonl             one row per iteration
+checkpoints/iteration-N/  policy and training state; `last` and `best` are links to two of them
+tensorboard/, plots/
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dprl import checkpoint
+from dprl.errors import CheckpointError, RunExistsError
+from dprl.training.agent import AGENT_FILE, Agent, write_agent
+
+RUN_FILE = "run.json"
+
+
+class RunFolder:
+    """One run on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+
+    @classmethod
+    def create(cls, path: Path, kind: str, config: dict[str, Any]) -> RunFolder:
+        """Make a new run folder.
+
+        Raises:
+            RunExistsError: `path` exists and is not an empty folder.
+        """
+        cls.require_free(path)
+        path.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(path / RUN_FILE, {"kind": kind, "config": config})
+        return cls(path)
+
+    @staticmethod
+    def require_free(path: Path) -> None:
+        """Raise RunExistsError unless `path` can become a new folder."""
+        if (path / RUN_FILE).exists():
+            raise RunExistsError(f"'{path}' already holds a run: choose another folder, or 'dprl resume {path}'")
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunExistsError(f"'{path}' already exists and is not empty: choose another folder")
+
+    @classmethod
+    def open(cls, path: Path) -> tuple[RunFolder, str, dict[str, Any]]:
+        """Return an existing run, its kind and its config.
+
+        Raises:
+            CheckpointError: there is no run.
+        """
+        if not (path / RUN_FILE).is_file():
+            raise CheckpointError(f"'{path}' holds no run: '{path / RUN_FILE}' is missing")
+        about = checkpoint.read_json(path / RUN_FILE)
+        return cls(path), about["kind"], about["config"]
+
+    @property
+    def last(self) -> Path | None:
+        """The newest checkpoint, if any."""
+        link = self.checkpoints / "last"
+        return link.resolve() if link.exists() else None
+
+    def save(self, agent: Agent[Any], iteration: int, *, best: float | None, is_best: bool) -> None:
+        """Publish a checkpoint; point `last`, and `best` if it is, at it; then drop those no link names."""
+        target = self.checkpoints / f"iteration-{iteration:06d}"
+        extra = {"iteration": iteration, "best_score": best}
+        checkpoint.publish(target, lambda folder: write_agent(agent, folder, extra), overwrite=True)
+        checkpoint.replace_link(self.checkpoints / "last", target.name)
+        if is_best:
+            checkpoint.replace_link(self.checkpoints / "best", target.name)
+        self._prune()
+
+    def progress(self) -> dict[str, Any]:
+        """Return the newest checkpoint's agent.json."""
+        if self.last is None:
+            raise CheckpointError(f"'{self.path}' has no checkpoint yet: nothing to resume; start the run anew")
+        about: dict[str, Any] = checkpoint.read_json(self.last / AGENT_FILE)
+        return about
+
+    def _prune(self) -> None:
+        kept = {(self.checkpoints / link).resolve() for link in ("last", "best")}
+        for folder in self.checkpoints.iterdir():
+            if not folder.is_symlink() and folder.resolve() not in kept:
+                shutil.rmtree(folder, ignore_errors=True)

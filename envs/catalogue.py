@@ -1,0 +1,133 @@
+"""The names users type, and the specs behind them."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+import numpy as np
+from dprl.envs import envpool, metaworld
+
+from dprl.errors import EnvError, MissingDependencyError, check, did_you_mean
+from dprl.spec import EnvOptions, EnvSpec
+
+# Gymnasium's MuJoCo v5 tasks that EnvPool steps too.
+MUJOCO = (
+    "Ant-v5", "HalfCheetah-v5", "Hopper-v5", "Humanoid-v5", "HumanoidStandup-v5", "InvertedDoublePendulum-v5",
+    "InvertedPendulum-v5", "Pusher-v5", "Reacher-v5", "Swimmer-v5", "Walker2d-v5",
+)  # fmt: skip
+METAWORLD = tuple(f"metaworld/{task}-v3" for task in metaworld.TASKS)
+NAMES = METAWORLD + MUJOCO
+
+
+def resolve(name: str, options: EnvOptions) -> EnvSpec:
+    """Return the spec of any name in `NAMES` or any id registered with Gymnasium.
+
+    Raises:
+        EnvError: unknown; the message offers the nearest names. Or its spaces are not boxes.
+        ConfigError: an option that the task cannot have.
+    """
+    if name in METAWORLD:
+        return _metaworld(name, options)
+    return _gymnasium(name, options)
+
+
+def _metaworld(name: str, options: EnvOptions) -> EnvSpec:
+    task = name.removeprefix("metaworld/")
+    on_envpool = _use_envpool(name, options)
+    return EnvSpec(
+        id=name,
+        builder="dprl.envs.envpool:build" if on_envpool else "dprl.envs.gymnasium:build",
+        backend_id=metaworld.envpool_id(task) if on_envpool else f"dprl.envs.metaworld:make_single!{task}",
+        observation_size=metaworld.OBSERVATION_SIZE,
+        action_low=(-1.0,) * metaworld.ACTION_SIZE,
+        action_high=(1.0,) * metaworld.ACTION_SIZE,
+        max_episode_steps=options.max_episode_steps or metaworld.MAX_EPISODE_STEPS,
+        reward=options.reward or "sparse",
+        has_success=True,
+        n_obs_steps=options.n_obs_steps,
+        vectorization=options.vectorization,
+    )
+
+
+def _gymnasium(name: str, options: EnvOptions) -> EnvSpec:
+    try:
+        import gymnasium
+    except ImportError as error:
+        raise MissingDependencyError("gymnasium", "envs", f"the environment '{name}'") from error
+    from dprl.envs import gymnasium as backend
+
+    if ":" not in name and name not in gymnasium.registry:
+        known = [*NAMES, *gymnasium.registry]
+        raise EnvError(
+            f"unknown environment '{name}'.{did_you_mean(name, known)} "
+            "'dprl list envs' shows the names; any id registered with Gymnasium works too."
+        )
+    on_envpool = name in MUJOCO and _use_envpool(name, options)
+    check(options.backend != "envpool" or on_envpool, "backend", options.backend, f"EnvPool here has no '{name}'")
+    env = backend.make_single(name)
+    try:
+        low, high = _box_bounds(name, env.action_space)
+        observation_size = _flat_size(name, env.observation_space)
+        limit = env.spec.max_episode_steps if env.spec is not None else None
+        has_success = _reports_success(env)
+    finally:
+        env.close()
+    max_episode_steps = options.max_episode_steps or limit
+    if max_episode_steps is None:
+        raise EnvError(f"'{name}' has no time limit of its own: state one with max_episode_steps")
+    return EnvSpec(
+        id=name,
+        builder="dprl.envs.envpool:build" if on_envpool else "dprl.envs.gymnasium:build",
+        backend_id=name,
+        observation_size=observation_size,
+        action_low=low,
+        action_high=high,
+        max_episode_steps=max_episode_steps,
+        reward=options.reward or ("sparse" if has_success else "dense"),
+        has_success=has_success,
+        n_obs_steps=options.n_obs_steps,
+        vectorization=options.vectorization,
+    )
+
+
+def _use_envpool(name: str, options: EnvOptions) -> bool:
+    """Whether to step `name` with EnvPool; says so where the slower backend must do."""
+    if options.backend == "gymnasium":
+        return False
+    if envpool.available():
+        return True
+    if options.backend == "envpool":
+        raise MissingDependencyError("envpool", "envs", f"backend 'envpool' for {name}")
+    reason = "is not installed: pip install 'dprl[envs]'" if sys.platform == "linux" else "has Linux wheels only"
+    warnings.warn(f"EnvPool {reason}. {name} runs on its own Python environment, about ten times slower.", stacklevel=3)
+    return False
+
+
+def _box_bounds(name: str, space: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    import gymnasium
+
+    if not isinstance(space, gymnasium.spaces.Box):
+        raise EnvError(f"'{name}' has the action space {space}: a diffusion policy needs continuous actions (a Box)")
+    low, high = np.ravel(space.low).tolist(), np.ravel(space.high).tolist()
+    return tuple(map(float, low)), tuple(map(float, high))
+
+
+def _flat_size(name: str, space: Any) -> int:
+    import gymnasium
+
+    flat = gymnasium.spaces.flatten_space(space)
+    if not isinstance(flat, gymnasium.spaces.Box) or len(flat.shape) != 1:
+        raise EnvError(f"'{name}' has the observation space {space}, which cannot be flattened to numbers")
+    return flat.shape[0]
+
+
+def _reports_success(env: Any) -> bool:
+    """One step tells: Gymnasium has no other word for it."""
+    from dprl.envs.gymnasium import SUCCESS_KEYS
+
+    env.reset(seed=0)
+    env.action_space.seed(0)
+    info = env.step(env.action_space.sample())[4]
+    return any(key in info for key in SUCCESS_KEYS)

@@ -1,0 +1,187 @@
+"""Chunk execution, the same for every simulator: sum, record, stop at an episode's end, never act past it.
+
+A simulator supplies `Simulator`: single steps of any subset of its environments. All bookkeeping is here.
+Shapes: n environments stepped, N in all, E executed actions, A action size, O observation steps, D observation size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dprl.errors import EnvError
+from dprl.spec import BoolArray, ChunkStep, EnvSpec, EnvState, FloatArray, IntArray
+
+
+@dataclass(frozen=True)
+class SimulatorStep:
+    """One step of n environments: (n, D) or (n,) arrays."""
+
+    observation: npt.NDArray[Any]
+    reward: npt.NDArray[Any]
+    terminated: BoolArray
+    truncated: BoolArray
+    success: BoolArray
+
+
+class Simulator(Protocol):
+    """Single steps of any subset of environments. Never resets by itself."""
+
+    def reset(self, indices: IntArray, episodes: IntArray) -> npt.NDArray[Any]:
+        """Start episode number `episodes[i]` of environment `indices[i]`; return (n, D)."""
+        ...
+
+    def step(self, indices: IntArray, actions: FloatArray) -> SimulatorStep:
+        """Step environment `indices[i]` with `actions[i]`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ChunkedEnv:
+    """A `BatchedEnv` over any `Simulator`."""
+
+    def __init__(self, spec: EnvSpec, simulator: Simulator, seeds: list[int]) -> None:
+        n = len(seeds)
+        self.spec = spec
+        self._simulator = simulator
+        self._seeds = seeds
+        self._low = np.asarray(spec.action_low, np.float32)
+        self._high = np.asarray(spec.action_high, np.float32)
+        self._history = np.zeros((n, spec.n_obs_steps, spec.observation_size), np.float32)
+        self._episode = np.full(n, -1, np.int64)
+        self._open = np.zeros(n, np.bool_)
+        self._length = np.zeros(n, np.int64)
+        self._return = np.zeros(n, np.float32)
+        self._actions = np.zeros((n, spec.max_episode_steps, spec.action_size), np.float32)
+
+    @property
+    def n_envs(self) -> int:
+        """N."""
+        return len(self._seeds)
+
+    def reset(self, indices: IntArray | None = None) -> FloatArray:
+        """Start the next episode of `indices` (default: all); return (n, O, D), the first observation O times."""
+        indices = np.arange(self.n_envs) if indices is None else np.asarray(indices, np.int64)
+        self._begin(indices, self._episode[indices] + 1)
+        return self._history[indices].copy()
+
+    def step_chunk(self, actions: FloatArray, indices: IntArray | None = None, *, autoreset: bool = True) -> ChunkStep:
+        """See `BatchedEnv.step_chunk`. Actions are clipped to the action space.
+
+        Raises:
+            EnvError: a wrong shape, an environment whose episode has ended, or a number that is not finite.
+        """
+        indices = np.arange(self.n_envs) if indices is None else np.asarray(indices, np.int64)
+        actions = self._checked(actions, indices)
+        n = len(indices)
+        reward = np.zeros(n, np.float32)
+        success, terminated, truncated = (np.zeros(n, np.bool_) for _ in range(3))
+        n_steps = np.zeros(n, np.int64)
+        for e in range(actions.shape[1]):
+            rows = np.flatnonzero(~(terminated | truncated))
+            if len(rows) == 0:
+                break
+            step = self._step(indices[rows], actions[rows, e])
+            reward[rows] += step.reward
+            success[rows], terminated[rows], truncated[rows] = step.success, step.terminated, step.truncated
+            n_steps[rows] += 1
+        final = self._history[indices].copy()
+        ended = terminated | truncated
+        self._open[indices[ended]] = False
+        episode_return, episode_length = self._return[indices].copy(), self._length[indices].copy()
+        if autoreset and ended.any():
+            self.reset(indices[ended])
+        return ChunkStep(
+            observation=self._history[indices].copy(),
+            final_observation=final,
+            reward=reward,
+            success=success,
+            terminated=terminated,
+            truncated=truncated,
+            n_steps=n_steps,
+            episode_return=episode_return,
+            episode_length=episode_length,
+        )
+
+    def state(self) -> EnvState:
+        """Return the episode numbers and the actions executed in the open episodes."""
+        lengths = np.where(self._open, self._length, 0)
+        actions = [self._actions[i, :length] for i, length in enumerate(lengths)]
+        episodes = np.where(self._open, self._episode, self._episode + 1)
+        return EnvState(np.where(self._episode < 0, -1, episodes), lengths, np.concatenate(actions))
+
+    def restore(self, state: EnvState) -> FloatArray:
+        """Reset to the episodes of `state` and replay their actions; return the observations (N, O, D).
+
+        Raises:
+            EnvError: the state is of another number of environments.
+        """
+        if len(state.episodes) != self.n_envs:
+            raise EnvError(f"the saved state is of {len(state.episodes)} environments, here are {self.n_envs}")
+        started = np.flatnonzero(state.episodes >= 0)
+        self._begin(started, state.episodes[started])
+        offsets = np.concatenate([[0], np.cumsum(state.lengths)])
+        for step in range(int(state.lengths.max(initial=0))):
+            rows = np.flatnonzero(state.lengths > step)
+            self._step(rows, state.actions[offsets[rows] + step])
+        return self._history.copy()
+
+    def close(self) -> None:
+        """Free the simulator."""
+        self._simulator.close()
+
+    def _begin(self, indices: IntArray, episodes: IntArray) -> None:
+        if len(indices) == 0:
+            return
+        observation = np.asarray(self._simulator.reset(indices, episodes), np.float32)
+        self._episode[indices] = episodes
+        self._open[indices] = True
+        self._length[indices] = 0
+        self._return[indices] = 0.0
+        self._history[indices] = observation[:, None]
+        self._require_finite("observation", observation, indices)
+
+    def _step(self, indices: IntArray, actions: FloatArray) -> SimulatorStep:
+        """One step of open environments, with this library's reward, success and time limit."""
+        raw = self._simulator.step(indices, actions)
+        observation = np.asarray(raw.observation, np.float32)
+        self._actions[indices, self._length[indices]] = actions
+        self._length[indices] += 1
+        self._history[indices, :-1] = self._history[indices, 1:]
+        self._history[indices, -1] = observation
+        sparse = self.spec.reward == "sparse"
+        reward = (raw.success if sparse else raw.reward).astype(np.float32)
+        self._require_finite("observation", observation, indices)
+        self._require_finite("reward", reward, indices)
+        self._return[indices] += reward
+        terminated = raw.terminated | (raw.success & sparse)
+        out_of_time = self._length[indices] >= self.spec.max_episode_steps
+        truncated = (raw.truncated | raw.success | out_of_time) & ~terminated
+        return SimulatorStep(observation, reward, terminated, truncated, raw.success)
+
+    def _checked(self, actions: FloatArray, indices: IntArray) -> FloatArray:
+        actions = np.asarray(actions, np.float32)
+        if actions.ndim != 3 or actions.shape[0] != len(indices) or actions.shape[2] != self.spec.action_size:
+            raise EnvError(
+                f"actions of shape {actions.shape}: {self.spec.id} expects "
+                f"({len(indices)}, executed steps, {self.spec.action_size})"
+            )
+        if not self._open[indices].all():
+            index = int(indices[~self._open[indices]][0])
+            raise EnvError(f"{self.spec.id}: environment {index} has no open episode; reset it before stepping it")
+        self._require_finite("action", actions, indices)
+        return np.clip(actions, self._low, self._high)
+
+    def _require_finite(self, what: str, values: FloatArray, indices: IntArray) -> None:
+        if np.isfinite(values).all():
+            return
+        row = int(np.flatnonzero(~np.isfinite(values.reshape(len(indices), -1)).all(axis=1))[0])
+        index = int(indices[row])
+        raise EnvError(
+            f"{self.spec.id}: {what} is not finite in environment {index}, episode {self._episode[index]}, "
+            f"step {self._length[index]} (environment seed {self._seeds[index]}): {values[row]}"
+        )

@@ -1,0 +1,88 @@
+"""Demonstrations: an expert plays, with noise, in a batched environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from dprl.envs.experts import Expert
+
+from dprl.data import Episodes
+from dprl.progress import ProgressBar
+from dprl.seeding import numpy_generator
+from dprl.spec import EnvSpec, FloatArray, build, env_seeds, with_n_obs_steps
+
+MAX_ENVS = 20
+
+
+@dataclass
+class _Episode:
+    """An episode while it is played."""
+
+    observations: list[FloatArray] = field(default_factory=list)
+    actions: list[FloatArray] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    terminated: bool = False
+    success: bool = False
+
+
+def collect_episodes(
+    spec: EnvSpec, expert: Expert, noise: float, n_episodes: int, seed: int, *, progress_bar: bool = False
+) -> Episodes:
+    """Play one episode in each of `n_episodes` environments and return them, failures included.
+
+    Args:
+        spec: the task.
+        expert: who plays.
+        noise: standard deviation of the Gaussian noise added to every action; actions are clipped afterwards, and
+            stored as they were executed.
+        n_episodes: how many.
+        seed: of start states and noise. Episode i depends on `seed` and i alone.
+        progress_bar: show one.
+    """
+    spec = with_n_obs_steps(spec, 1)
+    seeds = env_seeds(seed, n_episodes, purpose="demonstrations")
+    episodes: list[_Episode] = []
+    with ProgressBar("collect", n_episodes, shown=progress_bar) as bar:
+        for first in range(0, n_episodes, MAX_ENVS):
+            part = range(first, min(first + MAX_ENVS, n_episodes))
+            episodes += _play(spec, expert, noise, [seeds[i] for i in part], seed, first, bar)
+    return Episodes(
+        observations=np.concatenate([np.stack(e.observations[:-1]) for e in episodes]),
+        actions=np.concatenate([np.stack(e.actions) for e in episodes]),
+        rewards=np.concatenate([np.asarray(e.rewards, np.float32) for e in episodes]),
+        final_observations=np.stack([e.observations[-1] for e in episodes]),
+        ends=np.cumsum([len(e.actions) for e in episodes]),
+        terminated=np.array([e.terminated for e in episodes]),
+        success=np.array([e.success for e in episodes]),
+        seeds=np.array(seeds, np.int64),
+        env_id=spec.id,
+    )
+
+
+def _play(
+    spec: EnvSpec, expert: Expert, noise: float, seeds: list[int], seed: int, first: int, bar: ProgressBar
+) -> list[_Episode]:
+    env = build(spec, seeds)
+    streams = [numpy_generator(seed, "action noise", first + i) for i in range(len(seeds))]
+    low, high = np.asarray(spec.action_low, np.float32), np.asarray(spec.action_high, np.float32)
+    observation = env.reset()[:, -1]
+    episodes = [_Episode([row]) for row in observation]
+    playing = np.arange(len(seeds))
+    try:
+        while len(playing):
+            draws = np.stack([streams[i].standard_normal(spec.action_size) for i in playing])
+            actions = np.clip(expert.act(observation[playing]) + noise * draws, low, high).astype(np.float32)
+            step = env.step_chunk(actions[:, None], playing, autoreset=False)
+            observation[playing] = step.final_observation[:, -1]
+            for row, i in enumerate(playing):
+                episodes[i].observations.append(step.final_observation[row, -1])
+                episodes[i].actions.append(actions[row])
+                episodes[i].rewards.append(float(step.reward[row]))
+                episodes[i].terminated = bool(step.terminated[row])
+                episodes[i].success = bool(step.success[row])
+            bar.advance(int(step.ended.sum()))
+            playing = playing[~step.ended]
+    finally:
+        env.close()
+    return episodes

@@ -1,0 +1,71 @@
+"""Named experiments: from noisy demonstrations to a policy that succeeds. Each states only what differs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dprl.agents import DPPOConfig
+from dprl.experiments.runs import CollectConfig, FinetuneConfig, PretrainConfig
+
+from dprl.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Three stages and a final evaluation. The folders of data and policy are known when it runs."""
+
+    name: str
+    summary: str
+    collect: CollectConfig
+    pretrain: PretrainConfig
+    finetune: FinetuneConfig
+    eval_episodes: int = 200
+
+
+CATALOGUE = (
+    Experiment(
+        name="push",
+        summary="Meta-World Push: a puck to a goal on a table, from a scripted expert with action noise 0.6",
+        collect=CollectConfig(env="metaworld/push-v3", noise=0.6),
+        pretrain=PretrainConfig(data=""),
+        finetune=FinetuneConfig(policy="", env="metaworld/push-v3"),
+    ),
+    Experiment(
+        name="pick-place",
+        summary="Meta-World PickPlace: a puck to a goal in the air, from a scripted expert with action noise 0.6",
+        collect=CollectConfig(env="metaworld/pick-place-v3", noise=0.6),
+        pretrain=PretrainConfig(data=""),
+        finetune=FinetuneConfig(
+            policy="", env="metaworld/pick-place-v3", dppo=DPPOConfig(tuned_steps=10, clip_range=0.05)
+        ),
+    ),
+    Experiment(
+        name="smoke",
+        summary="Push cut down to seconds, to see that everything runs; it does not learn",
+        collect=CollectConfig(env="metaworld/push-v3", noise=0.6, episodes=4),
+        pretrain=PretrainConfig(data="", steps=200),
+        finetune=FinetuneConfig(
+            policy="",
+            env="metaworld/push-v3",
+            total_timesteps=300,
+            n_envs=4,
+            eval_every=1,
+            eval_episodes=4,
+            dppo=DPPOConfig(n_steps=10, n_epochs=1, batch_size=100),
+        ),
+        eval_episodes=4,
+    ),
+)
+
+
+def find(name: str) -> Experiment:
+    """Return the experiment `name`.
+
+    Raises:
+        ConfigError: there is none; the message offers the nearest names.
+    """
+    by_name = {experiment.name: experiment for experiment in CATALOGUE}
+    if name not in by_name:
+        hint = did_you_mean(name, by_name)
+        raise ConfigError(f"unknown experiment '{name}'.{hint} 'dprl list experiments' shows the names.")
+    return by_name[name]

@@ -1,0 +1,129 @@
+"""The main job end to end: noisy demonstrations, behaviour cloning, DPPO, and what changed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dprl.experiments import plots, runs, video
+from dprl.experiments.catalogue import Experiment
+from rich.console import Console
+from rich.table import Table
+
+from dprl import checkpoint
+from dprl.errors import DprlError, RunExistsError
+from dprl.policy import DiffusionPolicy
+from dprl.progress import ProgressBar
+from dprl.rollout import Evaluation, evaluate
+from dprl.spec import EnvSpec, resolve
+
+# Final evaluations and videos use seeds that no training run of the same seed uses.
+HELD_OUT = 1_000_000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    stage: str
+    success_rate: float
+    low: float
+    high: float
+    episodes: int
+    steps: int
+    minutes: float
+
+
+def run(experiment: Experiment, seed: int, out: Path, *, progress_bar: bool = True, pictures: bool = True) -> list[Row]:
+    """Run `experiment` in the new folder `out`; print its table and leave data, runs, plots and a video there.
+
+    Raises:
+        RunExistsError: `out` exists.
+    """
+    if out.exists():
+        raise RunExistsError(f"'{out}' already exists: choose another folder")
+    console = Console()
+    spec = resolve(experiment.collect.env, experiment.collect.options)
+    out.mkdir(parents=True)
+
+    console.print(f"[bold]1/5[/] {experiment.collect.episodes} demonstrations of {spec.id}, "
+                  f"action noise {experiment.collect.noise}")  # fmt: skip
+    start = time.perf_counter()
+    data = runs.collect(replace(experiment.collect, seed=seed), out / "data", progress_bar=progress_bar)
+    collected = time.perf_counter()
+
+    console.print(f"[bold]2/5[/] behaviour cloning, {experiment.pretrain.steps} gradient steps")
+    pretrain = replace(experiment.pretrain, data=str(out / "data"), seed=seed)
+    cloned = runs.pretrain(pretrain, out / "pretrain", progress_bar=progress_bar)
+    trained = time.perf_counter()
+    before = _evaluate(cloned.path, spec, experiment, seed, "before", progress_bar=progress_bar)
+
+    console.print(f"[bold]3/5[/] DPPO, {experiment.finetune.total_timesteps:,} environment steps")
+    tuning = time.perf_counter()
+    finetune = replace(experiment.finetune, policy=str(cloned.path), seed=seed)
+    tuned = runs.finetune(finetune, out / "finetune", progress_bar=progress_bar)
+    finished = time.perf_counter()
+
+    console.print(f"[bold]4/5[/] evaluation on {experiment.eval_episodes} held-out episodes")
+    after = _evaluate(tuned.path, spec, experiment, seed, "after", progress_bar=progress_bar)
+    demonstrations = runs.wilson_of(data)
+    steps = runs.last_timesteps(tuned)
+    rows = [
+        Row("demonstrations", data.success_rate, *demonstrations, data.n_episodes, int(data.ends[-1]),
+            (collected - start) / 60),
+        _row("behaviour cloning", before, experiment.pretrain.steps, (trained - collected) / 60),
+        _row("fine-tuned (DPPO)", after, steps, (finished - tuning) / 60),
+    ]  # fmt: skip
+    checkpoint.write_json(out / "results.json", {
+        "experiment": experiment.name, "seed": seed,
+        "before": before.to_json(), "after": after.to_json(), "rows": [vars(row) for row in rows],
+    })  # fmt: skip
+
+    console.print("[bold]5/5[/] plot and video")
+    plots.learning_curve(tuned.path, out / "learning_curve.png", before=before, after=after)
+    if pictures:
+        _pictures(cloned.path, tuned.path, spec, seed, out, console)
+    console.print(_table(experiment, seed, rows))
+    console.print(f"{(time.perf_counter() - collected) / 60:.1f} minutes from the first training step to the end.")
+    console.print(f"Everything is in {out}/: data, pretrain, finetune, results.json, learning_curve.png")
+    console.print(f"Next: dprl evaluate {out / 'finetune'} --env {spec.id} --episodes 100 --seed 1")
+    return rows
+
+
+def _evaluate(
+    path: Path, spec: EnvSpec, experiment: Experiment, seed: int, label: str, *, progress_bar: bool
+) -> Evaluation:
+    policy = DiffusionPolicy.from_pretrained(path)
+    with ProgressBar(f"evaluate {label}", experiment.eval_episodes, shown=progress_bar) as bar:
+        return evaluate(policy, spec, experiment.eval_episodes, HELD_OUT + seed, on_progress=bar.advance)
+
+
+def _pictures(before: Path, after: Path, spec: EnvSpec, seed: int, out: Path, console: Console) -> None:
+    """Video where this machine can render, drawn trajectories in any case; neither may spoil a finished run."""
+    policies = {"before": DiffusionPolicy.from_pretrained(before), "after": DiffusionPolicy.from_pretrained(after)}
+    try:
+        episodes = video.record(policies, spec, HELD_OUT + seed, out / "before_after.gif")
+        plots.trajectories(episodes, out / "trajectories.png")
+    except DprlError as error:
+        console.print(f"[yellow]no pictures: {error}[/]")
+        return
+    for warning in video.rendering_problem():
+        console.print(f"[yellow]{warning}[/]")
+
+
+def _row(stage: str, result: Evaluation, steps: int, minutes: float) -> Row:
+    assert result.success_rate is not None and result.success_ci95 is not None
+    return Row(stage, result.success_rate, *result.success_ci95, result.episodes, steps, minutes)
+
+
+def _table(experiment: Experiment, seed: int, rows: list[Row]) -> Table:
+    table = Table(title=f"{experiment.collect.env}, seed {seed}")
+    for column in ("", "success", "95 % interval", "episodes", "steps", "minutes"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in rows:
+        interval = f"{row.low:.2f} to {row.high:.2f}"
+        table.add_row(
+            row.stage, f"{row.success_rate:.2f}", interval, str(row.episodes), f"{row.steps:,}", f"{row.minutes:.1f}"
+        )
+    return table
