@@ -113,8 +113,10 @@ class PolicyLoss(NamedTuple):
 def policy_loss(
     log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, discount: Tensor, clip_range: Tensor
 ) -> PolicyLoss:
-    """PPO's clipped objective on pairs, all (B,). `advantage` is the environment's, one for a decision's whole chain;
-    `discount` and `clip_range` are those of each pair's denoising step. KL: E[(ρ - 1) - log ρ].
+    """PPO's clipped objective on pairs, all (B,), with the KL estimate E[(ρ - 1) - log ρ].
+
+    `advantage` is the environment's, one for a decision's whole chain; `discount` and `clip_range` are those of each
+    pair's denoising step.
     """
     advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8) * discount
     log_ratio = log_prob - old_log_prob

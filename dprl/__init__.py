@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# A source checkout keeps `agents`, `envs` and `experiments` beside this package; an installed wheel keeps them inside it.
+# A source checkout keeps `agents`, `envs` and `experiments` beside this package; a wheel keeps them inside it.
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "setup.py").is_file() and (_checkout / "agents").is_dir():
     __path__.append(str(_checkout))

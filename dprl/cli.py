@@ -92,8 +92,8 @@ def collect(config: Annotated[runs.CollectConfig, Flat], *, out: Out, quiet: Qui
     data = runs.collect(config, out, progress_bar=not quiet)
     low, high = runs.wilson_of(data)
     Console().print(
-        f"{data.n_episodes} episodes, {data.ends[-1]:,} steps, success {data.success_rate:.2f} ({low:.2f} to {high:.2f})"
-        f" in {out}. Next: dprl pretrain {out} --out runs/pretrain"
+        f"{data.n_episodes} episodes, {data.ends[-1]:,} steps, success {data.success_rate:.2f} "
+        f"({low:.2f} to {high:.2f}) in {out}. Next: dprl pretrain {out} --out runs/pretrain"
     )
 
 

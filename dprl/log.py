@@ -79,7 +79,7 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return None
-        writer: Any = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        writer: Any = SummaryWriter(str(folder / "tensorboard"))
 
         def sink(metrics: Mapping[str, float], timesteps: int) -> None:
             for name, value in metrics.items():

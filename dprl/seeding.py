@@ -1,4 +1,4 @@
-"""Random streams by name: every stream is derived from one seed and the name of its purpose, never from global state."""
+"""Random streams by name: each is derived from one seed and the name of its purpose, never from global state."""
 
 from __future__ import annotations
 

@@ -113,7 +113,8 @@ def _pictures(before: Path, after: Path, spec: EnvSpec, seed: int, out: Path, co
 
 
 def _row(stage: str, result: Evaluation, steps: int, minutes: float) -> Row:
-    assert result.success_rate is not None and result.success_ci95 is not None
+    assert result.success_rate is not None
+    assert result.success_ci95 is not None
     return Row(stage, result.success_rate, *result.success_ci95, result.episodes, steps, minutes)
 
 

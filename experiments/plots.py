@@ -57,7 +57,8 @@ def learning_curve(run: Path, file: Path, *, before: Evaluation, after: Evaluati
         axis.errorbar(x, rate, yerr=[rate - low, high - rate], fmt="o-", ms=3, capsize=2, label="during training")
         end = rows[-1][key] * scale
         for position, result, name in ((0.0, before, "held out, before"), (end, after, "held out, after")):
-            assert result.success_rate is not None and result.success_ci95 is not None
+            assert result.success_rate is not None
+            assert result.success_ci95 is not None
             error = [[result.success_rate - result.success_ci95[0]], [result.success_ci95[1] - result.success_rate]]
             axis.errorbar([position], [result.success_rate], yerr=error, fmt="s", ms=6, capsize=4, label=name)
         axis.set_xlabel(label)

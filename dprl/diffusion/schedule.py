@@ -21,14 +21,14 @@ COSINE_OFFSET = 0.008
 
 
 def cosine_betas(num_train_timesteps: int) -> Tensor:
-    """Return β (K,) in float64: β_t = 1 - f(t+1)/f(t), f(t) = cos²((t/K + s)/(1 + s) · π/2), arXiv:2102.09672 eq. 17."""
+    """Return β (K,): β_t = 1 - f(t+1)/f(t), f(t) = cos²((t/K + s)/(1 + s) · π/2), arXiv:2102.09672 eq. 17. float64."""
     t = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
     f = torch.cos((t + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2) ** 2
     return (1 - f[1:] / f[:-1]).clamp(0.0, MAX_BETA)
 
 
 class NoiseSchedule(nn.Module):
-    """Betas and what follows from them. Holds no parameters; computed in float64, kept in float32."""
+    """Betas, computed in float64, and what follows from them, in float32 as existing checkpoints were trained with."""
 
     betas: Tensor
     alphas_bar: Tensor
@@ -39,9 +39,9 @@ class NoiseSchedule(nn.Module):
     def __init__(self, num_train_timesteps: int) -> None:
         super().__init__()
         self.num_train_timesteps = num_train_timesteps
-        betas = cosine_betas(num_train_timesteps)
+        betas = cosine_betas(num_train_timesteps).float()
         alphas_bar = torch.cumprod(1 - betas, 0)
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_bar[:-1]])
+        previous = torch.cat([torch.ones(1), alphas_bar[:-1]])
         # The posterior q(x_{t-1} | x_t, x_0), arXiv:2006.11239 eq. 7.
         tables = {
             "betas": betas,

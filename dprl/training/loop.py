@@ -38,7 +38,7 @@ class LoopConfig:
         check(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "must be at least 1")
 
 
-class Interrupted(DprlError):
+class InterruptedRunError(DprlError):
     """The user asked the run to stop; it was saved."""
 
     def __init__(self, signum: int, run: RunFolder | None) -> None:
@@ -83,7 +83,7 @@ def train(
         progress_bar: show one.
 
     Raises:
-        Interrupted: on SIGINT or SIGTERM, after the current iteration was finished and saved.
+        InterruptedRunError: on SIGINT or SIGTERM, after the current iteration was finished and saved.
     """
     progress = _Progress()
     if run is not None and resume:
@@ -106,7 +106,7 @@ def train(
             if log is not None:
                 log.close()
     if interrupted and agent.timesteps < config.total_timesteps:
-        raise Interrupted(interrupted[0], run)
+        raise InterruptedRunError(interrupted[0], run)
 
 
 def _iterate(agent: Agent[Any]) -> dict[str, float]:

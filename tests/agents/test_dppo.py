@@ -1,0 +1,202 @@
+"""DPPO beyond parity: the first minibatch, frozen parts, gradients, known values, learning."""
+
+import math
+
+import pytest
+import torch
+from dprl.agents import DPPO, DPPOConfig
+from dprl.agents.dppo import chunk_log_prob, clip_ranges, policy_loss
+
+from dprl.errors import ConfigError, EnvError
+from dprl.mdp import DenoisingMDP, ExplorationConfig
+from dprl.networks import MLPConfig
+from dprl.policy import DiffusionPolicy, PolicyConfig
+from dprl.rollout import InProcessPool
+from tests.toys import PaysForEver, make_toy, reach_spec, toy_policy
+
+SMALL = DPPOConfig(tuned_steps=3, n_steps=6, n_epochs=2, batch_size=40, critic_hidden_size=16)
+
+
+def agent(config: DPPOConfig = SMALL, seed: int = 0, n_envs: int = 4) -> DPPO:
+    return DPPO(toy_policy(seed), make_toy(reach_spec(), n_envs, seed), config, seed=seed)
+
+
+def test_first_minibatch_has_ratio_one_and_no_kl() -> None:
+    dppo = agent()
+    targets, _ = dppo._prepare(dppo.collect())
+    pairs = torch.randperm(targets.old_log_prob.numel())[:40]
+    result = dppo._update_actor(targets, pairs)
+    assert abs(float(result.ratio_mean) - 1) < 1e-5
+    assert abs(float(result.approx_kl)) < 1e-5
+    assert float(result.clip_fraction) == 0
+
+
+def test_tuned_policy_acts_like_the_pretrained_one_before_the_first_update() -> None:
+    policy = toy_policy()
+    obs, noise = torch.randn(5, 1, 2), torch.randn(policy.n_draws(), 5, 2, 1)
+    before = policy.sample(obs, noise=noise)
+    dppo = DPPO(policy, make_toy(reach_spec(), 2), SMALL)
+    assert torch.equal(policy.sample(obs, noise=noise), before)
+    dppo.update(dppo.collect())
+    assert not torch.equal(policy.sample(obs, noise=noise), before)
+
+
+def test_only_the_tuned_network_and_the_critic_change() -> None:
+    dppo = agent()
+    base = {name: p.clone() for name, p in dppo.policy.base.named_parameters()}
+    tuned = {name: p.clone() for name, p in dppo.policy.tuned.named_parameters()}
+    dppo.update(dppo.collect())
+    assert all(torch.equal(p, base[name]) for name, p in dppo.policy.base.named_parameters())
+    assert not any(torch.equal(p, tuned[name]) for name, p in dppo.policy.tuned.named_parameters())
+
+
+def test_each_step_is_evaluated_by_the_one_network_it_belongs_to() -> None:
+    policy = toy_policy()
+    mdp = DenoisingMDP(policy, 3, ExplorationConfig())
+    seen: dict[str, list[int]] = {"base": [], "tuned": []}
+    for name in seen:
+        getattr(policy, name).register_forward_hook(lambda _, args, __, name=name: seen[name].append(int(args[1][0])))
+    mdp.sample(torch.zeros(2, 1, 2), torch.Generator().manual_seed(0))
+    assert seen == {"base": [7, 6, 5, 4, 3], "tuned": [2, 1, 0]}
+
+
+def test_critic_warmup_leaves_the_actor_alone() -> None:
+    dppo = agent(DPPOConfig(**{**vars(SMALL), "critic_warmup": 1}))
+    tuned = {name: p.clone() for name, p in dppo.policy.tuned.named_parameters()}
+    metrics = dppo.update(dppo.collect())
+    assert all(torch.equal(p, tuned[name]) for name, p in dppo.policy.tuned.named_parameters())
+    assert "dppo/policy_loss" not in metrics
+    assert "dppo/policy_loss" in dppo.update(dppo.collect())
+
+
+def test_updates_stop_at_the_target_kl() -> None:
+    config = DPPOConfig(**{**vars(SMALL), "n_epochs": 50, "learning_rate": 0.05, "target_kl": 1e-4})
+    metrics = agent(config).update(agent(config).collect())
+    assert metrics["dppo/gradient_steps"] < 50 * round(6 * 4 * 3 / 40)
+
+
+def test_every_pair_and_every_decision_is_used_once_in_an_epoch() -> None:
+    dppo = agent(DPPOConfig(**{**vars(SMALL), "n_epochs": 1}))
+    pairs, decisions = [], []
+    dppo._update_actor = lambda targets, rows: pairs.append(rows) or (torch.zeros(()),) * 4
+    dppo._update_critic = lambda targets, rows: decisions.append(rows) or torch.zeros(())
+    dppo.update(dppo.collect())
+    assert torch.equal(torch.cat(pairs).sort().values, torch.arange(6 * 4 * 3))
+    assert torch.equal(torch.cat(decisions).sort().values, torch.arange(6 * 4))
+
+
+@pytest.mark.parametrize("tuned_steps", [1, 2, 8])
+def test_clip_grows_from_base_to_full(tuned_steps: int) -> None:
+    ranges = clip_ranges(DPPOConfig(tuned_steps=tuned_steps, clip_range=0.1, clip_range_base=0.01))
+    assert torch.isfinite(ranges).all()
+    assert ranges[0] == pytest.approx(0.1)
+    if tuned_steps > 1:
+        assert ranges[-1] == pytest.approx(0.01)
+        assert (ranges.diff() < 0).all()
+
+
+def test_policy_loss_by_hand() -> None:
+    """Two pairs, advantages ±1 after normalising (unbiased std): ratios 2 and 1, clip 0.5, discounts 1 and 0.5."""
+    unit = 1 / math.sqrt(2)
+    result = policy_loss(
+        torch.tensor([math.log(2.0), 0.0]),
+        torch.zeros(2),
+        torch.tensor([3.0, 1.0]),
+        torch.tensor([1.0, 0.5]),
+        torch.tensor([0.5, 0.5]),
+    )
+    assert float(result.policy_loss) == pytest.approx(-(1.5 * unit - 0.5 * unit) / 2, rel=1e-5)
+    assert float(result.clip_fraction) == 0.5
+    assert float(result.approx_kl) == pytest.approx((1 - math.log(2)) / 2, rel=1e-5)
+
+
+def test_chunk_log_prob_counts_executed_actions_only() -> None:
+    log_prob = torch.tensor([[[1.0, 3.0], [-9.0, 0.0], [100.0, 100.0]]])
+    assert float(chunk_log_prob(log_prob, 2)) == pytest.approx((1 + 2 - 5 + 0) / 4)
+
+
+def test_gradient_of_the_loss_in_float64() -> None:
+    """Finite differences through denoiser, posterior, density and PPO's objective."""
+    dppo = agent()
+    policy = dppo.policy.double()
+    generator = torch.Generator().manual_seed(0)
+    chains = 0.3 * torch.randn(6, 4, 2, 1, generator=generator, dtype=torch.float64)
+    condition, advantage = torch.randn(6, 2, generator=generator, dtype=torch.float64), torch.arange(6.0).double()
+    decision, k = torch.arange(6), torch.tensor([0, 1, 2, 0, 1, 2])
+    old = dppo._log_prob(condition, chains, decision, k).detach() + 0.01
+    weight = policy.tuned.net[2].weight.detach().clone().requires_grad_()
+
+    def loss(value: torch.Tensor) -> torch.Tensor:
+        del policy.tuned.net[2].weight
+        policy.tuned.net[2].weight = value
+        new = dppo._log_prob(condition, chains, decision, k)
+        return policy_loss(new, old, advantage, torch.ones(6), torch.full((6,), 0.5)).policy_loss
+
+    policy.tuned.net[2]._parameters.pop("weight")
+    policy.tuned.net[2].weight = weight
+    assert torch.autograd.gradcheck(loss, (weight,))
+
+
+def test_more_tuned_than_denoising_steps_is_refused() -> None:
+    with pytest.raises(ConfigError, match="tuned_steps = 9.*8"):
+        DPPO(toy_policy(), make_toy(reach_spec(), 2), tuned_steps=9)
+
+
+def test_a_policy_of_another_size_is_refused() -> None:
+    policy = DiffusionPolicy(PolicyConfig(observation_size=3, action_size=1))
+    with pytest.raises(EnvError, match="observation_size = 3.* has 2"):
+        DPPO(policy, make_toy(reach_spec(), 2))
+
+
+def test_same_seed_same_parameters() -> None:
+    def run(seed: int) -> list[torch.Tensor]:
+        dppo = agent(seed=seed)
+        dppo.learn(total_timesteps=100)
+        return [p.detach().clone() for p in dppo.policy.tuned.parameters()]
+
+    first, second, other = run(0), run(0), run(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_critic_of_an_endless_world_that_is_cut_every_8_steps() -> None:
+    """Reward 1 for ever, truncated every 8 steps: V = 1 / (1 - γ) only if a truncated step bootstraps."""
+    gamma = 0.9
+    config = DPPOConfig(
+        tuned_steps=1, n_steps=16, n_epochs=4, batch_size=64, gamma=gamma, normalize_returns=False,
+        critic_learning_rate=3e-3, critic_hidden_size=32, learning_rate=1e-5,
+    )  # fmt: skip
+    policy = DiffusionPolicy(
+        PolicyConfig(1, 1, horizon=1, n_action_steps=1, num_train_timesteps=2, denoiser=MLPConfig(hidden_size=8))
+    )
+    dppo = DPPO(policy, InProcessPool(PaysForEver.batched(n_envs=8, limit=8)), config)
+    for _ in range(150):
+        dppo.update(dppo.collect())
+    value = dppo.critic(policy.condition(torch.linspace(0, 1, 8)[:, None, None])).mean().detach()
+    assert float(value) == pytest.approx(1 / (1 - gamma), rel=0.02)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_learning(seed: int) -> None:
+    """A half-trained reacher: DPPO must lift it well above its start, on every seed."""
+    from dprl.agents import BC
+
+    from dprl.rollout import evaluate
+    from tests.toys import reach_demonstrations
+
+    data = reach_demonstrations(seed)
+    policy = DiffusionPolicy.for_dataset(data, MLPConfig(hidden_size=64), horizon=2, num_train_timesteps=8, seed=seed)
+    BC(policy, seed=seed).fit(data, steps=400)
+    spec = reach_spec()
+    start = evaluate(policy, spec, 100, seed=1_000 + seed).success_rate
+    config = DPPOConfig(
+        tuned_steps=8, n_steps=10, n_epochs=5, batch_size=1000, clip_range=0.1, clip_range_base=0.01,
+        critic_hidden_size=64,
+    )  # fmt: skip
+    dppo = DPPO(policy, make_toy(spec, 64, seed), config, seed=seed)
+    dppo.learn(total_timesteps=60_000)
+    end = evaluate(policy, spec, 100, seed=1_000 + seed).success_rate
+    print(f"learning seed {seed}: {start:.2f} -> {end:.2f}")
+    assert start < 0.6
+    assert end > 0.9

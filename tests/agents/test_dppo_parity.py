@@ -1,0 +1,178 @@
+"""Our numbers equal those the DPPO authors' own code produced (see tests/fixtures): 1e-5 of a tensor's largest."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from dprl.agents.dppo import DPPOConfig, chunk_log_prob, clip_ranges, policy_loss, value_loss
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dprl.mdp import DenoisingMDP, ExplorationConfig
+from dprl.networks import MLPConfig, ValueNet
+from dprl.policy import DiffusionPolicy, PolicyConfig, denoising_loss
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+SETTINGS = json.loads((FIXTURES / "meta.json").read_text())
+CASES = ("dppo_mlp_ddpm", "dppo_mlp_ddpm_all_steps")
+TOLERANCE = 1e-5
+
+
+def denoiser_names(prefix: str) -> dict[str, str]:
+    """The authors' parameter names -> ours."""
+    names = {}
+    for part in ("weight", "bias"):
+        names |= {f"{prefix}.time_embedding.{i}.{part}": f"time.net.{i - 1}.{part}" for i in (1, 3)}
+        names |= {f"{prefix}.mlp_mean.layers.{i}.{part}": f"net.{i}.{part}" for i in (0, 2)}
+        names |= {f"{prefix}.mlp_mean.layers.1.{layer}.{part}": f"net.1.{layer}.{part}" for layer in ("l1", "l2")}
+    return names
+
+
+def critic_names() -> dict[str, str]:
+    names = {}
+    for part in ("weight", "bias"):
+        names |= {f"critic.Q1.layers.{i}.{part}": f"net.{i}.{part}" for i in (0, 2)}
+        names |= {f"critic.Q1.layers.1.{layer}.{part}": f"net.1.{layer}.{part}" for layer in ("l1", "l2")}
+    return names
+
+
+def take(data: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    return {ours: data[theirs] for theirs, ours in names.items()}
+
+
+class Case:
+    """One fixture with our objects in its shape and with its weights."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.data, s = load_file(FIXTURES / f"{name}.safetensors"), SETTINGS[name]
+        self.settings = s
+        policy_config = PolicyConfig(
+            observation_size=s["obs_dim"],
+            action_size=s["action_dim"],
+            horizon=s["horizon_steps"],
+            n_action_steps=s["executed_steps"],
+            num_train_timesteps=s["denoising_steps"],
+            clip_sample=s["denoised_clip_value"],
+            denoiser=MLPConfig(hidden_size=64, n_blocks=1, activation="relu", time_size=16),
+        )
+        exploration = ExplorationConfig(
+            s["min_sampling_denoising_std"], s["min_logprob_denoising_std"], s["randn_clip_value"]
+        )
+        self.config = DPPOConfig(
+            tuned_steps=s["ft_denoising_steps"],
+            denoising_discount=s["gamma_denoising"],
+            clip_range=s["clip_ploss_coef"],
+            clip_range_base=s["clip_ploss_coef_base"],
+            clip_range_rate=s["clip_ploss_coef_rate"],
+            vf_coef=s["vf_coef"],
+            exploration=exploration,
+        )
+        self.policy = DiffusionPolicy(policy_config)
+        self.mdp = DenoisingMDP(self.policy, self.config.tuned_steps, exploration)
+        self.policy.base.load_state_dict(take(self.data, denoiser_names("frozen")))
+        self.policy.tuned.load_state_dict(take(self.data, denoiser_names("tuned")))
+        self.critic = ValueNet(s["obs_dim"], s["critic_mlp_dims"][0], "mish")
+        self.critic.load_state_dict(take(self.data, critic_names()))
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(request.param)
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.detach() - theirs).abs().max() / theirs.abs().max())
+
+
+def report(name: str, what: str, value: float) -> None:
+    print(f"parity {name:<28} {what:<26} {value:.1e}")
+
+
+def test_noisy_actions_and_bc_loss() -> None:
+    data, s = load_file(FIXTURES / "bc_loss.safetensors"), SETTINGS["bc_loss"]
+    policy = DiffusionPolicy(
+        PolicyConfig(
+            observation_size=s["obs_dim"],
+            action_size=s["action_dim"],
+            horizon=s["horizon"],
+            n_action_steps=s["horizon"],
+            num_train_timesteps=s["denoising_steps"],
+            denoiser=MLPConfig(hidden_size=64, activation="relu", time_size=16),
+        )
+    )
+    policy.base.load_state_dict(take(data, denoiser_names("net")))
+    noisy = policy.schedule.add_noise(data["actions"], data["noise"], data["timesteps"])
+    condition = policy.condition(data["obs"])
+    loss = denoising_loss(policy.base, policy.schedule, data["actions"], condition, data["timesteps"], data["noise"])
+    for what, ours in (("noisy", noisy), ("loss", loss)):
+        report("bc_loss", what, relative(ours, data[what]))
+        assert relative(ours, data[what]) < TOLERANCE
+
+
+def test_log_probs_of_chains(case: Case) -> None:
+    condition, chains = case.policy.condition(case.data["obs"]), case.data["chains"]
+    steps = case.config.tuned_steps
+    ours = torch.stack(
+        [
+            case.mdp.log_prob(condition, chains[:, i], chains[:, i + 1], torch.full((len(chains),), steps - 1 - i))
+            for i in range(steps)
+        ],
+        dim=1,
+    )
+    report(case.name, "log_probs", relative(ours, case.data["log_probs"]))
+    assert relative(ours, case.data["log_probs"]) < TOLERANCE
+
+
+def test_deterministic_evaluation_actions(case: Case) -> None:
+    """The authors clamp every draw but the initial one; their floor of 1e-3 is below every step's std but the last."""
+    noise = case.data["eval_noise"][: case.policy.n_draws()].clone()
+    noise[1:] = noise[1:].clamp(-case.settings["randn_clip_value"], case.settings["randn_clip_value"])
+    ours = case.policy.sample(case.data["obs"], noise=noise)
+    report(case.name, "eval_actions", relative(ours, case.data["eval_actions"]))
+    assert relative(ours, case.data["eval_actions"]) < TOLERANCE
+
+
+def test_losses_and_every_gradient(case: Case) -> None:
+    data, config = case.data, case.config
+    decision, position = data["batch_index"], data["batch_denoising_index"]
+    k = config.tuned_steps - 1 - position
+    condition = case.policy.condition(data["obs"])[decision]
+    x, x_next = data["chains"][decision, position], data["chains"][decision, position + 1]
+    executed = case.settings["executed_steps"]
+    actor = policy_loss(
+        chunk_log_prob(case.mdp.log_prob(condition, x, x_next, k), executed),
+        chunk_log_prob(data["old_log_probs"], executed),
+        data["advantages"],
+        config.denoising_discount**k,
+        clip_ranges(config)[k],
+    )
+    critic_loss = value_loss(case.critic(condition), data["returns"])
+    case.policy.zero_grad()
+    case.critic.zero_grad()
+    (actor.policy_loss + config.vf_coef * critic_loss).backward()
+
+    figures = {
+        "policy_loss": actor.policy_loss,
+        "value_loss": critic_loss,
+        "clip_fraction": actor.clip_fraction,
+        "ratio_mean": actor.ratio_mean,
+    }
+    for what, ours in figures.items():
+        report(case.name, what, relative(ours, data[what]))
+        assert relative(ours, data[what]) < TOLERANCE, what
+    kl_difference = float((actor.approx_kl.detach() - data["approx_kl"]).abs())
+    report(case.name, "approx_kl (absolute)", kl_difference)
+    assert kl_difference < 1e-7
+
+    gradients = {f"grad.{theirs}": case.policy.tuned.get_parameter(ours) for theirs, ours in
+                 denoiser_names("tuned").items()}  # fmt: skip
+    gradients |= {f"grad.{theirs}": case.critic.get_parameter(ours) for theirs, ours in critic_names().items()}
+    worst = 0.0
+    for what, parameter in gradients.items():
+        assert relative(parameter.grad, data[what]) < TOLERANCE, what
+        worst = max(worst, relative(parameter.grad, data[what]))
+    report(case.name, f"worst of {len(gradients)} gradients", worst)
+    assert {name for name in data if name.startswith("grad.")} == set(gradients)
+    assert all(p.grad is None for p in case.policy.base.parameters()), "the frozen network must get no gradient"

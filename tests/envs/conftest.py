@@ -1,0 +1,47 @@
+"""What the tests of all simulators share."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from dprl.spec import BatchedEnv, ChunkStep
+
+
+def _step_singly(env: BatchedEnv, actions: np.ndarray) -> ChunkStep:
+    """Do what `step_chunk(actions)` promises with chunks of one action: stop at an episode's end, reset at last."""
+    n, n_actions, _ = actions.shape
+    reward, n_steps = np.zeros(n, np.float32), np.zeros(n, np.int64)
+    last: dict[str, np.ndarray] = {}
+    playing = np.arange(n)
+    for e in range(n_actions):
+        step = env.step_chunk(actions[playing, e][:, None], playing, autoreset=False)
+        reward[playing] += step.reward
+        n_steps[playing] += step.n_steps
+        for field in fields(ChunkStep):
+            value = getattr(step, field.name)
+            last.setdefault(field.name, np.zeros((n, *value.shape[1:]), value.dtype))[playing] = value
+        playing = playing[~step.ended]
+        if len(playing) == 0:
+            break
+    ended = np.flatnonzero(last["terminated"] | last["truncated"])
+    if len(ended):
+        last["observation"][ended] = env.reset(ended)
+    return ChunkStep(**{**last, "reward": reward, "n_steps": n_steps})
+
+
+def _assert_same_step(one: ChunkStep, other: ChunkStep, rows: list[int] | None = None) -> None:
+    """Compare bit for bit; `rows` picks those of `one`."""
+    for field in fields(ChunkStep):
+        value = getattr(one, field.name)
+        np.testing.assert_array_equal(value if rows is None else value[rows], getattr(other, field.name), field.name)
+
+
+@pytest.fixture
+def step_singly():
+    return _step_singly
+
+
+@pytest.fixture
+def assert_same_step():
+    return _assert_same_step

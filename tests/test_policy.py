@@ -1,0 +1,403 @@
+"""The policy: one folder in and out, replayable noise, one action at a time, nothing hidden."""
+
+import json
+import os
+import pickle
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from safetensors.torch import load_file, save_file
+
+from dprl.diffusion import SOLVERS
+from dprl.errors import CheckpointError, ConfigError, RunExistsError
+from dprl.networks import MLPConfig
+from dprl.policy import DiffusionPolicy, MinMaxNormalizer, PolicyConfig
+from dprl.seeding import torch_generator
+
+K = 4
+CONFIG = PolicyConfig(3, 2, 4, 2, num_train_timesteps=K, denoiser=MLPConfig(hidden_size=8, time_size=4))
+
+
+def make_policy(tuned_below=0, config=CONFIG):
+    """Ranges that are not the default, and a tuned network that is not the base."""
+    policy = DiffusionPolicy(config, seed=1)
+    policy.observation_normalizer.fit(torch.tensor([[-2.0, 0.0, 5.0], [3.0, 1.0, 5.0]])[:, : config.observation_size])
+    policy.action_normalizer.fit(torch.tensor([[-0.5, 0.0], [1.0, 4.0]])[:, : config.action_size])
+    if tuned_below:
+        policy.tune_below(tuned_below)
+        with torch.no_grad():
+            for parameter in policy.tuned.parameters():
+                parameter.add_(0.1)
+    return policy
+
+
+OBS = torch.linspace(-1, 1, 15).view(5, 1, 3)
+
+
+def draws(policy, seed=0, solver="ddpm"):
+    shape = (policy.n_draws(solver), len(OBS), policy.config.horizon, policy.config.action_size)
+    return torch.randn(shape, generator=torch_generator(seed))
+
+
+# ------------------------------------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_noise_replays_a_sample(solver):
+    policy = make_policy()
+    drawn = policy.sample(OBS, solver=solver, generator=torch_generator(0))
+    noise = draws(policy, solver=solver)
+    assert drawn.shape == (5, 4, 2)
+    assert policy.sample(OBS, solver=solver, noise=noise).equal(drawn)
+    assert policy.sample(OBS, solver=solver, noise=noise).equal(drawn)
+    assert not policy.sample(OBS, solver=solver, noise=draws(policy, seed=1, solver=solver)).equal(drawn)
+
+
+def test_temperature_scales_every_draw_but_the_first():
+    policy = make_policy()
+    noise, other = draws(policy), draws(policy, seed=1)
+    other[0] = noise[0]
+    cold = policy.sample(OBS, noise=noise, temperature=0.0)
+    assert cold.equal(policy.sample(OBS, noise=other, temperature=0.0))
+    assert not cold.equal(policy.sample(OBS, noise=noise, temperature=1.0))
+    assert not policy.sample(OBS, noise=noise).equal(policy.sample(OBS, noise=other))
+    scaled = torch.cat([noise[:1], 0.5 * noise[1:]])
+    torch.testing.assert_close(policy.sample(OBS, noise=noise, temperature=0.5), policy.sample(OBS, noise=scaled))
+
+
+@pytest.mark.parametrize(
+    ("obs", "options", "message"),
+    [
+        (OBS, {"noise": torch.zeros(K, 4, 4, 2)}, r"noise = \(4, 4, 4, 2\): must have the shape \(4, 5, 4, 2\)"),
+        (OBS, {"noise": torch.zeros(K + 1, 5, 4, 2)}, r"noise = \(5, 5, 4, 2\)"),
+        (OBS[:, 0], {}, r"obs = \(5, 3\): must have the shape \(batch, 1, 3\)"),
+        (OBS[..., :2], {}, r"obs = \(5, 1, 2\)"),
+        (OBS.repeat(1, 2, 1), {}, r"obs = \(5, 2, 3\)"),
+        (OBS, {"solver": "dpdm"}, r"solver = 'dpdm'.*Did you mean ddpm"),
+        (OBS, {"num_inference_steps": 3}, r"num_inference_steps = 3"),
+    ],
+    ids=["noise-batch", "noise-draws", "obs-dimensions", "obs-size", "obs-history", "solver", "steps"],
+)
+def test_wrong_input_is_explained(obs, options, message):
+    with pytest.raises(ConfigError, match=message):
+        make_policy().sample(obs, **options)
+
+
+# --------------------------------------------------------------------------------------------------------- tuning
+
+
+@pytest.mark.parametrize("tuned", [-1, 0, K + 1])
+def test_tuning_no_or_too_many_steps_is_refused(tuned):
+    with pytest.raises(ConfigError, match=f"tuned_steps = {tuned}"):
+        make_policy().tune_below(tuned)
+
+
+@pytest.mark.parametrize("tuned", [1, K])
+def test_tuned_network_is_used_below_its_timestep_only(tuned):
+    policy = make_policy(tuned_below=tuned)
+    assert [policy.denoiser_at(t) is policy.tuned for t in range(K)] == [t < tuned for t in range(K)]
+    assert not policy.sample(OBS, noise=draws(policy)).equal(make_policy().sample(OBS, noise=draws(policy)))
+
+
+def test_tuning_starts_from_a_copy_and_a_second_call_must_agree():
+    policy = make_policy()
+    before = policy.sample(OBS, noise=draws(policy))
+    policy.tune_below(2)
+    policy.tune_below(2)
+    assert policy.sample(OBS, noise=draws(policy)).equal(before)
+    with pytest.raises(ConfigError, match=r"tuned_steps = 3.*already tuned in its last 2"):
+        policy.tune_below(3)
+
+
+# -------------------------------------------------------------------------------------------------------- predict
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    """A policy whose decisions are numbered: action h of decision n is (10 n + h, row of the batch)."""
+    policy = make_policy()
+    policy.decisions = []
+
+    def sample(obs, **_):
+        policy.decisions.append(obs.clone())
+        chunk = torch.zeros(len(obs), 4, 2)
+        chunk[..., 0] = 10 * len(policy.decisions) + torch.arange(4)
+        chunk[..., 1] = torch.arange(len(obs))[:, None]
+        return chunk
+
+    monkeypatch.setattr(policy, "sample", sample)
+    return policy
+
+
+def test_a_chunk_is_executed_action_by_action_and_then_replanned(counting):
+    state, actions = None, []
+    for step in range(5):
+        action, state = counting.predict(np.zeros((2, 3)), state, np.full(2, step == 0))
+        actions.append(action[:, 0].tolist())
+    assert actions == [[10, 10], [11, 11], [20, 20], [21, 21], [30, 30]]
+
+
+def test_an_environment_that_starts_anew_is_replanned_alone(counting):
+    _, state = counting.predict(np.zeros((3, 3)))
+    action, state = counting.predict(np.ones((3, 3)), state, np.array([False, True, False]))
+    assert action[:, 0].tolist() == [11, 20, 11]
+    assert counting.decisions[1].shape == (1, 1, 3)
+    action, state = counting.predict(np.ones((3, 3)), state, np.zeros(3, bool))
+    assert action[:, 0].tolist() == [30, 21, 30]
+    assert action[:, 1].tolist() == [0, 0, 1]
+
+
+def test_history_repeats_the_first_observation_and_then_slides(counting):
+    counting.config = replace(counting.config, n_obs_steps=3, n_action_steps=1)
+    state = None
+    for step in range(4):
+        _, state = counting.predict(np.full((1, 3), step), state, np.array([step in (0, 3)]))
+    assert [d[0, :, 0].tolist() for d in counting.decisions] == [[0, 0, 0], [0, 0, 1], [0, 1, 2], [3, 3, 3]]
+
+
+def test_one_environment_without_a_batch_dimension(counting):
+    action, state = counting.predict(np.zeros(3))
+    assert action.shape == (2,)
+    action, _ = counting.predict(np.zeros(3), state)
+    assert action.tolist() == [11, 0]
+
+
+def test_the_state_passed_in_is_not_changed(counting):
+    _, state = counting.predict(np.zeros((1, 3)))
+    first, _ = counting.predict(np.zeros((1, 3)), state)
+    again, _ = counting.predict(np.zeros((1, 3)), state)
+    assert np.array_equal(first, again)
+
+
+def test_deterministic_actions_do_not_depend_on_the_place_in_the_batch():
+    policy = make_policy(tuned_below=2)
+    obs = np.linspace(-1, 1, 21, dtype=np.float32).reshape(7, 3)
+    batch, _ = policy.predict(obs, deterministic=True)
+    reverse, _ = policy.predict(obs[::-1].copy(), deterministic=True)
+    alone = np.stack([policy.predict(row, deterministic=True)[0] for row in obs])
+    np.testing.assert_allclose(reverse[::-1], batch, atol=1e-6)
+    np.testing.assert_allclose(alone, batch, atol=1e-6)
+    same, _ = policy.predict(np.repeat(obs[:1], 7, axis=0), deterministic=True)
+    np.testing.assert_allclose(same, np.repeat(same[:1], 7, axis=0), atol=1e-6)
+    assert np.abs(batch[0] - batch[-1]).max() > 1e-3
+    assert not np.array_equal(policy.predict(obs)[0], policy.predict(obs)[0])
+
+
+@pytest.mark.parametrize("obs", [OBS[:, 0].numpy()[::-1], np.ones((2, 6))[:, ::2], np.ones((2, 3), np.float16)])
+def test_predict_takes_arrays_of_any_layout(obs):
+    policy = make_policy()
+    plain = np.array(obs, np.float32, order="C")
+    assert np.array_equal(policy.predict(obs, deterministic=True)[0], policy.predict(plain, deterministic=True)[0])
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (4,), (2, 2), (1, 2, 3)])
+def test_predict_refuses_observations_of_another_size(shape):
+    with pytest.raises(ConfigError, match="observation"):
+        make_policy().predict(np.zeros(shape))
+
+
+def test_stable_baselines3_evaluates_it():
+    evaluation = pytest.importorskip("stable_baselines3.common.evaluation")
+    vec_env = pytest.importorskip("stable_baselines3.common.vec_env")
+    config = replace(CONFIG, observation_size=3, action_size=1, num_train_timesteps=2)
+    policy = make_policy(config=config)
+
+    def make():
+        return gymnasium.wrappers.TimeLimit(gymnasium.make("Pendulum-v1"), 20)
+
+    def evaluate():
+        env = vec_env.VecMonitor(vec_env.DummyVecEnv([make, make]))
+        env.seed(0)
+        return evaluation.evaluate_policy(policy, env, 4, deterministic=True, return_episode_rewards=True)
+
+    rewards, lengths = evaluate()
+    assert lengths == [20] * 4
+    assert all(-20 * 17 < reward < 0 for reward in rewards)
+    assert evaluate()[0] == rewards
+
+
+# -------------------------------------------------------------------------------------------------- saving, loading
+
+
+@pytest.mark.parametrize("tuned", [0, 1, K])
+def test_a_saved_policy_acts_the_same_bit_for_bit(tmp_path, tuned):
+    policy = make_policy(tuned_below=tuned)
+    policy.save_pretrained(tmp_path / "policy")
+    loaded = DiffusionPolicy.from_pretrained(tmp_path / "policy")
+    assert (loaded.config, loaded.tuned_below) == (policy.config, tuned)
+    assert loaded.sample(OBS, noise=draws(policy)).equal(policy.sample(OBS, noise=draws(policy)))
+
+
+def test_saving_does_not_overwrite_unless_asked(tmp_path):
+    make_policy().save_pretrained(tmp_path / "policy")
+    with pytest.raises(RunExistsError):
+        make_policy(tuned_below=1).save_pretrained(tmp_path / "policy")
+    assert DiffusionPolicy.from_pretrained(tmp_path / "policy").tuned is None
+    make_policy(tuned_below=1).save_pretrained(tmp_path / "policy", overwrite=True)
+    assert DiffusionPolicy.from_pretrained(tmp_path / "policy").tuned_below == 1
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A policy folder without a manifest, as other tools write it: damage reaches the parsers."""
+    folder = tmp_path / "policy"
+    make_policy(tuned_below=2).save_pretrained(folder)
+    (folder / "manifest.json").unlink()
+    return folder
+
+
+def edited(**changes):
+    def edit(folder):
+        config = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+    return edit
+
+
+def written(name, data):
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def reshaped(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["base.net.0.weight"] = tensors["base.net.0.weight"][:, 1:].contiguous()
+    save_file(tensors, folder / "model.safetensors")
+
+
+def thinned(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["base.net.0.bias"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "file", "hint"),
+    [
+        (edited(type="act"), "config.json", "does not describe a dprl diffusion policy"),
+        (edited(type=...), "config.json", "does not describe a dprl diffusion policy"),
+        (written("config.json", b'{"architectures": ["Bert"]}'), "config.json", "does not describe"),
+        (written("config.json", b"[1]"), "config.json", "does not describe"),
+        (written("config.json", b"{"), "config.json", "JSON"),
+        (written("config.json", b"\xff\xfe"), "config.json", "JSON"),
+        (edited(horizn=4), "config.json", "Did you mean horizon"),
+        (edited(horizon="4"), "config.json", "horizon = '4'"),
+        (edited(n_action_steps=5), "config.json", "n_action_steps = 5"),
+        (edited(action_size=...), "config.json", "action_size"),
+        (edited(tuned_below=K + 1), "config.json", "tuned"),
+        (edited(tuned_below=-1), "config.json", "tuned"),
+        (edited(tuned_below="2"), "config.json", "tuned"),
+        (edited(tuned_below=1.5), "config.json", "tuned"),
+        (edited(tuned_below=0), "model.safetensors", "tuned"),
+        (edited(observation_size=7), "model.safetensors", "size mismatch"),
+        (reshaped, "model.safetensors", "base.net.0.weight"),
+        (thinned, "model.safetensors", "base.net.0.bias"),
+        (written("model.safetensors", b""), "model.safetensors", "cannot be read"),
+        (written("model.safetensors", b"x" * 100), "model.safetensors", "cannot be read"),
+    ],
+    ids=[
+        "foreign-type", "no-type", "bert", "list", "cut", "utf-16", "unknown-key", "wrong-type", "out-of-range",
+        "missing-key", "tuned-too-many", "tuned-negative", "tuned-text", "tuned-half", "tuned-unexpected", "wrong-size",
+        "wrong-shape", "missing-tensor", "empty", "garbage",
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_no_policy_is_explained(saved, damage, file, hint):
+    damage(saved)
+    with pytest.raises(CheckpointError) as caught:
+        DiffusionPolicy.from_pretrained(saved)
+    assert str(saved / file) in str(caught.value)
+    assert hint in str(caught.value)
+
+
+def test_a_missing_policy_is_explained(tmp_path):
+    with pytest.raises(CheckpointError, match=r"nowhere.*config\.json"):
+        DiffusionPolicy.from_pretrained(tmp_path / "nowhere")
+
+
+class Malicious:
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+def test_a_pickle_is_refused_without_being_run(saved, tmp_path):
+    marker = tmp_path / "executed"
+    data = pickle.dumps(Malicious(marker))
+    (saved / "model.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        DiffusionPolicy.from_pretrained(saved)
+    torch.save(Malicious(marker), saved / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        DiffusionPolicy.from_pretrained(saved)
+    assert not marker.exists()
+    pickle.loads(data)
+    assert marker.exists(), "the pickle does nothing: this test could not fail"
+
+
+# ----------------------------------------------------------------------------------------------------- normalisers
+
+NUMBERS = st.floats(-1e4, 1e4, width=32)
+
+
+@settings(deadline=None, max_examples=50)
+@given(arrays(np.float32, st.tuples(st.integers(1, 6), st.just(3)), elements=NUMBERS), st.data())
+def test_unnormalize_is_the_inverse_of_normalize(values, data):
+    fitted = torch.from_numpy(values)
+    normalizer = MinMaxNormalizer(3)
+    normalizer.fit(fitted)
+    seen = torch.from_numpy(data.draw(arrays(np.float32, (2, 3), elements=NUMBERS)))
+    magnitude = max(float(fitted.abs().max()), float(seen.abs().max()), 1.0)
+    back = normalizer.unnormalize(normalizer.normalize(seen))
+    assert float((back - seen).abs().max()) <= 1e-5 * magnitude
+    inside = normalizer.normalize(fitted)
+    assert float(inside.abs().max()) <= 1 + 1e-5 or float((fitted.amax(0) - fitted.amin(0)).min()) < 1e-3 * magnitude
+
+
+def test_the_range_becomes_minus_one_to_one():
+    normalizer = MinMaxNormalizer(2)
+    normalizer.fit(torch.tensor([[0.0, -3.0], [4.0, 1.0], [1.0, 0.0]]))
+    assert normalizer.normalize(torch.tensor([[0.0, -3.0], [4.0, 1.0]])).tolist() == [[-1, -1], [1, 1]]
+
+
+def test_a_number_that_never_varied_is_only_shifted():
+    normalizer = MinMaxNormalizer(2)
+    normalizer.fit(torch.tensor([[5.0, 0.0], [5.0, 2.0]]))
+    assert normalizer.normalize(torch.tensor([[5.0, 1.0], [5.5, 1.0]])).tolist() == [[0, 0], [0.5, 0]]
+    assert normalizer.unnormalize(torch.tensor([[0.0, 0.0]])).tolist() == [[5, 1]]
+
+
+# ------------------------------------------------------------------------------------------------------ randomness
+
+
+def test_global_random_state_is_left_alone(tmp_path):
+    def states():
+        return torch.get_rng_state().tolist(), repr(np.random.get_state()), random.getstate()  # noqa: NPY002
+
+    before = states()
+    policy = make_policy(tuned_below=2)
+    policy.sample(OBS, generator=torch_generator(0))
+    policy.predict(np.zeros((2, 3)), deterministic=True)
+    policy.predict(np.zeros((2, 3)), generator=torch_generator(0))
+    policy.loss(OBS, torch.zeros(5, 4, 2), generator=torch_generator(0))
+    policy.save_pretrained(tmp_path / "policy")
+    DiffusionPolicy.from_pretrained(Path(tmp_path / "policy"))
+    assert states() == before
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    torch.manual_seed(5)
+    first = DiffusionPolicy(CONFIG, seed=3).state_dict()
+    torch.manual_seed(6)
+    again = DiffusionPolicy(CONFIG, seed=3).state_dict()
+    other = DiffusionPolicy(CONFIG, seed=4).state_dict()
+    assert all(first[name].equal(again[name]) for name in first)
+    assert not first["base.net.0.weight"].equal(other["base.net.0.weight"])
