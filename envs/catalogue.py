@@ -7,8 +7,8 @@ import warnings
 from typing import Any
 
 import numpy as np
-from dprl.envs import envpool, metaworld
 
+from dprl.envs import envpool, metaworld
 from dprl.errors import EnvError, MissingDependencyError, check, did_you_mean
 from dprl.spec import EnvOptions, EnvSpec
 

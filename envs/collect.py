@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from dprl.envs.experts import Expert
 
 from dprl.data import Episodes
+from dprl.envs.experts import Expert
 from dprl.progress import ProgressBar
 from dprl.seeding import numpy_generator
 from dprl.spec import EnvSpec, FloatArray, build, env_seeds, with_n_obs_steps

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, Protocol, cast
 
 import numpy.typing as npt
-from dprl.envs import catalogue
 
+from dprl.envs import catalogue
 from dprl.errors import EnvError, did_you_mean
 from dprl.spec import FloatArray, load
 

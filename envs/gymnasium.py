@@ -6,8 +6,8 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from dprl.envs.chunked import ChunkedEnv, SimulatorStep
 
+from dprl.envs.chunked import ChunkedEnv, SimulatorStep
 from dprl.errors import EnvError, MissingDependencyError
 from dprl.seeding import derive_seed
 from dprl.spec import EnvSpec, FloatArray, IntArray, load

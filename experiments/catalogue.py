@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dprl.agents import DPPOConfig
-from dprl.experiments.runs import CollectConfig, FinetuneConfig, PretrainConfig
-
 from dprl.errors import ConfigError, did_you_mean
+from dprl.experiments.runs import CollectConfig, FinetuneConfig, PretrainConfig
 
 
 @dataclass(frozen=True)

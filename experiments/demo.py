@@ -6,13 +6,13 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dprl.experiments import plots, runs, video
-from dprl.experiments.catalogue import Experiment
 from rich.console import Console
 from rich.table import Table
 
 from dprl import checkpoint
 from dprl.errors import DprlError, RunExistsError
+from dprl.experiments import plots, runs, video
+from dprl.experiments.catalogue import Experiment
 from dprl.policy import DiffusionPolicy
 from dprl.progress import ProgressBar
 from dprl.rollout import Evaluation, evaluate

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from dprl.envs import metaworld
 
+from dprl.envs import metaworld
 from dprl.errors import MissingDependencyError
 from dprl.log import read_metrics
 from dprl.rollout import Evaluation

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 import tyro
-from dprl.agents import BC, DPPO, BCConfig, DPPOConfig
-from dprl.envs.collect import collect_episodes
-from dprl.envs.experts import make_expert
 
+from dprl.agents import BC, DPPO, BCConfig, DPPOConfig
 from dprl.config import from_json, to_json
 from dprl.data import Episodes, load_dataset, save_dataset
+from dprl.envs.collect import collect_episodes
+from dprl.envs.experts import make_expert
 from dprl.errors import CheckpointError, ConfigError, RunExistsError, check
 from dprl.log import read_metrics
 from dprl.networks import MLPConfig

@@ -13,8 +13,8 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-from dprl.envs import metaworld
 
+from dprl.envs import metaworld
 from dprl.errors import EnvError, MissingDependencyError
 from dprl.policy import DiffusionPolicy, PredictState
 from dprl.seeding import derive_seed, torch_generator

@@ -172,9 +172,9 @@ def test_one_environment_without_a_batch_dimension(counting):
 
 def test_the_state_passed_in_is_not_changed(counting):
     _, state = counting.predict(np.zeros((1, 3)))
-    first, _ = counting.predict(np.zeros((1, 3)), state)
-    again, _ = counting.predict(np.zeros((1, 3)), state)
-    assert np.array_equal(first, again)
+    replanned, _ = counting.predict(np.zeros((1, 3)), state, np.array([True]))
+    continued, _ = counting.predict(np.zeros((1, 3)), state, np.array([False]))
+    assert (replanned[0, 0], continued[0, 0]) == (20, 11)
 
 
 def test_deterministic_actions_do_not_depend_on_the_place_in_the_batch():

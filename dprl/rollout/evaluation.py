@@ -18,7 +18,7 @@ from dprl.seeding import torch_generator
 from dprl.spec import BatchedEnv, EnvSpec, build, env_seeds, with_n_obs_steps
 
 Z95 = 1.959963984540054
-MAX_ENVS = 100
+MAX_ENVS = 50
 LATENCY_CALLS = 30
 
 
@@ -34,8 +34,8 @@ class Evaluation:
     success_ci95: tuple[float, float] | None
     """Wilson's interval."""
     return_mean: float
-    return_ci95: tuple[float, float]
-    """Mean ± 1.96 standard errors."""
+    return_ci95: tuple[float, float] | None
+    """Mean ± 1.96 standard errors; None of a single episode."""
     episode_length_mean: float
     """Environment steps."""
     policy_latency_ms_p50: float
@@ -85,18 +85,15 @@ def evaluate(
     check(episodes >= 1, "episodes", episodes, "must be at least 1")
     require_fit(policy, spec)
     spec = with_n_obs_steps(spec, policy.config.n_obs_steps)
-    results: list[tuple[bool, float, int]] = []
-    for first in range(0, episodes, MAX_ENVS):
-        n = min(MAX_ENVS, episodes - first)
-        env = build(spec, env_seeds(seed, n, first, purpose="evaluation"))
-        try:
-            results += _play(policy, env, seed, first, on_progress)
-        finally:
-            env.close()
+    env = build(spec, env_seeds(seed, min(episodes, MAX_ENVS), purpose="evaluation"))
+    try:
+        results = _play(policy, env, episodes, seed, on_progress)
+    finally:
+        env.close()
     success, returns, lengths = (np.asarray(column) for column in zip(*results, strict=True))
     rate = float(success.mean()) if spec.has_success else None
-    half_width = Z95 * float(returns.std(ddof=1)) / math.sqrt(episodes) if episodes > 1 else math.inf
     mean = float(returns.mean())
+    half = Z95 * float(returns.std(ddof=1)) / math.sqrt(episodes) if episodes > 1 else None
     return Evaluation(
         env=spec.id,
         episodes=episodes,
@@ -104,7 +101,7 @@ def evaluate(
         success_rate=rate,
         success_ci95=None if rate is None else wilson(int(success.sum()), episodes),
         return_mean=mean,
-        return_ci95=(mean - half_width, mean + half_width),
+        return_ci95=None if half is None else (mean - half, mean + half),
         episode_length_mean=float(lengths.mean()),
         policy_latency_ms_p50=_latency_ms(policy),
     )
@@ -133,29 +130,35 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def _play(
-    policy: DiffusionPolicy, env: BatchedEnv, seed: int, first: int, on_progress: Callable[[int], None] | None
+    policy: DiffusionPolicy, env: BatchedEnv, episodes: int, seed: int, on_progress: Callable[[int], None] | None
 ) -> list[tuple[bool, float, int]]:
-    """Play one episode in every environment; return (success, return, length) of each, in order."""
-    size = checked_slice_size(env.n_envs, None)
-    generators = [torch_generator(seed, "evaluation", first, i) for i in range(env.n_envs // size)]
+    """Return (success, return, length) of every episode; episode i is number i div N of environment i mod N."""
+    n, size = env.n_envs, checked_slice_size(env.n_envs, None)
+    generators = [torch_generator(seed, "evaluation", i) for i in range(n // size)]
     observation = env.reset()
-    playing = np.ones(env.n_envs, np.bool_)
-    results: list[tuple[bool, float, int]] = [(False, 0.0, 0)] * env.n_envs
-    while playing.any():
+    quota = np.array([len(range(i, episodes, n)) for i in range(n)])
+    played = np.zeros(n, np.int64)
+    results: list[tuple[bool, float, int]] = [(False, 0.0, 0)] * episodes
+    while (played < quota).any():
         with one_thread():
             chunks = [  # whole slices, so that a row's batch does not depend on who is still playing
                 policy.sample(torch.from_numpy(observation[i * size : (i + 1) * size]), generator=generator)
                 for i, generator in enumerate(generators)
             ]
-        rows = np.flatnonzero(playing)
+        rows = np.flatnonzero(played < quota)
         actions = torch.cat(chunks)[:, : policy.config.n_action_steps].numpy()
         step = env.step_chunk(actions[rows], rows, autoreset=False)
         observation[rows] = step.observation
         for i in np.flatnonzero(step.ended):
-            results[rows[i]] = (bool(step.success[i]), float(step.episode_return[i]), int(step.episode_length[i]))
-        playing[rows[step.ended]] = False
-        if on_progress is not None and step.ended.any():
-            on_progress(int(step.ended.sum()))
+            episode = rows[i] + n * played[rows[i]]
+            results[episode] = (bool(step.success[i]), float(step.episode_return[i]), int(step.episode_length[i]))
+        ended = rows[step.ended]
+        played[ended] += 1
+        again = ended[played[ended] < quota[ended]]
+        if len(again):
+            observation[again] = env.reset(again)
+        if on_progress is not None and len(ended):
+            on_progress(len(ended))
     return results
 
 

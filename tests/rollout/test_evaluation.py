@@ -1,0 +1,146 @@
+"""Evaluation is a function of policy, task and seed."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dprl.errors import ConfigError, EnvError
+from dprl.networks import MLPConfig
+from dprl.policy import DiffusionPolicy, PolicyConfig
+from dprl.rollout import Evaluation, evaluate, evaluation
+from dprl.rollout.evaluation import LATENCY_CALLS, wilson
+from dprl.spec import EnvOptions, EnvSpec, resolve
+
+pytest.importorskip("envpool")
+
+
+class Recorder(DiffusionPolicy):
+    """A policy that keeps what it saw."""
+
+    def sample(self, obs, **kwargs):
+        self.__dict__.setdefault("seen", []).append(obs.clone())
+        return super().sample(obs, **kwargs)
+
+
+def make_policy(spec: EnvSpec, n_obs_steps: int = 1) -> Recorder:
+    config = PolicyConfig(
+        observation_size=spec.observation_size,
+        action_size=spec.action_size,
+        horizon=4,
+        n_action_steps=3,
+        n_obs_steps=n_obs_steps,
+        num_train_timesteps=3,
+        denoiser=MLPConfig(hidden_size=8),
+    )
+    return Recorder(config)
+
+
+def hopper(max_episode_steps: int = 20) -> EnvSpec:
+    return resolve("Hopper-v5", EnvOptions(max_episode_steps=max_episode_steps))
+
+
+def without_latency(result: Evaluation) -> Evaluation:
+    return replace(result, policy_latency_ms_p50=0.0)
+
+
+def starts(episodes: int, seed: int = 0) -> torch.Tensor:
+    """What each episode starts from: one decision an episode, then those calls that measure the latency."""
+    policy = make_policy(hopper())
+    evaluate(policy, hopper(max_episode_steps=3), episodes, seed)
+    return torch.cat(policy.seen[:-LATENCY_CALLS])
+
+
+def test_twice_with_one_seed_is_equal_but_for_latency():
+    policy, spec = make_policy(hopper()), hopper()
+    one, other = evaluate(policy, spec, 6, seed=1), evaluate(policy, spec, 6, seed=1)
+    assert without_latency(one) == without_latency(other)
+    assert one.policy_latency_ms_p50 > 0
+
+
+def test_seed_matters():
+    policy, spec = make_policy(hopper()), hopper()
+    assert evaluate(policy, spec, 3, seed=1).return_mean != evaluate(policy, spec, 3, seed=2).return_mean
+
+
+def test_it_leaves_the_random_state_alone():
+    state = torch.random.get_rng_state()
+    evaluate(make_policy(hopper()), hopper(), 2, seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_start_does_not_depend_on_how_many_episodes_there_are(monkeypatch):
+    five = starts(5)
+    assert len(torch.unique(five, dim=0)) == 5, "episodes should start differently"
+    assert torch.equal(starts(3), five[:3])
+    monkeypatch.setattr(evaluation, "MAX_ENVS", 2)
+    assert torch.equal(starts(5), five)
+    assert not torch.equal(starts(5, seed=1), five)
+
+
+def test_history_is_the_policys():
+    policy = make_policy(hopper(), n_obs_steps=2)
+    evaluate(policy, hopper(), 2, seed=0)
+    assert policy.seen[0].shape == (2, 2, 11)
+
+
+def test_hopper_reports_no_success():
+    result = evaluate(make_policy(hopper()), hopper(), 3, seed=0)
+    assert result.success_rate is None
+    assert result.success_ci95 is None
+    assert result.score == result.return_mean
+    assert set(result.metrics()) == {"eval/return_mean", "eval/episode_length_mean"}
+    assert 0 < result.episode_length_mean <= 20
+
+
+def test_push_reports_success():
+    spec = resolve("metaworld/push-v3", EnvOptions(max_episode_steps=6))
+    result = evaluate(make_policy(spec), spec, 3, seed=0)
+    assert result.success_rate == result.score == 0
+    assert result.success_ci95 == wilson(0, 3)
+    assert result.metrics()["eval/success_high"] == wilson(0, 3)[1]
+    assert (result.return_mean, result.episode_length_mean) == (0, 6)
+    assert (result.env, result.episodes, result.seed) == ("metaworld/push-v3", 3, 0)
+
+
+def test_interval_of_the_return_is_of_the_mean():
+    policy = make_policy(hopper())
+    single = [evaluate(policy, hopper(), n, seed=0) for n in (1, 2)]
+    assert single[0].return_ci95 == (-math.inf, math.inf)
+    low, high = single[1].return_ci95
+    assert low < single[1].return_mean < high
+    assert (low + high) / 2 == pytest.approx(single[1].return_mean)
+
+
+def test_progress_counts_every_episode():
+    done: list[int] = []
+    evaluate(make_policy(hopper()), hopper(), 5, seed=0, on_progress=done.append)
+    assert sum(done) == 5
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962)],
+)
+def test_wilson_against_known_values(successes, n, low, high):
+    assert wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
+    assert 0 <= wilson(successes, n)[0] <= wilson(successes, n)[1] <= 1
+
+
+def test_wrong_observation_size_is_refused_with_both_sizes():
+    policy = make_policy(hopper())
+    with pytest.raises(EnvError, match=r"observation_size = 11, but metaworld/push-v3 has 39"):
+        evaluate(policy, resolve("metaworld/push-v3"), 1, seed=0)
+
+
+def test_wrong_action_size_is_refused_with_both_sizes():
+    policy = make_policy(replace(hopper(), action_low=(-1.0,) * 5, action_high=(1.0,) * 5))
+    with pytest.raises(EnvError, match=r"action_size = 5, but Hopper-v5 has 3"):
+        evaluate(policy, hopper(), 1, seed=0)
+
+
+@pytest.mark.parametrize("episodes", [0, -1])
+def test_no_episodes_are_refused(episodes):
+    with pytest.raises(ConfigError, match=f"episodes = {episodes}: must be at least 1"):
+        evaluate(make_policy(hopper()), hopper(), episodes, seed=0)

@@ -1,0 +1,274 @@
+"""Pools: the same seed and slice size give the same rollouts, however the environments are spread."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+
+import numpy as np
+import pytest
+import torch
+
+from dprl.errors import ConfigError, EnvError
+from dprl.mdp import DenoisingMDP, ExplorationConfig
+from dprl.networks import MLPConfig
+from dprl.policy import DiffusionPolicy, PolicyConfig
+from dprl.rollout import InProcessPool, PoolState, Rollout, RolloutPool, as_pool
+from dprl.rollout.pool import checked_slice_size
+from dprl.spec import EnvOptions, EnvSpec, build, env_seeds, resolve
+
+pytest.importorskip("envpool")
+
+N_ENVS, SLICE, SEED = 8, 2, 3
+HORIZON, EXECUTED, TUNED, DECISIONS = 4, 3, 2, 5
+
+
+@pytest.fixture(scope="module")
+def spec() -> EnvSpec:
+    return resolve("Hopper-v5", EnvOptions(max_episode_steps=10, n_obs_steps=2))
+
+
+@pytest.fixture(scope="module")
+def actor(spec) -> DenoisingMDP:
+    config = PolicyConfig(
+        observation_size=spec.observation_size,
+        action_size=spec.action_size,
+        horizon=HORIZON,
+        n_action_steps=EXECUTED,
+        n_obs_steps=2,
+        num_train_timesteps=4,
+        denoiser=MLPConfig(hidden_size=16),
+    )
+    return DenoisingMDP(DiffusionPolicy(config), TUNED, ExplorationConfig())
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[object]:
+    ray = pytest.importorskip("ray")
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+@dataclass
+class Collected:
+    """Two collections, one after the other, and the state between them."""
+
+    first: Rollout
+    state: PoolState
+    second: Rollout
+
+
+def collect(pool: RolloutPool, actor: DenoisingMDP) -> Collected:
+    with pool:
+        first = pool.collect(actor, EXECUTED, DECISIONS)
+        state = pool.state()
+        return Collected(first, state, pool.collect(actor, EXECUTED, DECISIONS))
+
+
+def in_process(spec: EnvSpec, seed: int = SEED, slice_size: int | None = SLICE) -> InProcessPool:
+    return InProcessPool(spec, N_ENVS, seed=seed, slice_size=slice_size)
+
+
+@pytest.fixture(scope="module")
+def reference(spec, actor) -> Collected:
+    collected = collect(in_process(spec), actor)
+    assert collected.first.ended.sum() >= N_ENVS, "there should be resets"
+    return collected
+
+
+@pytest.fixture(scope="module")
+def on_ray(ray, spec, actor) -> Callable[[int], Collected]:
+    """Collect with so many workers; each number once."""
+    from dprl.rollout.ray_pool import RayPool
+
+    done: dict[int, Collected] = {}
+
+    def collected(num_workers: int) -> Collected:
+        if num_workers not in done:
+            pool = RayPool(spec, N_ENVS, num_workers=num_workers, seed=SEED, slice_size=SLICE)
+            done[num_workers] = collect(pool, actor)
+        return done[num_workers]
+
+    return collected
+
+
+def assert_same(one: Rollout, other: Rollout) -> None:
+    for field in fields(Rollout):
+        np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name), field.name)
+
+
+def assert_same_state(one: PoolState, other: PoolState) -> None:
+    for name in ("episodes", "lengths", "actions"):
+        np.testing.assert_array_equal(getattr(one.env, name), getattr(other.env, name), name)
+    assert torch.equal(one.generators, other.generators)
+
+
+def test_shapes(reference, spec):
+    rollout, rows = reference.first, (DECISIONS, N_ENVS)
+    shapes = {field.name: getattr(rollout, field.name).shape for field in fields(Rollout)}
+    assert shapes.pop("observations") == (*rows, 2, spec.observation_size)
+    assert shapes.pop("final_observations") == (*rows, 2, spec.observation_size)
+    assert shapes.pop("chains") == (*rows, TUNED + 1, HORIZON, spec.action_size)
+    assert set(shapes.values()) == {rows}
+
+
+def test_decisions_follow_one_another(reference):
+    observations = np.concatenate([reference.first.observations, reference.second.observations])
+    final = np.concatenate([reference.first.final_observations, reference.second.final_observations])
+    goes_on = ~np.concatenate([reference.first.ended, reference.second.ended])[:-1]
+    np.testing.assert_array_equal(observations[1:][goes_on], final[:-1][goes_on])
+    assert (observations[1:][~goes_on] != final[:-1][~goes_on]).any(axis=(1, 2)).all()
+
+
+def test_returns_and_lengths_add_up(reference):
+    rollout = reference.first
+    returns, lengths = np.zeros(N_ENVS), np.zeros(N_ENVS, int)
+    for t in range(DECISIONS):
+        returns, lengths = returns + rollout.rewards[t], lengths + rollout.n_steps[t]
+        np.testing.assert_allclose(rollout.episode_returns[t], returns, rtol=1e-5)
+        np.testing.assert_array_equal(rollout.episode_lengths[t], lengths)
+        returns[rollout.ended[t]], lengths[rollout.ended[t]] = 0, 0
+    assert rollout.episode_lengths.max() <= 10
+    assert rollout.n_steps.max() == EXECUTED
+
+
+def test_chain_ends_in_the_executed_actions(reference, actor, spec):
+    env = build(spec, env_seeds(SEED, N_ENVS))
+    env.reset()
+    x = torch.from_numpy(reference.first.chains[0, :, -1])
+    actions = actor.policy.action_normalizer.unnormalize(x).numpy()[:, :EXECUTED]
+    np.testing.assert_array_equal(env.step_chunk(actions).final_observation, reference.first.final_observations[0])
+
+
+def test_same_seed_is_equal_and_another_is_not(reference, spec, actor):
+    assert_same(collect(in_process(spec), actor).second, reference.second)
+    other = collect(in_process(spec, seed=SEED + 1), actor)
+    assert not np.array_equal(other.first.observations[0], reference.first.observations[0])
+    assert not np.array_equal(other.first.chains, reference.first.chains)
+
+
+def test_slices_and_collections_draw_noise_of_their_own(reference):
+    start = np.concatenate([reference.first.chains[0, :, 0], reference.second.chains[0, :, 0]])
+    assert len(np.unique(start.reshape(2 * N_ENVS, -1), axis=0)) == 2 * N_ENVS
+
+
+def test_results_do_not_depend_on_torchs_threads(reference, spec, actor):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert_same(collect(in_process(spec), actor).second, reference.second)
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_environments_of_ones_own_give_the_same(reference, spec, actor):
+    pool = as_pool(build(spec, env_seeds(SEED, N_ENVS)), SEED)
+    assert_same(collect(pool, actor).first, collect(in_process(spec, slice_size=None), actor).first)
+    assert as_pool(pool, SEED) is pool
+
+
+def test_restore_in_process_goes_on_exactly(reference, spec, actor):
+    with in_process(spec) as pool:
+        pool.restore(reference.state)
+        assert_same_state(pool.state(), reference.state)
+        assert_same(pool.collect(actor, EXECUTED, DECISIONS), reference.second)
+
+
+def test_restore_of_an_unused_pool_starts_at_the_beginning(reference, spec, actor):
+    with in_process(spec) as unused, in_process(spec) as pool:
+        pool.restore(unused.state())
+        assert_same(pool.collect(actor, EXECUTED, DECISIONS), reference.first)
+
+
+def test_restore_of_another_number_of_environments_is_refused(reference, spec):
+    with InProcessPool(spec, 4, seed=SEED, slice_size=2) as pool, pytest.raises((EnvError, ConfigError), match="8"):
+        pool.restore(reference.state)
+
+
+def test_restore_with_another_slice_size_is_refused(reference, spec):
+    with in_process(spec, slice_size=4) as pool, pytest.raises((EnvError, ConfigError), match="slice"):
+        pool.restore(reference.state)
+
+
+@pytest.mark.parametrize("slice_size", [0, 3, 16, -2])
+def test_slice_size_must_divide_the_environments(spec, slice_size):
+    with pytest.raises(ConfigError, match=f"slice_size = {slice_size}: must divide n_envs, which is 8"):
+        in_process(spec, slice_size=slice_size)
+
+
+def test_default_slice_is_the_largest_divisor_up_to_32():
+    assert [checked_slice_size(n, None) for n in (1, 8, 32, 48, 64, 37)] == [1, 8, 32, 24, 32, 1]
+
+
+def test_number_of_environments_must_be_stated(spec):
+    with pytest.raises(ConfigError, match="n_envs = None"):
+        InProcessPool(spec)
+
+
+@pytest.mark.parametrize("n_envs", [0, -1])
+def test_no_environments_are_refused(spec, n_envs):
+    with pytest.raises(ConfigError, match=f"n_envs = {n_envs}"):
+        InProcessPool(spec, n_envs)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_ray_gives_the_same_rollouts(reference, on_ray, num_workers):
+    collected = on_ray(num_workers)
+    assert_same(collected.first, reference.first)
+    assert_same(collected.second, reference.second)
+    assert_same_state(collected.state, reference.state)
+
+
+def test_rollouts_from_ray_may_be_changed_like_those_in_process(reference, on_ray):
+    for collected in (reference, on_ray(1), on_ray(2)):
+        frozen = [f.name for f in fields(Rollout) if not getattr(collected.first, f.name).flags.writeable]
+        assert frozen == []
+
+
+def test_restore_with_another_number_of_workers_goes_on_exactly(reference, on_ray, spec, actor):
+    from dprl.rollout.ray_pool import RayPool
+
+    with in_process(spec) as pool:
+        pool.restore(on_ray(4).state)
+        assert_same(pool.collect(actor, EXECUTED, DECISIONS), reference.second)
+    with RayPool(spec, N_ENVS, num_workers=2, seed=SEED, slice_size=SLICE) as pool:
+        pool.restore(on_ray(4).state)
+        assert_same(pool.collect(actor, EXECUTED, DECISIONS), reference.second)
+
+
+def test_too_many_workers_are_refused_with_the_arithmetic(ray, spec):
+    from dprl.rollout.ray_pool import RayPool
+
+    message = r"num_workers = 4: 4 workers x 2.5 CPUs each = 10, but Ray has .* CPUs"
+    with pytest.raises(ConfigError, match=message):
+        RayPool(spec, N_ENVS, num_workers=4, slice_size=SLICE, cpus_per_worker=2.5)
+    assert ray.is_initialized(), "a Ray that was running before must go on"
+
+
+@pytest.mark.parametrize("num_workers", [0, 3, 8])
+def test_workers_must_divide_the_slices(ray, spec, num_workers):
+    from dprl.rollout.ray_pool import RayPool
+
+    with pytest.raises(ConfigError, match=rf"num_workers = {num_workers}: .*8 environments / slice_size 2 = 4"):
+        RayPool(spec, N_ENVS, num_workers=num_workers, slice_size=SLICE)
+
+
+def test_slice_size_must_divide_the_environments_on_ray(ray, spec):
+    from dprl.rollout.ray_pool import RayPool
+
+    with pytest.raises(ConfigError, match="slice_size = 3: must divide n_envs, which is 8"):
+        RayPool(spec, N_ENVS, num_workers=1, slice_size=3)
+
+
+def test_pool_can_follow_another_at_once(ray, spec):
+    """A closed pool must have given its CPUs back; and it leaves no actors."""
+    from ray.util.state import list_actors
+
+    from dprl.rollout.ray_pool import RayPool
+
+    for _ in range(2):
+        RayPool(spec, 2, num_workers=1, slice_size=2, cpus_per_worker=8).close()
+    assert ray.is_initialized()
+    assert [actor for actor in list_actors() if actor.state != "DEAD"] == []

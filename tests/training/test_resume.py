@@ -1,0 +1,151 @@
+"""Resume equals uninterrupted, bit for bit, after kill -9; evaluating does not touch training."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from dprl.cli import main
+from dprl.data import Episodes, save_dataset
+from dprl.errors import CheckpointError
+from dprl.policy import DiffusionPolicy, PolicyConfig
+from dprl.spec import resolve
+from dprl.training import RunFolder
+
+PUSH = "metaworld/push-v3"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random policy for Push and a small random data set."""
+    folder = tmp_path_factory.mktemp("inputs")
+    DiffusionPolicy(PolicyConfig(39, 4, num_train_timesteps=6)).save_pretrained(folder / "policy")
+    rng = np.random.default_rng(0)
+    observations, actions = (rng.uniform(-1, 1, (90, n)).astype(np.float32) for n in (39, 4))
+    no = np.zeros(3, np.bool_)
+    data = Episodes(
+        observations, actions, np.zeros(90, np.float32), observations[:3], np.array([30, 60, 90]), no, no,
+        np.arange(3), PUSH,
+    )  # fmt: skip
+    save_dataset(data, folder / "data", resolve(PUSH))
+    return folder
+
+
+def command(kind: str, inputs: Path, out: Path) -> list[str]:
+    """A run of six iterations; episodes of DPPO's cross the iterations' ends."""
+    if kind == "pretrain":
+        return ["pretrain", str(inputs / "data"), "--out", str(out), "--steps", "300", "--checkpoint-every", "1",
+                "--bc.steps-per-iteration", "50", "--bc.batch-size", "16", "--quiet"]  # fmt: skip
+    return ["finetune", str(inputs / "policy"), "--env", PUSH, "--out", str(out), "--n-envs", "4",
+            "--total-timesteps", "440", "--dppo.tuned-steps", "3", "--dppo.n-steps", "5", "--dppo.batch-size", "20",
+            "--dppo.n-epochs", "2", "--checkpoint-every", "1", "--eval-every", "0",
+            "--options.max-episode-steps", "30", "--options.reward", "dense", "--quiet"]  # fmt: skip
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    text = (run / "metrics.jsonl").read_text() if (run / "metrics.jsonl").exists() else ""
+    complete = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in complete]
+
+
+def kill_after(arguments: list[str], run: Path, iteration: int) -> None:
+    """Start dprl in a process of its own and kill -9 it once it has logged `iteration`."""
+    process = subprocess.Popen([sys.executable, "-m", "dprl", *arguments])
+    deadline = time.monotonic() + 120
+    while not rows(run) or rows(run)[-1]["iteration"] < iteration:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def assert_same_checkpoint(a: Path, b: Path) -> None:
+    for name in ("model.safetensors", "training.safetensors"):
+        ours, theirs = load_file(a / name), load_file(b / name)
+        assert ours.keys() == theirs.keys()
+        different = [key for key in ours if not np.array_equal(ours[key], theirs[key], equal_nan=True)]
+        assert not different, f"{name}: {different}"
+    for name in ("training.json", "config.json"):
+        assert (a / name).read_text() == (b / name).read_text()
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "finetune"])
+def test_killed_and_resumed_equals_uninterrupted(kind: str, inputs: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(command(kind, inputs, whole)) == 0
+    kill_after(command(kind, inputs, killed), killed, iteration=3)
+    assert rows(killed)[-1]["iteration"] < 6
+    assert main(["resume", str(killed), "--quiet"]) == 0
+    assert len(rows(whole)) == 7, "six iterations after the start"
+    assert rows(killed) == rows(whole)
+    assert_same_checkpoint(killed / "checkpoints" / "last", whole / "checkpoints" / "last")
+    names = load_file(whole / "checkpoints" / "last" / "training.safetensors").keys()
+    for part in ("exp_avg", "generator"):
+        assert any(part in name for name in names), f"{part} is not in the checkpoint"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("iteration", [0, 1, 2, 4, 5])
+@pytest.mark.parametrize("kind", ["pretrain", "finetune"])
+def test_killed_anywhere(kind: str, iteration: int, inputs: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(command(kind, inputs, whole)) == 0
+    kill_after(command(kind, inputs, killed), killed, iteration)
+    assert main(["resume", str(killed), "--quiet"]) == 0
+    assert rows(killed) == rows(whole)
+    assert_same_checkpoint(killed / "checkpoints" / "last", whole / "checkpoints" / "last")
+
+
+def test_evaluating_more_often_changes_no_byte_of_training(inputs: Path, tmp_path: Path) -> None:
+    runs = {}
+    for every in (0, 1, 3):
+        runs[every] = tmp_path / f"every{every}"
+        arguments = command("finetune", inputs, runs[every])
+        arguments[arguments.index("--eval-every") + 1] = str(every)
+        assert main([*arguments, "--eval-episodes", "2"]) == 0
+        assert_same_checkpoint(runs[every] / "checkpoints" / "last", runs[0] / "checkpoints" / "last")
+    trained = {every: [{k: v for k, v in row.items() if not k.startswith("eval/")} for row in rows(run)]
+               for every, run in runs.items()}  # fmt: skip
+    assert trained[0] == trained[1] == trained[3]
+    assert any("eval/return_mean" in row for row in rows(runs[1]))
+
+
+def test_sigterm_finishes_the_iteration_and_the_run_resumes(inputs: Path, tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert main(command("pretrain", inputs, whole)) == 0
+    process = subprocess.Popen([sys.executable, "-m", "dprl", *command("pretrain", inputs, stopped)],
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    while not rows(stopped):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "dprl resume" in errors
+    assert RunFolder(stopped).progress()["iteration"] == rows(stopped)[-1]["iteration"]
+    assert main(["resume", str(stopped), "--quiet"]) == 0
+    assert rows(stopped) == rows(whole)
+    assert_same_checkpoint(stopped / "checkpoints" / "last", whole / "checkpoints" / "last")
+
+
+def test_resuming_a_complete_run_changes_nothing(inputs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(command("pretrain", inputs, run)) == 0
+    before = rows(run)
+    assert main(["resume", str(run), "--quiet"]) == 0
+    assert rows(run) == before
+
+
+def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", "pretrain", {"data": "somewhere"})
+    with pytest.raises(CheckpointError, match="no checkpoint yet"):
+        run.progress()
+    assert main(["resume", str(tmp_path / "run")]) == 2
