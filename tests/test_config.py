@@ -5,11 +5,11 @@ import math
 from dataclasses import dataclass, replace
 
 import pytest
-from dprl.agents import BCConfig, DPPOConfig
-from dprl.experiments.runs import CollectConfig, FinetuneConfig, PretrainConfig
 
+from dprl.agents import BCConfig, DPPOConfig
 from dprl.config import from_json, to_json
 from dprl.errors import ConfigError
+from dprl.experiments.runs import CollectConfig, FinetuneConfig, PretrainConfig
 from dprl.mdp import ExplorationConfig
 from dprl.networks import MLPConfig
 from dprl.policy import PolicyConfig

@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from dprl.envs.chunked import ChunkedEnv, SimulatorStep
 
 from dprl.data import Episodes
+from dprl.envs.chunked import ChunkedEnv, SimulatorStep
 from dprl.networks import MLPConfig
 from dprl.policy import DiffusionPolicy, PolicyConfig
 from dprl.seeding import numpy_generator

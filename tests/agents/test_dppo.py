@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+
 from dprl.agents import DPPO, DPPOConfig
 from dprl.agents.dppo import chunk_log_prob, clip_ranges, policy_loss
-
 from dprl.errors import ConfigError, EnvError
 from dprl.mdp import DenoisingMDP, ExplorationConfig
 from dprl.networks import MLPConfig
@@ -54,8 +54,8 @@ def test_each_step_is_evaluated_by_the_one_network_it_belongs_to() -> None:
     policy = toy_policy()
     mdp = DenoisingMDP(policy, 3, ExplorationConfig())
     seen: dict[str, list[int]] = {"base": [], "tuned": []}
-    for name in seen:
-        getattr(policy, name).register_forward_hook(lambda _, args, __, name=name: seen[name].append(int(args[1][0])))
+    for name, timesteps in seen.items():
+        getattr(policy, name).register_forward_hook(lambda _, args, __, to=timesteps: to.append(int(args[1][0])))
     mdp.sample(torch.zeros(2, 1, 2), torch.Generator().manual_seed(0))
     assert seen == {"base": [7, 6, 5, 4, 3], "tuned": [2, 1, 0]}
 
@@ -138,13 +138,13 @@ def test_gradient_of_the_loss_in_float64() -> None:
 
 
 def test_more_tuned_than_denoising_steps_is_refused() -> None:
-    with pytest.raises(ConfigError, match="tuned_steps = 9.*8"):
+    with pytest.raises(ConfigError, match=r"tuned_steps = 9.*8"):
         DPPO(toy_policy(), make_toy(reach_spec(), 2), tuned_steps=9)
 
 
 def test_a_policy_of_another_size_is_refused() -> None:
     policy = DiffusionPolicy(PolicyConfig(observation_size=3, action_size=1))
-    with pytest.raises(EnvError, match="observation_size = 3.* has 2"):
+    with pytest.raises(EnvError, match=r"observation_size = 3.* has 2"):
         DPPO(policy, make_toy(reach_spec(), 2))
 
 
@@ -181,7 +181,6 @@ def test_critic_of_an_endless_world_that_is_cut_every_8_steps() -> None:
 def test_learning(seed: int) -> None:
     """A half-trained reacher: DPPO must lift it well above its start, on every seed."""
     from dprl.agents import BC
-
     from dprl.rollout import evaluate
     from tests.toys import reach_demonstrations
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from dprl.agents.dppo import DPPOConfig, chunk_log_prob, clip_ranges, policy_loss, value_loss
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dprl.agents.dppo import DPPOConfig, chunk_log_prob, clip_ranges, policy_loss, value_loss
 from dprl.mdp import DenoisingMDP, ExplorationConfig
 from dprl.networks import MLPConfig, ValueNet
 from dprl.policy import DiffusionPolicy, PolicyConfig, denoising_loss

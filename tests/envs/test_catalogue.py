@@ -3,8 +3,8 @@
 import warnings
 
 import pytest
-from dprl.envs import catalogue
 
+from dprl.envs import catalogue
 from dprl.errors import ConfigError, EnvError, MissingDependencyError
 from dprl.spec import EnvOptions, resolve
 

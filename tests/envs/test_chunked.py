@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from dprl.envs.chunked import ChunkedEnv, SimulatorStep
 
+from dprl.envs.chunked import ChunkedEnv, SimulatorStep
 from dprl.errors import EnvError
 from dprl.spec import EnvSpec
 

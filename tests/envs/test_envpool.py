@@ -91,6 +91,12 @@ def test_subset_leaves_the_others_untouched(spec, assert_same_step):
     assert_same_step(some.step_chunk(actions[1]), only.step_chunk(actions[1, 1:2], np.array([1])), [1])
 
 
+def test_closing_twice_is_harmless():
+    env = build(resolve("Hopper-v5"), [0])
+    env.close()
+    env.close()
+
+
 def test_push_shows_its_goal():
     env = build(resolve("metaworld/push-v3"), env_seeds(0, 2))
     assert (env.reset()[:, -1, 36:39] != 0).all()

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+
+from dprl.data import Episodes
 from dprl.envs import collect
 from dprl.envs.collect import collect_episodes
 from dprl.envs.experts import make_expert
-
-from dprl.data import Episodes
 from dprl.errors import ConfigError, EnvError
 from dprl.spec import EnvOptions, build, env_seeds, resolve
 

@@ -1,6 +1,5 @@
 """Evaluation is a function of policy, task and seed."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -49,7 +48,7 @@ def starts(episodes: int, seed: int = 0) -> torch.Tensor:
     """What each episode starts from: one decision an episode, then those calls that measure the latency."""
     policy = make_policy(hopper())
     evaluate(policy, hopper(max_episode_steps=3), episodes, seed)
-    return torch.cat(policy.seen[:-LATENCY_CALLS])
+    return torch.cat(policy.seen[:-LATENCY_CALLS])[:episodes]
 
 
 def test_twice_with_one_seed_is_equal_but_for_latency():
@@ -71,12 +70,19 @@ def test_it_leaves_the_random_state_alone():
 
 
 def test_start_does_not_depend_on_how_many_episodes_there_are(monkeypatch):
-    five = starts(5)
-    assert len(torch.unique(five, dim=0)) == 5, "episodes should start differently"
-    assert torch.equal(starts(3), five[:3])
+    for max_envs in (50, 2):  # each episode in an environment of its own, and several one after the other
+        monkeypatch.setattr(evaluation, "MAX_ENVS", max_envs)
+        five = starts(5)
+        assert len(torch.unique(five, dim=0)) == 5, "episodes should start differently"
+        assert all(torch.equal(starts(n), five[:n]) for n in (1, 2, 3))
+        assert not torch.equal(starts(5, seed=1), five)
+
+
+def test_result_is_of_every_episode_once(monkeypatch):
     monkeypatch.setattr(evaluation, "MAX_ENVS", 2)
-    assert torch.equal(starts(5), five)
-    assert not torch.equal(starts(5, seed=1), five)
+    policy, spec = make_policy(hopper()), hopper(max_episode_steps=40)
+    returns = [evaluate(policy, spec, n, seed=0).return_mean * n for n in (2, 3, 4)]
+    assert returns[0] < returns[1] < returns[2], "Hopper pays at every step, so more episodes pay more"
 
 
 def test_history_is_the_policys():
@@ -106,11 +112,11 @@ def test_push_reports_success():
 
 def test_interval_of_the_return_is_of_the_mean():
     policy = make_policy(hopper())
-    single = [evaluate(policy, hopper(), n, seed=0) for n in (1, 2)]
-    assert single[0].return_ci95 == (-math.inf, math.inf)
-    low, high = single[1].return_ci95
-    assert low < single[1].return_mean < high
-    assert (low + high) / 2 == pytest.approx(single[1].return_mean)
+    assert evaluate(policy, hopper(), 1, seed=0).return_ci95 is None
+    result = evaluate(policy, hopper(), 4, seed=0)
+    low, high = result.return_ci95
+    assert low < result.return_mean < high
+    assert (low + high) / 2 == pytest.approx(result.return_mean)
 
 
 def test_progress_counts_every_episode():
