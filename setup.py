@@ -27,8 +27,8 @@ extras["demo"] = [*extras["envs"], *extras["plots"], *extras["tensorboard"]]
 extras["all"] = sorted({requirement for group in extras.values() for requirement in group})
 extras["dev"] = [
     *extras["all"],
-    "build>=1.2", "hypothesis>=6", "minari>=0.5", "mypy>=2", "pytest>=8", "pytest-cov>=5", "pytest-timeout>=2",
-    "ruff>=0.17", "stable-baselines3>=2.3",
+    "hypothesis>=6", "minari>=0.5", "mypy>=2", "pytest>=8", "pytest-cov>=5", "pytest-timeout>=2",
+    "ruff>=0.17", "setuptools>=77", "stable-baselines3>=2.3", "wheel",
 ]  # fmt: skip
 
 setup(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dprl import checkpoint
+from dprl.config import validate
 from dprl.data import Episodes
 from dprl.errors import check
 from dprl.networks import polyak_update
@@ -40,11 +41,11 @@ class BCConfig:
     """Gradient steps between two chances to log, evaluate or stop."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "steps_per_iteration"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        for name in ("learning_rate", "final_learning_rate"):
-            check(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
-        check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must be at least 0")
+        validate(
+            self,
+            at_least={"batch_size": 1, "steps_per_iteration": 1, "weight_decay": 0},
+            above={"learning_rate": 0, "final_learning_rate": 0},
+        )
         check(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "must be at least 0 and below 1")
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dprl import checkpoint
+from dprl.config import validate
 from dprl.errors import check
 from dprl.mdp import DenoisingMDP, ExplorationConfig
 from dprl.networks import ValueNet
@@ -39,11 +40,11 @@ LOG_PROB_RANGE = (-5.0, 2.0)
 class DPPOConfig:
     """The algorithm's numbers."""
 
-    tuned_steps: int = 5
+    tuned_steps: int = 10
     """K', how many of the last denoising steps are trained."""
     n_steps: int = 50
     """T, decisions per environment and iteration."""
-    n_epochs: int = 8
+    n_epochs: int = 5
     """Passes over the pairs of one rollout."""
     batch_size: int = 2_000
     """(decision, denoising step) pairs per gradient step."""
@@ -55,9 +56,9 @@ class DPPOConfig:
     gae_lambda: float = 0.95
     denoising_discount: float = 0.99
     """The advantage of step k is multiplied by this to the power k."""
-    clip_range: float = 0.03
+    clip_range: float = 0.05
     """PPO's clip at the step that emits the action; of the ratio of mean log-probs."""
-    clip_range_base: float = 0.003
+    clip_range_base: float = 0.005
     """The clip at the noisiest tuned step."""
     clip_range_rate: float = 3.0
     """How steeply the clip grows between the two."""
@@ -73,16 +74,18 @@ class DPPOConfig:
     exploration: ExplorationConfig = field(default_factory=ExplorationConfig)
 
     def __post_init__(self) -> None:
-        for name in ("tuned_steps", "n_steps", "n_epochs", "batch_size", "critic_hidden_size"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        for name in ("learning_rate", "critic_learning_rate", "clip_range", "clip_range_rate", "target_kl"):
-            check(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
+        counts = ("tuned_steps", "n_steps", "n_epochs", "batch_size", "critic_hidden_size")
+        positive = ("learning_rate", "critic_learning_rate", "clip_range", "clip_range_rate", "target_kl")
+        validate(
+            self,
+            at_least={**dict.fromkeys(counts, 1), "critic_warmup": 0, "vf_coef": 0},
+            above=dict.fromkeys(positive, 0),
+        )
+        check(self.clip_range_rate <= 50, "clip_range_rate", self.clip_range_rate, "must be at most 50")
         for name in ("gamma", "gae_lambda", "denoising_discount"):
             check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be from 0 to 1")
         ordered = 0 < self.clip_range_base <= self.clip_range
         check(ordered, "clip_range_base", self.clip_range_base, f"must be above 0 and at most {self.clip_range}")
-        check(self.critic_warmup >= 0, "critic_warmup", self.critic_warmup, "must be at least 0")
-        check(self.vf_coef >= 0, "vf_coef", self.vf_coef, "must be at least 0")
 
 
 # ---------------------------------------------------------------------------------------------- the mathematics

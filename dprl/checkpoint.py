@@ -41,23 +41,25 @@ def publish(path: Path, write: Callable[[Path], None], *, overwrite: bool = Fals
     Raises:
         RunExistsError: `path` exists and `overwrite` is not set.
     """
-    if path.exists() and not overwrite:
+    occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if occupied and not overwrite:
         raise RunExistsError(f"'{path}' already exists; choose another folder or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    temporary.mkdir()
+    replaced = temporary.with_suffix(".old")
     try:
+        temporary.mkdir()
         write(temporary)
         write_manifest(temporary)
-        replaced = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.old"
         if path.exists():
             path.rename(replaced)
         temporary.rename(path)
         _fsync(path.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
+    finally:
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_manifest(folder: Path) -> None:
@@ -79,10 +81,13 @@ def verify(folder: Path) -> None:
     if not (folder / MANIFEST).is_file():
         return
     manifest = read_json(folder / MANIFEST)
-    if manifest.get("format_version", 0) > FORMAT_VERSION:
-        raise CheckpointError(f"'{folder}' has format {manifest['format_version']}; this dprl reads up to "
+    version, digests = (manifest.get(k) if isinstance(manifest, dict) else None for k in ("format_version", "sha256"))
+    if not isinstance(version, int) or not isinstance(digests, dict):
+        raise CheckpointError(f"'{folder / MANIFEST}' is damaged: it lacks format_version or sha256")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(f"'{folder}' has format {version}; this dprl reads up to "
                               f"{FORMAT_VERSION}: upgrade dprl")  # fmt: skip
-    for name, digest in manifest["sha256"].items():
+    for name, digest in digests.items():
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"'{file}' is missing: the checkpoint is incomplete; use another one")
@@ -93,8 +98,11 @@ def verify(folder: Path) -> None:
 def replace_link(link: Path, target: str) -> None:
     """Point the symbolic link `link` at `target` (relative) in one step."""
     temporary = link.parent / f".{link.name}.{uuid.uuid4().hex[:8]}.tmp"
-    temporary.symlink_to(target)
-    temporary.replace(link)
+    try:
+        temporary.symlink_to(target)
+        temporary.replace(link)
+    finally:
+        temporary.unlink(missing_ok=True)
     _fsync(link.parent)
 
 
@@ -173,7 +181,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: StateTree) -> 
 
 def _flatten(tree: StateTree, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             yield from _flatten(value, f"{prefix}{key}/")
         else:
             yield f"{prefix}{key}", value
@@ -185,7 +193,8 @@ def _sha256(file: Path) -> str:
 
 
 def _fsync(path: Path) -> None:
-    with contextlib.suppress(OSError):  # some file systems cannot flush a folder
+    # Some file systems cannot flush a folder; a file that cannot be flushed is an error.
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -21,10 +21,10 @@ from dprl.experiments import demo as demo_module
 from dprl.experiments import runs
 from dprl.experiments.catalogue import CATALOGUE, find
 from dprl.policy import DiffusionPolicy, find_policy
-from dprl.progress import ProgressBar
 from dprl.rollout import evaluate as evaluate_policy
 from dprl.rollout.evaluation import require_fit
 from dprl.spec import EnvOptions, resolve
+from dprl.training.progress import ProgressBar
 
 app = tyro.extras.SubcommandApp()
 

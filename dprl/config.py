@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, TypeVar, cast
 
-from dprl.errors import ConfigError, did_you_mean
+from dprl.errors import ConfigError, check, did_you_mean
 
 T = TypeVar("T")
 Json = dict[str, Any]
@@ -44,13 +46,42 @@ def from_json(cls: type[T], data: Any, where: str) -> T:
     ]
     if missing:
         raise ConfigError(f"{where}: {cls.__name__} lacks the key '{missing[0]}'")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def validate(
+    config: Any, *, at_least: Mapping[str, float] | None = None, above: Mapping[str, float] | None = None
+) -> None:
+    """Check a config from its ``__post_init__``: every field's type, that numbers are finite, and lower bounds.
+
+    Args:
+        config: a dataclass instance.
+        at_least: field -> smallest value allowed. None values are left alone.
+        above: field -> value it must exceed.
+
+    Raises:
+        ConfigError: naming field, value and what would be right.
+    """
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        _convert(hint, value, name)
+        if isinstance(value, float):
+            check(math.isfinite(value), name, value, "must be a finite number")
+    for name, bound in (at_least or {}).items():
+        value = getattr(config, name)
+        check(value is None or value >= bound, name, value, f"must be at least {bound}")
+    for name, bound in (above or {}).items():
+        check(getattr(config, name) > bound, name, getattr(config, name), f"must be above {bound}")
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """Check `value` against the type `hint`, turning lists into tuples and objects into dataclasses."""
     if dataclasses.is_dataclass(hint):
-        return from_json(cast("type[Any]", hint), value, where)
+        cls = cast("type[Any]", hint)
+        return value if isinstance(value, cls) else from_json(cls, value, where)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _convert_union(args, value, where)

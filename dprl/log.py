@@ -6,6 +6,7 @@ A failing logger must never stop a run: TensorBoard and W&B are switched off, wi
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -45,7 +46,8 @@ class MetricsLog:
 
     def write(self, metrics: Mapping[str, float], iteration: int, timesteps: int) -> None:
         """Write one row."""
-        row = {"iteration": iteration, "timesteps": timesteps, **metrics}
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # strict JSON
+        row = {"iteration": iteration, "timesteps": timesteps, **finite}
         self._stream.write(json.dumps(row) + "\n")
         self._stream.flush()
         for name, sink in list(self._sinks.items()):

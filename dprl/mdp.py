@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dprl.errors import check
+from dprl.config import validate
 from dprl.policy import DiffusionPolicy
 
 LOG_SQRT_2PI = math.log(math.sqrt(2 * math.pi))
@@ -33,8 +33,7 @@ class ExplorationConfig:
     """Noise draws of the denoising steps are clamped to this many standard deviations."""
 
     def __post_init__(self) -> None:
-        for name in ("min_sampling_std", "min_log_prob_std", "noise_clip"):
-            check(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
+        validate(self, above={"min_sampling_std": 0, "min_log_prob_std": 0, "noise_clip": 0})
 
 
 @dataclass(frozen=True)

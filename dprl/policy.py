@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dprl import checkpoint
-from dprl.config import from_json, to_json
+from dprl.config import from_json, to_json, validate
 from dprl.diffusion import SOLVERS, NoiseSchedule
 from dprl.errors import CheckpointError, ConfigError, check, did_you_mean
 from dprl.networks import DenoisingMLP, MLPConfig
@@ -54,11 +54,10 @@ class PolicyConfig:
     """The environment of its demonstrations, if known."""
 
     def __post_init__(self) -> None:
-        for name in ("observation_size", "action_size", "horizon", "n_obs_steps", "num_train_timesteps"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        sizes = ("observation_size", "action_size", "horizon", "n_obs_steps", "num_train_timesteps")
+        validate(self, at_least=dict.fromkeys(sizes, 1), above={"clip_sample": 0})
         fits = 1 <= self.n_action_steps <= self.horizon
         check(fits, "n_action_steps", self.n_action_steps, f"must be from 1 to the horizon, which is {self.horizon}")
-        check(self.clip_sample > 0, "clip_sample", self.clip_sample, "must be above 0")
 
 
 class MinMaxNormalizer(nn.Module):
@@ -295,7 +294,11 @@ class DiffusionPolicy(nn.Module):
             Actions (N, A), or (A,), and the state for the next call.
         """
         single = np.ndim(observation) == 1
-        obs = torch.as_tensor(np.atleast_2d(observation), dtype=torch.float32, device=self.device)
+        rows = np.atleast_2d(np.ascontiguousarray(observation, np.float32))
+        size = self.config.observation_size
+        fits = rows.ndim == 2 and rows.shape[1] == size
+        check(fits, "observation", np.shape(observation), f"must have the shape (N, {size}) or ({size},)")
+        obs = torch.as_tensor(rows, device=self.device)
         start = torch.ones(len(obs), dtype=torch.bool, device=self.device)
         config = self.config
         if isinstance(state, PredictState):
@@ -344,10 +347,13 @@ class DiffusionPolicy(nn.Module):
         tuned_below = data.pop("tuned_below", 0)
         try:
             policy = cls(from_json(PolicyConfig, data, str(folder / CONFIG_FILE)))
-            if tuned_below:
-                policy.tune_below(tuned_below)
         except ConfigError as error:
             raise CheckpointError(str(error)) from error
+        steps = policy.config.num_train_timesteps
+        if type(tuned_below) is not int or not 0 <= tuned_below <= steps:
+            raise CheckpointError(f"'{folder / CONFIG_FILE}': tuned_below = {tuned_below!r}: must be 0 to {steps}")
+        if tuned_below:
+            policy.tune_below(tuned_below)
         try:
             policy.load_state_dict(checkpoint.load_tensors(folder / MODEL_FILE))
         except RuntimeError as error:

@@ -9,9 +9,12 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from dprl.errors import check
+
 
 def derive_seed(seed: int, *names: str | int) -> int:
     """Return a 63-bit seed for the stream `names` of the run seeded `seed`; different names are independent."""
+    check(seed >= 0, "seed", seed, "must be at least 0")
     words = [zlib.crc32(name.encode()) if isinstance(name, str) else name for name in names]
     state = np.random.SeedSequence([seed, *words]).generate_state(2, np.uint32)
     return (int(state[0]) << 31) ^ int(state[1])

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
+from dprl.config import validate
 from dprl.errors import EnvError, check
 from dprl.seeding import derive_seed
 
@@ -54,8 +55,10 @@ class EnvSpec:
     """How `gymnasium.vector` runs its environments (EnvPool always uses threads)."""
 
     def __post_init__(self) -> None:
-        check(self.max_episode_steps >= 1, "max_episode_steps", self.max_episode_steps, "must be at least 1")
-        check(self.n_obs_steps >= 1, "n_obs_steps", self.n_obs_steps, "must be at least 1")
+        validate(self, at_least={"observation_size": 1, "max_episode_steps": 1, "n_obs_steps": 1})
+        bounds = list(zip(self.action_low, self.action_high, strict=False))
+        paired = len(self.action_low) == len(self.action_high) >= 1 and all(low <= high for low, high in bounds)
+        check(paired, "action_low, action_high", bounds, "must be pairs of numbers with low <= high")
         sparse_ok = self.reward == "dense" or self.has_success
         check(sparse_ok, "reward", self.reward, f"{self.id} reports no success, so its reward must be 'dense'")
 
@@ -79,6 +82,9 @@ class EnvOptions:
     """EnvPool where it has the task and runs here, else `gymnasium.vector`."""
     vectorization: Literal["sync", "async"] = "sync"
     """How `gymnasium.vector` runs its environments: one after the other, or one process each."""
+
+    def __post_init__(self) -> None:
+        validate(self, at_least={"max_episode_steps": 1, "n_obs_steps": 1})
 
 
 @dataclass(frozen=True)

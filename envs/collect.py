@@ -8,9 +8,9 @@ import numpy as np
 
 from dprl.data import Episodes
 from dprl.envs.experts import Expert
-from dprl.progress import ProgressBar
 from dprl.seeding import numpy_generator
 from dprl.spec import EnvSpec, FloatArray, build, env_seeds, with_n_obs_steps
+from dprl.training.progress import ProgressBar
 
 MAX_ENVS = 20
 

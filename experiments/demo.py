@@ -14,9 +14,9 @@ from dprl.errors import DprlError, RunExistsError
 from dprl.experiments import plots, runs, video
 from dprl.experiments.catalogue import Experiment
 from dprl.policy import DiffusionPolicy
-from dprl.progress import ProgressBar
 from dprl.rollout import Evaluation, evaluate
 from dprl.spec import EnvSpec, resolve
+from dprl.training.progress import ProgressBar
 
 # Final evaluations and videos use seeds that no training run of the same seed uses.
 HELD_OUT = 1_000_000

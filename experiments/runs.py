@@ -9,11 +9,11 @@ import torch
 import tyro
 
 from dprl.agents import BC, DPPO, BCConfig, DPPOConfig
-from dprl.config import from_json, to_json
+from dprl.config import from_json, to_json, validate
 from dprl.data import Episodes, load_dataset, save_dataset
 from dprl.envs.collect import collect_episodes
 from dprl.envs.experts import make_expert
-from dprl.errors import CheckpointError, ConfigError, RunExistsError, check
+from dprl.errors import CheckpointError, ConfigError, check
 from dprl.log import read_metrics
 from dprl.networks import MLPConfig
 from dprl.policy import DiffusionPolicy, find_policy
@@ -40,8 +40,7 @@ class CollectConfig:
     options: EnvOptions = field(default_factory=EnvOptions)
 
     def __post_init__(self) -> None:
-        check(self.noise >= 0, "noise", self.noise, "must be at least 0")
-        check(self.episodes >= 1, "episodes", self.episodes, "must be at least 1")
+        validate(self, at_least={"noise": 0, "episodes": 1, "seed": 0})
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,8 @@ class PretrainConfig:
     """Weights & Biases project to log to as well; offline without a login."""
 
     def __post_init__(self) -> None:
-        check(self.eval_episodes >= 1, "eval_episodes", self.eval_episodes, "must be at least 1")
+        counts = ("steps", "horizon", "n_obs_steps", "num_train_timesteps", "checkpoint_every", "eval_episodes")
+        validate(self, at_least={**dict.fromkeys(counts, 1), "eval_every": 0, "seed": 0})
         executed = self.horizon if self.n_action_steps is None else self.n_action_steps
         fits = 1 <= executed <= self.horizon
         check(fits, "n_action_steps", executed, f"must be from 1 to the horizon, which is {self.horizon}")
@@ -110,9 +110,8 @@ class FinetuneConfig:
     """Weights & Biases project to log to as well; offline without a login."""
 
     def __post_init__(self) -> None:
-        check(self.n_envs >= 1, "n_envs", self.n_envs, "must be at least 1")
-        check(self.eval_episodes >= 1, "eval_episodes", self.eval_episodes, "must be at least 1")
-        check(self.workers >= 0, "workers", self.workers, "must be at least 0")
+        counts = ("total_timesteps", "n_envs", "n_action_steps", "slice_size", "checkpoint_every", "eval_episodes")
+        validate(self, at_least={**dict.fromkeys(counts, 1), "workers": 0, "eval_every": 0, "seed": 0})
 
 
 KINDS: dict[str, type[PretrainConfig] | type[FinetuneConfig]] = {
@@ -123,8 +122,7 @@ KINDS: dict[str, type[PretrainConfig] | type[FinetuneConfig]] = {
 
 def collect(config: CollectConfig, out: Path, *, progress_bar: bool = True) -> Episodes:
     """Play `config.episodes` episodes and write them to the new folder `out`."""
-    if out.exists():
-        raise RunExistsError(f"'{out}' already exists: choose another folder for the data set")
+    RunFolder.require_free(out)
     spec = resolve(config.env, config.options)
     expert = make_expert(config.expert, config.env)
     data = collect_episodes(spec, expert, config.noise, config.episodes, config.seed, progress_bar=progress_bar)

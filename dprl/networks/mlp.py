@@ -9,6 +9,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from dprl.config import validate
 from dprl.errors import check
 
 Activation = Literal["relu", "mish"]
@@ -28,9 +29,7 @@ class MLPConfig:
     """Size of the timestep embedding."""
 
     def __post_init__(self) -> None:
-        check(self.hidden_size >= 1, "hidden_size", self.hidden_size, "must be at least 1")
-        check(self.n_blocks >= 1, "n_blocks", self.n_blocks, "must be at least 1")
-        check(self.activation in _ACTIVATIONS, "activation", self.activation, f"must be one of {set(_ACTIVATIONS)}")
+        validate(self, at_least={"hidden_size": 1, "n_blocks": 1})
         even = self.time_size >= 4 and self.time_size % 2 == 0
         check(even, "time_size", self.time_size, "must be an even number of at least 4")
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from dprl.errors import DprlError, check
+from dprl.config import validate
+from dprl.errors import DprlError
 from dprl.log import MetricsLog
-from dprl.progress import ProgressBar
 from dprl.training.agent import Agent, load_agent_state
+from dprl.training.progress import ProgressBar
 from dprl.training.run import RunFolder
 
 if TYPE_CHECKING:
@@ -33,9 +34,7 @@ class LoopConfig:
     """Iterations between checkpoints."""
 
     def __post_init__(self) -> None:
-        check(self.total_timesteps >= 1, "total_timesteps", self.total_timesteps, "must be at least 1")
-        check(self.eval_every >= 0, "eval_every", self.eval_every, "must be at least 0")
-        check(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "must be at least 1")
+        validate(self, at_least={"total_timesteps": 1, "eval_every": 0, "checkpoint_every": 1})
 
 
 class InterruptedRunError(DprlError):
