@@ -21,22 +21,20 @@ class Experiment:
     eval_episodes: int = 200
 
 
-SPARSE = DPPOConfig(normalize_returns=False)  # a reward of 0 or 1 has its scale already
-
 CATALOGUE = (
     Experiment(
         name="push",
         summary="Meta-World Push: a puck to a goal on a table, from a scripted expert with action noise 0.5",
         collect=CollectConfig(env="metaworld/push-v3", noise=0.5, episodes=100),
         pretrain=PretrainConfig(data=""),
-        finetune=FinetuneConfig(policy="", env="metaworld/push-v3", dppo=SPARSE),
+        finetune=FinetuneConfig(policy="", env="metaworld/push-v3"),
     ),
     Experiment(
         name="pick-place",
         summary="Meta-World PickPlace: a puck to a goal in the air, from a scripted expert with action noise 0.5",
         collect=CollectConfig(env="metaworld/pick-place-v3", noise=0.5, episodes=100),
         pretrain=PretrainConfig(data=""),
-        finetune=FinetuneConfig(policy="", env="metaworld/pick-place-v3", dppo=SPARSE),
+        finetune=FinetuneConfig(policy="", env="metaworld/pick-place-v3"),
     ),
     Experiment(
         name="smoke",

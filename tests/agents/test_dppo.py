@@ -186,16 +186,15 @@ def test_learning(seed: int) -> None:
 
     data = reach_demonstrations(seed)
     policy = DiffusionPolicy.for_dataset(data, MLPConfig(hidden_size=64), horizon=2, num_train_timesteps=8, seed=seed)
-    BC(policy, seed=seed).fit(data, steps=400)
+    BC(policy, seed=seed).fit(data, steps=300)
     spec = reach_spec()
     start = evaluate(policy, spec, 100, seed=1_000 + seed).success_rate
     config = DPPOConfig(
-        tuned_steps=8, n_steps=10, n_epochs=5, batch_size=1000, clip_range=0.1, clip_range_base=0.01,
-        critic_hidden_size=64,
+        tuned_steps=8, n_steps=10, batch_size=1000, learning_rate=1e-3, critic_hidden_size=64, normalize_returns=False
     )  # fmt: skip
     dppo = DPPO(policy, make_toy(spec, 64, seed), config, seed=seed)
     dppo.learn(total_timesteps=60_000)
     end = evaluate(policy, spec, 100, seed=1_000 + seed).success_rate
     print(f"learning seed {seed}: {start:.2f} -> {end:.2f}")
-    assert start < 0.6
-    assert end > 0.9
+    assert start < 0.7  # 0.50 to 0.58 on seeds 0 to 3 when this was written
+    assert end > 0.9  # 0.98 to 1.00

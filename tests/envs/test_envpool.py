@@ -91,6 +91,26 @@ def test_subset_leaves_the_others_untouched(spec, assert_same_step):
     assert_same_step(some.step_chunk(actions[1]), only.step_chunk(actions[1, 1:2], np.array([1])), [1])
 
 
+def test_results_come_in_the_order_asked_for(spec, assert_same_step):
+    order = np.array([2, 0, 3])
+    actions = chunks(spec, 3, 1)[0]
+    env, single = build(spec, env_seeds(3, 4)), build(spec, env_seeds(3, 4))
+    first = env.reset()
+    np.testing.assert_array_equal(single.reset(), first)
+    step = env.step_chunk(actions, order)
+    for row, index in enumerate(order):
+        assert_same_step(step, single.step_chunk(actions[[row]], np.array([index])), [row])
+    np.testing.assert_array_equal(env.reset(order)[[0]], single.reset(order[:1]))
+
+
+def test_time_limit_is_the_specs(spec):
+    env = build(spec, [0])
+    env.reset()
+    still = np.zeros((1, spec.max_episode_steps + 5, spec.action_size), np.float32)
+    step = env.step_chunk(still)
+    assert (step.n_steps[0], step.truncated[0], step.terminated[0]) == (spec.max_episode_steps, True, False)
+
+
 def test_closing_twice_is_harmless():
     env = build(resolve("Hopper-v5"), [0])
     env.close()

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -154,14 +155,23 @@ def test_slices_and_collections_draw_noise_of_their_own(reference):
     assert len(np.unique(start.reshape(2 * N_ENVS, -1), axis=0)) == 2 * N_ENVS
 
 
-def test_results_do_not_depend_on_torchs_threads(reference, spec, actor):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)
+def test_inference_runs_on_one_thread_and_leaves_torchs_setting(spec, actor):
+    class Spy:
+        threads: ClassVar[list[int]] = []
+
+        def sample(self, obs, generator):
+            self.threads.append(torch.get_num_threads())
+            return actor.sample(obs, generator)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
     try:
-        assert_same(collect(in_process(spec), actor).second, reference.second)
-        assert torch.get_num_threads() == threads + 1
+        with in_process(spec) as pool:
+            pool.collect(Spy(), EXECUTED, 1)
+        assert torch.get_num_threads() == 3
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+    assert Spy.threads == [1] * (N_ENVS // SLICE)
 
 
 def test_environments_of_ones_own_give_the_same(reference, spec, actor):
