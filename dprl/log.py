@@ -50,6 +50,7 @@ class MetricsLog:
         row = {"iteration": iteration, "timesteps": timesteps, **finite}
         self._stream.write(json.dumps(row) + "\n")
         self._stream.flush()
+        os.fsync(self._stream.fileno())
         for name, sink in list(self._sinks.items()):
             self._guard(name, partial(sink, metrics, timesteps))
 

@@ -64,7 +64,7 @@ class DenoisingMDP:
     def sample(self, obs: Tensor, generator: torch.Generator) -> Chain:
         """Draw a chain for each observation (B, O, D), with exploration noise in every step."""
         policy, explore = self.policy, self.exploration
-        condition = policy.condition(obs)
+        condition = policy.condition(obs.to(policy.device))
         shape = (policy.config.num_train_timesteps + 1, len(obs), policy.config.horizon, policy.config.action_size)
         draws = torch.randn(shape, generator=generator, device=generator.device).to(policy.device)
         draws[1:] = draws[1:].clamp(-explore.noise_clip, explore.noise_clip)

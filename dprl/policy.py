@@ -252,7 +252,8 @@ class DiffusionPolicy(nn.Module):
         obs = self._checked_observations(obs)
         draws_shape = (self.n_draws(solver, num_inference_steps), len(obs), *self._chunk_shape)
         if noise is None:
-            noise = torch.randn(draws_shape, device=self.device, generator=generator)
+            source = self.device if generator is None else generator.device
+            noise = torch.randn(draws_shape, device=source, generator=generator).to(self.device)
         check(noise.shape == draws_shape, "noise", tuple(noise.shape), f"must have the shape {draws_shape}")
         condition = self.condition(obs)
 

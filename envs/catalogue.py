@@ -59,7 +59,9 @@ def _gymnasium(name: str, options: EnvOptions) -> EnvSpec:
     from dprl.envs import gymnasium as backend
 
     if ":" not in name and name not in gymnasium.registry:
-        known = [*NAMES, *gymnasium.registry]
+        known = dict.fromkeys([*NAMES, *gymnasium.registry])
+        if f"metaworld/{name}" in known:
+            raise EnvError(f"unknown environment '{name}'. Did you mean metaworld/{name}?")
         raise EnvError(
             f"unknown environment '{name}'.{did_you_mean(name, known)} "
             "'dprl list envs' shows the names; any id registered with Gymnasium works too."

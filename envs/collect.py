@@ -8,6 +8,7 @@ import numpy as np
 
 from dprl.data import Episodes
 from dprl.envs.experts import Expert
+from dprl.errors import check
 from dprl.seeding import numpy_generator
 from dprl.spec import EnvSpec, FloatArray, build, env_seeds, with_n_obs_steps
 from dprl.training.progress import ProgressBar
@@ -40,6 +41,7 @@ def collect_episodes(
         seed: of start states and noise. Episode i depends on `seed` and i alone.
         progress_bar: show one.
     """
+    check(n_episodes >= 1, "n_episodes", n_episodes, "must be at least 1")
     spec = with_n_obs_steps(spec, 1)
     seeds = env_seeds(seed, n_episodes, purpose="demonstrations")
     episodes: list[_Episode] = []
@@ -67,7 +69,7 @@ def _play(
     streams = [numpy_generator(seed, "action noise", first + i) for i in range(len(seeds))]
     low, high = np.asarray(spec.action_low, np.float32), np.asarray(spec.action_high, np.float32)
     observation = env.reset()[:, -1]
-    episodes = [_Episode([row]) for row in observation]
+    episodes = [_Episode([row.copy()]) for row in observation]
     playing = np.arange(len(seeds))
     try:
         while len(playing):

@@ -79,8 +79,10 @@ class EnvPoolSimulator:
 
     def close(self) -> None:
         """Stop EnvPool's threads and give their memory (14 MB for a Meta-World task) back to the system."""
+        if self._env is None:
+            return
         self._env.close()
-        del self._env
+        self._env = None
         with contextlib.suppress(OSError, AttributeError):  # another C library than glibc keeps it
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -25,7 +25,7 @@ def build(spec: EnvSpec, seeds: list[int], num_threads: int = 0) -> ChunkedEnv:
     return ChunkedEnv(spec, GymnasiumSimulator(spec, seeds), seeds)
 
 
-def make_single(backend_id: str) -> gymnasium.Env[Any, Any]:
+def make_single(backend_id: str, max_episode_steps: int | None = None) -> gymnasium.Env[Any, Any]:
     """Build one plain environment: a Gymnasium id, or ``module:function!argument`` that returns one.
 
     Raises:
@@ -35,7 +35,7 @@ def make_single(backend_id: str) -> gymnasium.Env[Any, Any]:
         reference, argument = backend_id.split("!")
         return cast("gymnasium.Env[Any, Any]", load(reference)(argument))
     try:
-        return gymnasium.make(backend_id)
+        return gymnasium.make(backend_id, max_episode_steps=max_episode_steps)
     except Exception as error:  # any package may fail in any way while it builds its environment
         raise EnvError(f"Gymnasium cannot make '{backend_id}': {error}") from error
 
@@ -82,7 +82,7 @@ class GymnasiumSimulator:
 
     def __init__(self, spec: EnvSpec, seeds: list[int]) -> None:
         def make() -> gymnasium.Env[Any, Any]:
-            return Flat(Held(make_single(spec.backend_id)))
+            return Flat(Held(make_single(spec.backend_id, spec.max_episode_steps)))
 
         vector = gymnasium.vector.SyncVectorEnv if spec.vectorization == "sync" else gymnasium.vector.AsyncVectorEnv
         mode = gymnasium.vector.AutoresetMode.DISABLED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any, cast
@@ -72,6 +73,7 @@ class SeededMetaWorld(gymnasium.Wrapper[Any, Any, Any, Any]):
         env._freeze_rand_vec = False
         env.seeded_rand_vec = True
         env._set_task_called = True
+        env.max_path_length = sys.maxsize  # the time limit is the spec's
         super().__init__(env)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:

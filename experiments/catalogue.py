@@ -21,21 +21,20 @@ class Experiment:
     eval_episodes: int = 200
 
 
+def _metaworld(task: str, summary: str) -> Experiment:
+    env = f"metaworld/{task}-v3"
+    return Experiment(
+        name=task,
+        summary=f"Meta-World, {summary}; a scripted expert with action noise 0.5",
+        collect=CollectConfig(env=env, noise=0.5, episodes=100),
+        pretrain=PretrainConfig(data=""),
+        finetune=FinetuneConfig(policy="", env=env),
+    )
+
+
 CATALOGUE = (
-    Experiment(
-        name="push",
-        summary="Meta-World Push: a puck to a goal on a table, from a scripted expert with action noise 0.5",
-        collect=CollectConfig(env="metaworld/push-v3", noise=0.5, episodes=100),
-        pretrain=PretrainConfig(data=""),
-        finetune=FinetuneConfig(policy="", env="metaworld/push-v3"),
-    ),
-    Experiment(
-        name="pick-place",
-        summary="Meta-World PickPlace: a puck to a goal in the air, from a scripted expert with action noise 0.5",
-        collect=CollectConfig(env="metaworld/pick-place-v3", noise=0.5, episodes=100),
-        pretrain=PretrainConfig(data=""),
-        finetune=FinetuneConfig(policy="", env="metaworld/pick-place-v3"),
-    ),
+    _metaworld("push", "a puck to a goal on a table"),
+    _metaworld("pick-place", "a puck to a goal in the air"),
     Experiment(
         name="smoke",
         summary="Push cut down to seconds, to see that everything runs; it does not learn",

@@ -59,7 +59,9 @@ def load_dataset(path: str | Path) -> Episodes:
         raise DatasetError(str(error)) from error
     try:
         return _read(file, _env_id(Path(path) / METADATA_FILE))
-    except (OSError, KeyError, RuntimeError) as error:
+    except DatasetError:
+        raise
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
         raise DatasetError(f"'{file}' is damaged or not a Minari data set: {error}") from error
 
 
@@ -87,7 +89,11 @@ def _read(file: Path, env_id: str | None) -> Episodes:
 
 def _read_episode(group: Any, where: str) -> dict[str, Any]:
     arrays = {}
+    if not hasattr(group, "keys"):
+        raise DatasetError(f"{where}: is not a group of arrays")
     for name in ("observations", "actions", "rewards", "terminations", "truncations"):
+        if name not in group:
+            raise DatasetError(f"{where}: {name} is missing")
         if not hasattr(group[name], "shape"):
             raise DatasetError(f"{where}: {name} has named parts; only plain arrays are supported so far")
         arrays[name] = np.asarray(group[name])
@@ -107,6 +113,9 @@ def _read_episode(group: Any, where: str) -> dict[str, Any]:
                                f"and {ndim} dimension{'s' if ndim > 1 else ''}")  # fmt: skip
         if array.dtype.kind not in "fiub":
             raise DatasetError(f"{where}: {name} has the type {array.dtype}; numbers are needed")
+        if name in ("observations", "actions", "rewards"):
+            with np.errstate(over="ignore"):
+                array = arrays[name] = array.astype(np.float32)
         finite = np.isfinite(array.reshape(length, -1)).all(axis=1)
         if not finite.all():
             raise DatasetError(f"{where}, step {np.flatnonzero(~finite)[0]}: {name} is not finite")
@@ -125,10 +134,13 @@ def _env_id(metadata: Path) -> str | None:
         data = json.loads(metadata.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DatasetError(f"'{metadata}' is not valid JSON: {error}") from error
-    if ENV_ID_KEY in data:
-        return str(data[ENV_ID_KEY])
-    env_spec = data.get("env_spec")
-    return json.loads(env_spec).get("id") if isinstance(env_spec, str) else None
+    try:
+        if ENV_ID_KEY in data:
+            return str(data[ENV_ID_KEY])
+        env_spec = data.get("env_spec")
+        return json.loads(env_spec).get("id") if isinstance(env_spec, str) else None
+    except (AttributeError, json.JSONDecodeError) as error:
+        raise DatasetError(f"'{metadata}' is not Minari's: {error}") from error
 
 
 def _write(data: Episodes, folder: Path, name: str, spec: EnvSpec, description: str) -> None:

@@ -146,7 +146,7 @@ def _play(
                 for i, generator in enumerate(generators)
             ]
         rows = np.flatnonzero(played < quota)
-        actions = torch.cat(chunks)[:, : policy.config.n_action_steps].numpy()
+        actions = torch.cat(chunks)[:, : policy.config.n_action_steps].cpu().numpy()
         step = env.step_chunk(actions[rows], rows, autoreset=False)
         observation[rows] = step.observation
         for i in np.flatnonzero(step.ended):

@@ -79,8 +79,6 @@ class Rollout:
     @staticmethod
     def concatenate(parts: Sequence[Rollout]) -> Rollout:
         """Join the rollouts of several workers along the environments."""
-        if len(parts) == 1:
-            return parts[0]
         return Rollout(**{f.name: np.concatenate([getattr(p, f.name) for p in parts], axis=1) for f in fields(Rollout)})
 
 
@@ -160,9 +158,9 @@ class Collector:
                     actor.sample(torch.from_numpy(observation[s]), generator)
                     for s, generator in zip(self._slices, self._generators, strict=True)
                 ]
-            actions = torch.cat([chain.actions for chain in chains]).numpy()
+            actions = torch.cat([chain.actions for chain in chains]).cpu().numpy()
             step = self.env.step_chunk(actions[:, :n_action_steps])
-            rows.append((observation, torch.cat([chain.steps for chain in chains]).numpy(), step))
+            rows.append((observation, torch.cat([chain.steps for chain in chains]).cpu().numpy(), step))
             observation = step.observation
         self._observation = observation
         observations, chains_, steps = zip(*rows, strict=True)
@@ -185,8 +183,13 @@ class Collector:
 
     def restore(self, state: PoolState) -> None:
         """Take up `state`; the environments must be freshly built."""
+        if len(state.env.episodes) != self.env.n_envs or len(state.generators) != len(self._slices):
+            raise ConfigError(
+                f"the saved state is of {len(state.env.episodes)} environments in {len(state.generators)} slices, "
+                f"here are {self.env.n_envs} in {len(self._slices)}"
+            )
         for generator, saved in zip(self._generators, state.generators, strict=True):
-            generator.set_state(saved)
+            generator.set_state(saved.clone())
         observation = self.env.restore(state.env)
         self._observation = observation if (state.env.episodes >= 0).all() else None
 
@@ -208,6 +211,7 @@ class InProcessPool(RolloutPool):
         if isinstance(env, EnvSpec):
             if n_envs is None:
                 raise ConfigError("n_envs = None: state how many environments to build from a spec")
+            check(n_envs >= 1, "n_envs", n_envs, "must be at least 1")
             env = build(env, env_seeds(seed, n_envs))
         self.slice_size = checked_slice_size(env.n_envs, slice_size)
         self.spec, self.n_envs = env.spec, env.n_envs

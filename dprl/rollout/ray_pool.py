@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ except ImportError as error:
     raise MissingDependencyError("ray", "ray", "a Ray rollout pool") from error
 
 START_TIMEOUT_S = 120.0
+FREEING_TIMEOUT_S = 10.0
 
 
 class RayPool(RolloutPool):
@@ -65,7 +67,6 @@ class RayPool(RolloutPool):
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         self._require_capacity(num_workers, cpus_per_worker)
         self._envs_per_worker = n_envs // num_workers
@@ -107,13 +108,20 @@ class RayPool(RolloutPool):
 
     def _require_capacity(self, num_workers: int, cpus_per_worker: float) -> None:
         """Refuse what would wait for ever: an actor that does not fit Ray's declared CPUs stays pending."""
-        free = ray.available_resources().get("CPU", 0.0)
-        if num_workers * cpus_per_worker > free:
+        wanted = num_workers * cpus_per_worker
+        deadline = time.monotonic() + FREEING_TIMEOUT_S  # workers that were just ended free their CPUs a little later
+        while True:
+            free = ray.available_resources().get("CPU", 0.0)
+            hopeless = wanted > ray.cluster_resources().get("CPU", 0.0) or time.monotonic() > deadline
+            if wanted <= free or hopeless:
+                break
+            time.sleep(0.1)
+        if wanted > free:
             if self._owns_ray:
                 ray.shutdown()
             raise ConfigError(
                 f"num_workers = {num_workers}: {num_workers} workers x {cpus_per_worker:g} CPUs each = "
-                f"{num_workers * cpus_per_worker:g}, but Ray has {free:g} CPUs free; use fewer workers or a smaller "
+                f"{wanted:g}, but Ray has {free:g} CPUs free; use fewer workers or a smaller "
                 "cpus_per_worker"
             )
 

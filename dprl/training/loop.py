@@ -55,6 +55,11 @@ class _Progress:
     started: float = field(default_factory=time.perf_counter)
     seconds_before: float = 0.0
 
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of work, those before a resume included."""
+        return self.seconds_before + time.perf_counter() - self.started
+
 
 def train(
     agent: Agent[Any],
@@ -69,8 +74,8 @@ def train(
     """Drive `agent` to `config.total_timesteps`.
 
     A checkpoint is written before the first iteration, every `checkpoint_every`, at every new best evaluation, at the
-    end, and when the run is interrupted. Each is written before its iteration is logged, so a killed run resumes as
-    if it had never stopped.
+    end, and when the run is interrupted. An iteration is logged before it is saved, and a resumed run drops the rows
+    after its checkpoint and writes them anew: so a killed run continues as if it had never stopped.
 
     Args:
         agent: what learns.
@@ -88,7 +93,7 @@ def train(
     if run is not None and resume:
         assert run.last is not None
         about = load_agent_state(agent, run.last)
-        progress = _Progress(iteration=about["iteration"], best=about["best_score"])
+        progress = _Progress(about["iteration"], about["best_score"], seconds_before=about["elapsed_s"])
     log = MetricsLog(run.path, keep_iterations=progress.iteration, wandb_project=wandb_project) if run else None
     bar = ProgressBar(agent.name, config.total_timesteps, agent.timesteps, shown=progress_bar)
     with bar, _interruptible() as interrupted:
@@ -100,7 +105,7 @@ def train(
                 metrics = _iterate(agent)
                 _finish_iteration(agent, config, progress, metrics, run, evaluate, log, bar)
             if run is not None and (run.last is None or run.progress()["iteration"] != progress.iteration):
-                run.save(agent, progress.iteration, best=progress.best, is_best=False)
+                run.save(agent, progress.iteration, best=progress.best, is_best=False, elapsed_s=progress.elapsed_s)
         finally:
             if log is not None:
                 log.close()
@@ -137,7 +142,7 @@ def _finish_iteration(
     log: MetricsLog | None,
     bar: ProgressBar,
 ) -> None:
-    """Evaluate, checkpoint and log, as far as each is due."""
+    """Evaluate, log and checkpoint, as far as each is due."""
     i, finished = progress.iteration, agent.timesteps >= config.total_timesteps
     is_best = False
     if evaluate is not None and config.eval_every and (i % config.eval_every == 0 or finished):
@@ -145,11 +150,11 @@ def _finish_iteration(
         is_best = progress.best is None or result.score >= progress.best  # of equals the longer trained
         progress.best = result.score if is_best else progress.best
         metrics = metrics | result.metrics()
-    if run is not None and (is_best or i % config.checkpoint_every == 0 or finished):
-        run.save(agent, i, best=progress.best, is_best=is_best)
-    metrics = metrics | {"time/elapsed_s": progress.seconds_before + time.perf_counter() - progress.started}
+    metrics = metrics | {"time/elapsed_s": progress.elapsed_s}
     if log is not None:
         log.write(metrics, i, agent.timesteps)
+    if run is not None and (is_best or i % config.checkpoint_every == 0 or finished):
+        run.save(agent, i, best=progress.best, is_best=is_best, elapsed_s=metrics["time/elapsed_s"])
     bar.update(agent.timesteps, metrics)
 
 

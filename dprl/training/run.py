@@ -64,10 +64,10 @@ class RunFolder:
         link = self.checkpoints / "last"
         return link.resolve() if link.exists() else None
 
-    def save(self, agent: Agent[Any], iteration: int, *, best: float | None, is_best: bool) -> None:
+    def save(self, agent: Agent[Any], iteration: int, *, best: float | None, is_best: bool, elapsed_s: float) -> None:
         """Publish a checkpoint; point `last`, and `best` if it is, at it; then drop those no link names."""
         target = self.checkpoints / f"iteration-{iteration:06d}"
-        extra = {"iteration": iteration, "best_score": best}
+        extra = {"iteration": iteration, "best_score": best, "elapsed_s": elapsed_s}
         checkpoint.publish(target, lambda folder: write_agent(agent, folder, extra), overwrite=True)
         checkpoint.replace_link(self.checkpoints / "last", target.name)
         if is_best:

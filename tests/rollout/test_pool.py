@@ -285,6 +285,6 @@ def test_pool_can_follow_another_at_once(ray, spec):
 def test_close_leaves_no_actors(ray, on_ray):
     on_ray(1)
     deadline = time.monotonic() + 20  # Ray counts what has ended a moment later
-    while ray.available_resources()["CPU"] < 8 and time.monotonic() < deadline:
+    while ray.available_resources().get("CPU", 0) < 8 and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert ray.available_resources()["CPU"] == 8
+    assert ray.available_resources().get("CPU", 0) == 8
