@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import subprocess
 import sys
 from dataclasses import dataclass
+
+from dprl.envs import rendering
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,6 @@ PACKAGES: tuple[tuple[str, str | None], ...] = (
     ("minari", "dev"),
     ("stable-baselines3", "dev"),
 )
-RENDER_PROBE = "import mujoco; c = mujoco.GLContext(16, 16); c.make_current(); c.free()"
-RENDER_REMEDY = "Debian/Ubuntu: apt-get install libegl1 libgl1 (or libosmesa6, and set MUJOCO_GL=osmesa)"
 
 
 def examine() -> list[Finding]:
@@ -86,12 +85,10 @@ def _ray() -> Finding:
 
 
 def _rendering() -> Finding:
-    """Try it in a process of its own: a failing GL library can abort the process that loads it."""
-    environment = {"MUJOCO_GL": "egl", **os.environ}
-    probe = subprocess.run([sys.executable, "-c", RENDER_PROBE], env=environment, capture_output=True, check=False)
-    if probe.returncode == 0:
-        return Finding("offscreen rendering", True, f"MUJOCO_GL={environment['MUJOCO_GL']}")
-    return Finding("offscreen rendering", False, "no GL library could be loaded", RENDER_REMEDY)
+    backend = rendering.find_backend()
+    if backend is not None:
+        return Finding("offscreen rendering", True, f"works with MUJOCO_GL={backend}")
+    return Finding("offscreen rendering", False, "no GL library could be loaded", rendering.REMEDY)
 
 
 def _wandb() -> Finding:

@@ -42,7 +42,7 @@ class EnvPoolSimulator:
         options: dict[str, Any] = {"max_episode_steps": spec.max_episode_steps + 2}
         if spec.backend_id.startswith("MetaWorld/"):
             options["partially_observable"] = False
-        self._env = envpool.make_gymnasium(
+        self._env: Any = envpool.make_gymnasium(
             spec.backend_id,
             num_envs=len(seeds),
             num_threads=min(num_threads or os.cpu_count() or 1, len(seeds)),

@@ -70,6 +70,8 @@ class SeededMetaWorld(gymnasium.Wrapper[Any, Any, Any, Any]):
         options: dict[str, Any] = {} if camera is None else {"render_mode": "rgb_array", **vars(camera)}
         env: Any = ENV_CLS_MAP[task](**options)
         env._partially_observable = False
+        del env.sawyer_observation_space  # cached while the goal was hidden; observations are clipped to it
+        env.observation_space = env.sawyer_observation_space
         env._freeze_rand_vec = False
         env.seeded_rand_vec = True
         env._set_task_called = True

@@ -28,7 +28,7 @@ def _metaworld(task: str, summary: str) -> Experiment:
         summary=f"Meta-World, {summary}; a scripted expert with action noise 0.5",
         collect=CollectConfig(env=env, noise=0.5, episodes=100),
         pretrain=PretrainConfig(data=""),
-        finetune=FinetuneConfig(policy="", env=env),
+        finetune=FinetuneConfig(policy="", env=env, total_timesteps=650_000),
     )
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dprl import checkpoint
+from dprl.envs import rendering
 from dprl.errors import DprlError, RunExistsError
 from dprl.experiments import plots, runs, video
 from dprl.experiments.catalogue import Experiment
@@ -31,7 +32,7 @@ class Row:
     low: float
     high: float
     episodes: int
-    steps: int
+    steps: str
     minutes: float
 
 
@@ -70,10 +71,10 @@ def run(experiment: Experiment, seed: int, out: Path, *, progress_bar: bool = Tr
     demonstrations = runs.wilson_of(data)
     steps = runs.last_timesteps(tuned)
     rows = [
-        Row("demonstrations", data.success_rate, *demonstrations, data.n_episodes, int(data.ends[-1]),
+        Row("demonstrations", data.success_rate, *demonstrations, data.n_episodes, f"{data.ends[-1]:,} env",
             (collected - start) / 60),
-        _row("behaviour cloning", before, experiment.pretrain.steps, (trained - collected) / 60),
-        _row("fine-tuned (DPPO)", after, steps, (finished - tuning) / 60),
+        _row("behaviour cloning", before, f"{experiment.pretrain.steps:,} gradient", (trained - collected) / 60),
+        _row("fine-tuned (DPPO)", after, f"{steps:,} env", (finished - tuning) / 60),
     ]  # fmt: skip
     checkpoint.write_json(out / "results.json", {
         "experiment": experiment.name, "seed": seed,
@@ -86,7 +87,7 @@ def run(experiment: Experiment, seed: int, out: Path, *, progress_bar: bool = Tr
         _pictures(cloned.path, tuned.path, spec, seed, out, console)
     console.print(_table(experiment, seed, rows))
     console.print(f"{(time.perf_counter() - collected) / 60:.1f} minutes from the first training step to the end.")
-    console.print(f"Everything is in {out}/: data, pretrain, finetune, results.json, learning_curve.png")
+    console.print(f"Everything is in {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     console.print(f"Next: dprl evaluate {out / 'finetune'} --env {spec.id} --episodes 100 --seed 1")
     return rows
 
@@ -108,11 +109,11 @@ def _pictures(before: Path, after: Path, spec: EnvSpec, seed: int, out: Path, co
     except DprlError as error:
         console.print(f"[yellow]no pictures: {error}[/]")
         return
-    for warning in video.rendering_problem():
-        console.print(f"[yellow]{warning}[/]")
+    if not any(episode.frames for episode in episodes["before"]):
+        console.print(f"[yellow]no video: no GL library could be loaded; {rendering.REMEDY}[/]")
 
 
-def _row(stage: str, result: Evaluation, steps: int, minutes: float) -> Row:
+def _row(stage: str, result: Evaluation, steps: str, minutes: float) -> Row:
     assert result.success_rate is not None
     assert result.success_ci95 is not None
     return Row(stage, result.success_rate, *result.success_ci95, result.episodes, steps, minutes)
@@ -125,6 +126,6 @@ def _table(experiment: Experiment, seed: int, rows: list[Row]) -> Table:
     for row in rows:
         interval = f"{row.low:.2f} to {row.high:.2f}"
         table.add_row(
-            row.stage, f"{row.success_rate:.2f}", interval, str(row.episodes), f"{row.steps:,}", f"{row.minutes:.1f}"
+            row.stage, f"{row.success_rate:.2f}", interval, str(row.episodes), row.steps, f"{row.minutes:.1f}"
         )
     return table

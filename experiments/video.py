@@ -6,7 +6,6 @@ can be loaded the episodes are played all the same, without frames.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from dprl.envs import metaworld
+from dprl.envs import metaworld, rendering
 from dprl.errors import EnvError, MissingDependencyError
 from dprl.policy import DiffusionPolicy, PredictState
 from dprl.seeding import derive_seed, torch_generator
@@ -40,22 +39,6 @@ class Episode:
     """(height, width, 3), every few steps; empty without rendering."""
 
 
-def rendering_problem() -> list[str]:
-    """Return what is missing for offscreen rendering and how to install it; an empty list where it works."""
-    os.environ.setdefault("MUJOCO_GL", "egl")
-    try:
-        import mujoco
-
-        context = mujoco.GLContext(16, 16)
-        context.free()
-    except Exception as error:  # GL fails in many ways, import errors among them
-        return [
-            f"no video, since offscreen rendering does not work here ({type(error).__name__}: {error}). On Debian or "
-            "Ubuntu: apt-get install libegl1 libgl1; or libosmesa6 and MUJOCO_GL=osmesa"
-        ]
-    return []
-
-
 def record(policies: dict[str, DiffusionPolicy], spec: EnvSpec, seed: int, file: Path) -> dict[str, list[Episode]]:
     """Play `N_STARTS` episodes with every policy from the same start states; write them tiled as a GIF.
 
@@ -71,7 +54,7 @@ def record(policies: dict[str, DiffusionPolicy], spec: EnvSpec, seed: int, file:
     """
     if not spec.id.startswith("metaworld/"):
         raise EnvError(f"videos are made of Meta-World tasks only so far, not of '{spec.id}'")
-    render = not rendering_problem()
+    render = rendering.find_backend() is not None
     camera = metaworld.Camera(*RENDER_SIZE) if render else None
     env: Any = metaworld.SeededMetaWorld(spec.id.removeprefix("metaworld/"), camera)
     every = max(1, spec.max_episode_steps // N_FRAMES)

@@ -101,3 +101,11 @@ def test_expert_of_another_environment_is_refused():
         make_expert("scripted", "Hopper-v5")
     with pytest.raises(EnvError, match=r"does not know 'metaworld/raech-v3'.*metaworld/reach-v3"):
         make_expert("scripted", "metaworld/raech-v3")
+
+
+def test_the_packages_own_environment_shows_the_goal_at_every_step() -> None:
+    """The expert, which needs the goal, succeeds there too; so videos show what EnvPool trained."""
+    spec = resolve("metaworld/push-v3", EnvOptions(backend="gymnasium"))
+    data = collect_episodes(spec, make_expert("scripted", spec.id), 0.0, 4, seed=0)
+    assert data.success_rate >= 0.75
+    assert (np.abs(data.observations[:, 37]) > 0.1).all()
