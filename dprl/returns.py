@@ -34,7 +34,7 @@ def gae(
         Advantages (T, N).
     """
     delta = reward + gamma * next_value * ~terminated - value
-    decay = gamma * gae_lambda * ~ended
+    decay = gamma * gae_lambda * (~ended).to(delta.dtype)
     advantage = torch.empty_like(delta)
     trace = torch.zeros_like(delta[0])
     for t in reversed(range(len(delta))):

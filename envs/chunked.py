@@ -173,7 +173,7 @@ class ChunkedEnv:
         if not self._open[indices].all():
             index = int(indices[~self._open[indices]][0])
             raise EnvError(f"{self.spec.id}: environment {index} has no open episode; reset it before stepping it")
-        self._require_finite("an action of the chunk from this step on", actions, indices)
+        self._require_finite("action", actions, indices)
         return np.clip(actions, self._low, self._high)
 
     def _require_finite(self, what: str, values: FloatArray, indices: IntArray) -> None:

@@ -122,7 +122,7 @@ def _row(stage: str, result: Evaluation, steps: str, minutes: float) -> Row:
 def _table(experiment: Experiment, seed: int, rows: list[Row]) -> Table:
     table = Table(title=f"{experiment.collect.env}, seed {seed}")
     for column in ("", "success", "95 % interval", "episodes", "steps", "minutes"):
-        table.add_column(column, justify="left" if not column else "right")
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for row in rows:
         interval = f"{row.low:.2f} to {row.high:.2f}"
         table.add_row(
