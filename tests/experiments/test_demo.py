@@ -17,7 +17,7 @@ def test_smoke_demo_leaves_everything(
     monkeypatch.setattr(rendering, "find_backend", lambda: None)  # drawing frames takes long
     out = tmp_path / "demo"
     assert main(["demo", "smoke", "--out", str(out), "--quiet"]) == 0
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     for line in ("demonstrations", "behaviour cloning", "fine-tuned (DPPO)", "apt-get install libegl1"):
         assert line in printed
     results = json.loads((out / "results.json").read_text())
