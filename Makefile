@@ -1,6 +1,6 @@
 # Everything runs in .venv, which the targets make and fill themselves. `make help` lists them.
 PYTHON ?= python3.11
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := dprl agents envs experiments tests setup.py
@@ -32,7 +32,7 @@ format: $(VENV)/.all  ## ruff, mending what it can
 	$(BIN)/ruff format $(SOURCES)
 
 types: $(VENV)/.all $(VIEW)  ## mypy --strict on the library
-	cd $(VIEW) && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p dprl
+	cd $(VIEW) && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p dprl
 
 bench: $(VENV)/.all  ## benchmarks: ratios measured in one run
 	$(BIN)/python -m dprl.experiments.benchmarks.throughput

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from dprl import checkpoint
 from dprl.config import validate
 from dprl.data import Episodes
-from dprl.errors import check
+from dprl.errors import DatasetError, check
 from dprl.networks import polyak_update
 from dprl.policy import DiffusionPolicy
 from dprl.seeding import torch_generator
@@ -55,6 +56,7 @@ class BC(Agent[Tensor]):
     name = "bc"
 
     def __init__(self, policy: DiffusionPolicy, config: BCConfig | None = None, *, seed: int = 0) -> None:
+        check(policy.tuned is None, "tuned_below", policy.tuned_below, "must be 0: cloning trains `base` only")
         self.policy = policy
         self.config = config or BCConfig()
         self.seed = seed
@@ -70,18 +72,22 @@ class BC(Agent[Tensor]):
         self._generator = torch_generator(seed, "bc", device=policy.device)
 
     def fit(self, data: Episodes, steps: int, *, progress_bar: bool = False) -> DiffusionPolicy:
-        """Take `steps` gradient steps on `data`; return the policy with its averaged weights.
+        """Take `steps` more gradient steps on `data`; return the policy with its averaged weights.
 
         Raises:
-            DatasetError: no episode is as long as the policy's horizon.
+            DatasetError: the data are of other sizes, or no episode is as long as the policy's horizon.
         """
-        self.set_data(data, steps)
-        train(self, LoopConfig(total_timesteps=steps), progress_bar=progress_bar)
+        total = self.timesteps + steps
+        self.set_data(data, total)
+        train(self, LoopConfig(total), progress_bar=progress_bar)
         return self.policy
 
     def set_data(self, data: Episodes, total_steps: int) -> None:
         """Put `data` on the device; `total_steps` shapes the learning rate's decay."""
         config, device = self.policy.config, self.policy.device
+        sizes, ours = (data.observations.shape[1], data.actions.shape[1]), (config.observation_size, config.action_size)
+        if sizes != ours:
+            raise DatasetError(f"the data have {sizes} observation and action numbers, the policy has {ours}")
         obs_index, action_index = data.chunk_indices(config.n_obs_steps, config.horizon)
         self._total_steps = total_steps
         self._obs = torch.as_tensor(data.observations, device=device)[torch.as_tensor(obs_index, device=device)]
@@ -95,6 +101,7 @@ class BC(Agent[Tensor]):
 
     def update(self, batch: Tensor) -> dict[str, float]:
         """Take one gradient step for each row of `batch` (steps, B)."""
+        start = time.perf_counter()
         losses = torch.zeros(len(batch), device=self.policy.device)
         for i, rows in enumerate(batch):
             self._set_learning_rate()
@@ -108,7 +115,7 @@ class BC(Agent[Tensor]):
         return {
             "bc/loss": float(losses.mean()),
             "bc/learning_rate": self._optimizer.param_groups[0]["lr"],
-            "bc/samples": float(batch.numel()),
+            "time/samples_per_s": batch.numel() / (time.perf_counter() - start),
         }
 
     def state(self) -> dict[str, Any]:

@@ -12,7 +12,8 @@ which the first E are executed, A action size.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,7 +65,7 @@ class DPPOConfig:
     """How steeply the clip grows between the two."""
     vf_coef: float = 0.5
     target_kl: float = 1.0
-    """Stop an iteration's updates once the approximate KL exceeds this."""
+    """Stop an iteration's updates once a minibatch's approximate KL exceeds this."""
     critic_warmup: int = 0
     """First iterations in which only the critic learns."""
     critic_hidden_size: int = 256
@@ -176,12 +177,14 @@ class DPPO(Agent[Rollout]):
             EnvError: the policy does not fit the environment.
         """
         config = config or DPPOConfig()
-        self.config = DPPOConfig(**{**vars(config), "tuned_steps": tuned_steps}) if tuned_steps else config
+        self.config = config if tuned_steps is None else replace(config, tuned_steps=tuned_steps)
         self.policy = policy
         self.pool = as_pool(env, seed)
         require_fit(policy, self.pool.spec)
         matches = self.pool.spec.n_obs_steps == policy.config.n_obs_steps
         check(matches, "n_obs_steps", self.pool.spec.n_obs_steps, f"the policy sees {policy.config.n_obs_steps}")
+        n_pairs = self.pool.n_envs * self.config.n_steps * self.config.tuned_steps
+        check(n_pairs >= 2, "n_envs * n_steps * tuned_steps", n_pairs, "advantages of one pair cannot be normalised")
         self.seed = seed
         self.timesteps = 0
         self.iteration = 0
@@ -204,8 +207,8 @@ class DPPO(Agent[Rollout]):
         self._clip_ranges = clip_ranges(self.config).to(policy.device)
 
     def learn(self, total_timesteps: int, *, progress_bar: bool = False) -> DPPO:
-        """Collect and update until `total_timesteps` environment steps are executed, as stable-baselines3 does."""
-        train(self, LoopConfig(total_timesteps=total_timesteps), progress_bar=progress_bar)
+        """Collect and update for `total_timesteps` more environment steps, as stable-baselines3 does."""
+        train(self, LoopConfig(self.timesteps + total_timesteps), progress_bar=progress_bar)
         return self
 
     def predict(
@@ -227,20 +230,13 @@ class DPPO(Agent[Rollout]):
     def update(self, batch: Rollout) -> dict[str, float]:
         """Improve actor and critic on one rollout; return metrics."""
         targets, metrics = self._prepare(batch)
-        n_decisions, n_pairs = len(targets.advantage), targets.old_log_prob.numel()
-        n_minibatches = min(max(1, round(n_pairs / self.config.batch_size)), n_decisions)
         actor_learns = self.iteration >= self.config.critic_warmup
         figures: list[Tensor] = []
-        for _ in range(self.config.n_epochs):
-            for decisions, pairs in zip(
-                self._shuffled(n_decisions).tensor_split(n_minibatches),
-                self._shuffled(n_pairs).tensor_split(n_minibatches),
-                strict=True,
-            ):
-                critic_loss = self._update_critic(targets, decisions)
-                actor = self._update_actor(targets, pairs) if actor_learns else ()
-                figures.append(torch.stack([critic_loss, *actor]))
-            if actor_learns and figures[-1][2] > self.config.target_kl:
+        for decisions, pairs in self._minibatches(len(targets.advantage), targets.old_log_prob.numel()):
+            critic_loss = self._update_critic(targets, decisions)
+            actor = self._update_actor(targets, pairs) if actor_learns else ()
+            figures.append(torch.stack([critic_loss, *actor]))
+            if isinstance(actor, PolicyLoss) and actor.approx_kl > self.config.target_kl:
                 break
         self.iteration += 1
         names = ("value_loss", *PolicyLoss._fields) if actor_learns else ("value_loss",)
@@ -271,6 +267,13 @@ class DPPO(Agent[Rollout]):
         result.policy_loss.backward()
         self._actor_optimizer.step()
         return PolicyLoss(*(figure.detach() for figure in result))
+
+    def _minibatches(self, n_decisions: int, n_pairs: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every decision (for the critic) and every pair (for the actor) once an epoch, in equal numbers of parts."""
+        parts = max(1, min(round(n_pairs / self.config.batch_size), n_pairs // 2, n_decisions))
+        for _ in range(self.config.n_epochs):
+            decisions, pairs = self._shuffled(n_decisions), self._shuffled(n_pairs)
+            yield from zip(decisions.tensor_split(parts), pairs.tensor_split(parts), strict=True)
 
     def _shuffled(self, n: int) -> Tensor:
         return torch.randperm(n, generator=self._generator, device=self.policy.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -91,7 +92,7 @@ def collect(config: Annotated[runs.CollectConfig, Flat], *, out: Out, quiet: Qui
     """Play episodes with an expert and write them as a Minari data set."""
     data = runs.collect(config, out, progress_bar=not quiet)
     low, high = runs.wilson_of(data)
-    Console().print(
+    print(
         f"{data.n_episodes} episodes, {data.ends[-1]:,} steps, success {data.success_rate:.2f} "
         f"({low:.2f} to {high:.2f}) in {out}. Next: dprl pretrain {out} --out runs/pretrain"
     )
@@ -101,14 +102,14 @@ def collect(config: Annotated[runs.CollectConfig, Flat], *, out: Out, quiet: Qui
 def pretrain(config: Annotated[runs.PretrainConfig, Flat], *, out: Out, quiet: Quiet = False) -> None:
     """Train a diffusion policy on a data set by behaviour cloning."""
     runs.pretrain(config, out, progress_bar=not quiet)
-    Console().print(f"The policy is in {out}. Next: dprl finetune {out} --env ENV --out runs/finetune")
+    print(f"The policy is in {out}. Next: dprl finetune {out} --env ENV --out runs/finetune")
 
 
 @app.command
 def finetune(config: Annotated[runs.FinetuneConfig, Flat], *, out: Out, quiet: Quiet = False) -> None:
     """Improve a pretrained policy with reward (DPPO)."""
     runs.finetune(config, out, progress_bar=not quiet)
-    Console().print(f"The policy is in {out}. Next: dprl evaluate {out} --env {config.env} --episodes 100")
+    print(f"The policy is in {out}. Next: dprl evaluate {out} --env {config.env} --episodes 100")
 
 
 @app.command
@@ -120,7 +121,7 @@ def resume(run: tyro.conf.Positional[Path], *, quiet: Quiet = False) -> None:
         quiet: Show no progress bar.
     """
     runs.resume(run, progress_bar=not quiet)
-    Console().print(f"{run} is complete.")
+    print(f"{run} is complete.")
 
 
 @app.command
@@ -130,6 +131,7 @@ def evaluate(
     env: str,
     episodes: int = 100,
     seed: int = 0,
+    device: str = "cpu",
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
     options: EnvOptions = EnvOptions(),  # noqa: B008  frozen
     quiet: Quiet = False,
@@ -141,12 +143,14 @@ def evaluate(
         env: Environment, see 'dprl list envs'.
         episodes: How many.
         seed: Of the start states and the policy's noise; the same seed gives the same result.
+        device: Where the policy runs.
         json_: Print one JSON object on standard output and nothing else.
         options: Of the environment.
         quiet: Show no progress bar.
     """
+    runs.check_device(device)
     spec = resolve(env, options)
-    loaded = DiffusionPolicy.from_pretrained(policy)
+    loaded = DiffusionPolicy.from_pretrained(policy, device=device)
     require_fit(loaded, spec)
     with ProgressBar("evaluate", episodes, shown=not quiet and not json_) as bar:
         result = evaluate_policy(loaded, spec, episodes, seed, on_progress=bar.advance)
@@ -177,6 +181,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DprlError as error:
         print(f"dprl: error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        print(f"dprl: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("dprl: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -56,7 +56,7 @@ def _package(name: str, extra: str | None) -> Finding:
     except importlib.metadata.PackageNotFoundError:
         if name == "envpool" and sys.platform != "linux":
             return Finding(name, True, "not installed: Linux only; the same tasks run on slower environments")
-        remedy = f"pip install {name}" if extra is None else f"pip install 'dprl[{extra}]'"
+        remedy = f"pip install {name}" if extra is None else f"in the checkout: pip install '.[{extra}]'"
         return Finding(name, False, "not installed", remedy)
 
 

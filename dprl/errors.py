@@ -34,7 +34,7 @@ class MissingDependencyError(DprlError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the package '{package}': pip install 'dprl[{extra}]'")
+        super().__init__(f"{purpose} needs the package '{package}'; in dprl's checkout: pip install '.[{extra}]'")
 
 
 def did_you_mean(word: str, known: Iterable[str], n: int = 3) -> str:

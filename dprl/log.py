@@ -5,6 +5,7 @@ A failing logger must never stop a run: TensorBoard and W&B are switched off, wi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -40,7 +41,7 @@ class MetricsLog:
         self._stream = self._file.open("a", encoding="utf-8")
         self._sinks: dict[str, Sink] = {}
         self._closers: dict[str, Callable[[], None]] = {}
-        self._open("TensorBoard", lambda: self._tensorboard(folder, keep_iterations))
+        self._open("TensorBoard", lambda: self._tensorboard(folder, rows[-1]["timesteps"] + 1 if rows else None))
         if wandb_project is not None:
             self._open("W&B", lambda: self._wandb(folder, wandb_project))
 
@@ -77,12 +78,12 @@ class MetricsLog:
             warnings.warn(f"logging to {name} is off: {type(error).__name__}: {error}", stacklevel=2)
 
     @staticmethod
-    def _tensorboard(folder: Path, keep_iterations: int) -> tuple[Sink, Callable[[], None]] | None:
+    def _tensorboard(folder: Path, purge_step: int | None) -> tuple[Sink, Callable[[], None]] | None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return None
-        writer: Any = SummaryWriter(str(folder / "tensorboard"))
+        writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
 
         def sink(metrics: Mapping[str, float], timesteps: int) -> None:
             for name, value in metrics.items():
@@ -99,7 +100,13 @@ class MetricsLog:
         if not has_login and mode == "offline":
             warnings.warn("W&B logs offline (no login); upload later with 'wandb sync'", stacklevel=2)
         settings = wandb.Settings(init_timeout=WANDB_INIT_TIMEOUT_S, silent=True)
-        options: dict[str, Any] = {"project": project, "dir": str(folder), "name": folder.name, "settings": settings}
+        identity = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[
+            :16
+        ]  # a resumed run goes on as the same one
+        options: dict[str, Any] = {
+            "project": project, "dir": str(folder), "name": folder.name, "id": identity, "resume": "allow",
+            "settings": settings,
+        }  # fmt: skip
         try:
             run = wandb.init(mode=mode, **options)
         except (wandb.errors.UsageError, wandb.errors.CommError) as error:

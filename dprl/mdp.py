@@ -9,6 +9,7 @@ Shapes: B decisions, K' tuned steps, H actions of a chunk, A action size. All x 
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -33,7 +34,8 @@ class ExplorationConfig:
     """Noise draws of the denoising steps are clamped to this many standard deviations."""
 
     def __post_init__(self) -> None:
-        validate(self, above={"min_sampling_std": 0, "min_log_prob_std": 0, "noise_clip": 0})
+        # Below e^-2 / √(2π) the density peaks above the clamp of log-probs at 2, and its gradient is lost.
+        validate(self, at_least={"min_log_prob_std": 0.054}, above={"min_sampling_std": 0, "noise_clip": 0})
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,12 @@ class DenoisingMDP:
         self.policy = policy
         self.tuned_steps = tuned_steps
         self.exploration = exploration
+
+    def cpu(self) -> DenoisingMDP:
+        """Return this MDP, or a copy of it on the CPU, for workers without an accelerator."""
+        if self.policy.device.type == "cpu":
+            return self
+        return DenoisingMDP(copy.deepcopy(self.policy).cpu(), self.tuned_steps, self.exploration)
 
     @torch.no_grad()
     def sample(self, obs: Tensor, generator: torch.Generator) -> Chain:

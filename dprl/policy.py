@@ -303,6 +303,8 @@ class DiffusionPolicy(nn.Module):
         start = torch.ones(len(obs), dtype=torch.bool, device=self.device)
         config = self.config
         if isinstance(state, PredictState):
+            n = len(state.chunk)
+            check(len(obs) == n, "observation", np.shape(observation), f"the state is of {n} environments")
             start = torch.as_tensor(np.zeros(len(obs)) if episode_start is None else episode_start).to(start)
             chunk, index = state.chunk.clone(), state.next_action.clone()
             history = torch.cat([state.history[:, 1:], obs[:, None]], dim=1)

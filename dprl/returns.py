@@ -71,7 +71,7 @@ class RunningReturnStd:
     def __call__(self, reward: Tensor, ended: Tensor) -> Tensor:
         """Take in rewards (T, N) and episode ends (T, N); return the scaled rewards (T, N)."""
         for t in range(len(reward)):
-            self._returns = self._returns * self._gamma + reward[t].double().cpu()
+            self._returns = self._returns * self._gamma + reward[t].cpu().double()
             self._observe(self._returns)
             self._returns[ended[t].cpu()] = 0.0
         return (reward / self.std).clamp(-self._clip, self._clip)

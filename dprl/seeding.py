@@ -34,5 +34,5 @@ def numpy_generator(seed: int, *names: str | int) -> np.random.Generator:
 def seeded_init(seed: int, *names: str | int) -> Iterator[None]:
     """Initialise modules from the stream `names` of `seed`, leaving torch's global generator as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, *names))
+        torch.default_generator.manual_seed(derive_seed(seed, *names))
         yield

@@ -24,6 +24,8 @@ FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
 
+MAX_EPISODE_STEPS = 1_000_000
+
 RewardKind = Literal["sparse", "dense"]
 Backend = Literal["auto", "envpool", "gymnasium"]
 
@@ -76,15 +78,15 @@ class EnvOptions:
     """Sparse (1 at the first success) or the simulator's dense reward. Default: sparse where it reports success."""
     max_episode_steps: int | None = None
     """Environment steps before an episode is truncated. Default: the task's own."""
-    n_obs_steps: int = 1
-    """How many of the latest observations the policy sees."""
     backend: Backend = "auto"
     """EnvPool where it has the task and runs here, else `gymnasium.vector`."""
     vectorization: Literal["sync", "async"] = "sync"
     """How `gymnasium.vector` runs its environments: one after the other, or one process each."""
 
     def __post_init__(self) -> None:
-        validate(self, at_least={"max_episode_steps": 1, "n_obs_steps": 1})
+        validate(self, at_least={"max_episode_steps": 1})
+        steps = self.max_episode_steps or 1
+        check(steps <= MAX_EPISODE_STEPS, "max_episode_steps", steps, f"must be at most {MAX_EPISODE_STEPS}")
 
 
 @dataclass(frozen=True)
@@ -198,11 +200,21 @@ def env_seeds(seed: int, n_envs: int, first: int = 0, *, purpose: str = "trainin
     return [derive_seed(seed, purpose, index) & 0x7FFFFFFF for index in range(first, first + n_envs)]
 
 
-def make(env: str | EnvSpec, n_envs: int = 1, *, seed: int = 0, options: EnvOptions | None = None) -> BatchedEnv:
-    """Build a batched environment by name: any task of ``dprl list envs`` or any id registered with Gymnasium."""
+def make(
+    env: str | EnvSpec, n_envs: int = 1, *, seed: int = 0, n_obs_steps: int = 1, options: EnvOptions | None = None
+) -> BatchedEnv:
+    """Build a batched environment by name: any task of ``dprl list envs`` or any id registered with Gymnasium.
+
+    Args:
+        env: its name, or its spec.
+        n_envs: how many.
+        seed: of all of them; each has a seed of its own that follows from it.
+        n_obs_steps: how many of the latest observations the policy sees.
+        options: reward, time limit, backend.
+    """
     check(n_envs >= 1, "n_envs", n_envs, "must be at least 1")
     spec = env if isinstance(env, EnvSpec) else resolve(env, options)
-    return build(spec, env_seeds(seed, n_envs))
+    return build(with_n_obs_steps(spec, n_obs_steps), env_seeds(seed, n_envs))
 
 
 def with_n_obs_steps(spec: EnvSpec, n_obs_steps: int) -> EnvSpec:

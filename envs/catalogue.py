@@ -46,7 +46,6 @@ def _metaworld(name: str, options: EnvOptions) -> EnvSpec:
         max_episode_steps=options.max_episode_steps or metaworld.MAX_EPISODE_STEPS,
         reward=options.reward or "sparse",
         has_success=True,
-        n_obs_steps=options.n_obs_steps,
         vectorization=options.vectorization,
     )
 
@@ -89,7 +88,6 @@ def _gymnasium(name: str, options: EnvOptions) -> EnvSpec:
         max_episode_steps=max_episode_steps,
         reward=options.reward or ("sparse" if has_success else "dense"),
         has_success=has_success,
-        n_obs_steps=options.n_obs_steps,
         vectorization=options.vectorization,
     )
 
@@ -102,7 +100,11 @@ def _use_envpool(name: str, options: EnvOptions) -> bool:
         return True
     if options.backend == "envpool":
         raise MissingDependencyError("envpool", "envs", f"backend 'envpool' for {name}")
-    reason = "is not installed: pip install 'dprl[envs]'" if sys.platform == "linux" else "has Linux wheels only"
+    reason = (
+        "is not installed: pip install '.[envs]' in the checkout"
+        if sys.platform == "linux"
+        else "has Linux wheels only"
+    )
     warnings.warn(f"EnvPool {reason}. {name} runs on its own Python environment, about ten times slower.", stacklevel=3)
     return False
 

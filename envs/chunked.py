@@ -154,14 +154,15 @@ class ChunkedEnv:
         self._history[indices, :-1] = self._history[indices, 1:]
         self._history[indices, -1] = observation
         sparse = self.spec.reward == "sparse"
-        reward = (raw.success if sparse else raw.reward).astype(np.float32)
+        success = raw.success & self.spec.has_success
+        reward = (success if sparse else raw.reward).astype(np.float32)
         self._require_finite("observation", observation, indices)
         self._require_finite("reward", reward, indices)
         self._return[indices] += reward
-        terminated = raw.terminated | (raw.success & sparse)
+        terminated = raw.terminated | (success & sparse)
         out_of_time = self._length[indices] >= self.spec.max_episode_steps
-        truncated = (raw.truncated | raw.success | out_of_time) & ~terminated
-        return SimulatorStep(observation, reward, terminated, truncated, raw.success)
+        truncated = (raw.truncated | success | out_of_time) & ~terminated
+        return SimulatorStep(observation, reward, terminated, truncated, success)
 
     def _checked(self, actions: FloatArray, indices: IntArray) -> FloatArray:
         actions = np.asarray(actions, np.float32)

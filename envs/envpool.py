@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dprl.envs.chunked import ChunkedEnv, SimulatorStep
-from dprl.errors import MissingDependencyError
+from dprl.errors import EnvError, MissingDependencyError
 from dprl.spec import EnvSpec, FloatArray, IntArray
 
 
@@ -53,7 +53,13 @@ class EnvPoolSimulator:
         self._has_success = spec.has_success
 
     def reset(self, indices: IntArray, episodes: IntArray) -> npt.NDArray[Any]:
-        """Reset until each environment has reached its episode."""
+        """Reset until each environment has reached its episode.
+
+        Raises:
+            EnvError: an environment is past its episode already, and EnvPool cannot go back.
+        """
+        if (self._resets[indices] > episodes).any():
+            raise EnvError("EnvPool cannot go back to an earlier episode: restore into freshly built environments")
         observation = np.zeros((len(indices), *self._env.observation_space.shape))
         while True:
             rows = np.flatnonzero(self._resets[indices] <= episodes)

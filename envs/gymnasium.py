@@ -63,7 +63,7 @@ class Held(gymnasium.Wrapper[Any, Any, Any, Any]):
         space = cast("Any", self.env.action_space)
         result = self.env.step(np.asarray(action, space.dtype).reshape(space.shape))
         self._observation, reward, terminated, truncated, info = result
-        success = any(float(info.get(key, 0.0)) > 0.5 for key in SUCCESS_KEYS)
+        success = any(float(info.get(key) or 0.0) > 0.5 for key in SUCCESS_KEYS)
         ends = {"dprl_terminated": bool(terminated), "dprl_truncated": bool(truncated), "dprl_success": success}
         return self._observation, float(reward), False, False, ends
 

@@ -6,17 +6,19 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dprl import checkpoint
 from dprl.envs import rendering
-from dprl.errors import DprlError, RunExistsError
 from dprl.experiments import plots, runs, video
 from dprl.experiments.catalogue import Experiment
 from dprl.policy import DiffusionPolicy
 from dprl.rollout import Evaluation, evaluate
 from dprl.spec import EnvSpec, resolve
+from dprl.training import RunFolder
 from dprl.training.progress import ProgressBar
 
 # Final evaluations and videos use seeds that no training run of the same seed uses.
@@ -40,29 +42,29 @@ def run(experiment: Experiment, seed: int, out: Path, *, progress_bar: bool = Tr
     """Run `experiment` in the new folder `out`; print its table and leave data, runs, plots and a video there.
 
     Raises:
-        RunExistsError: `out` exists.
+        RunExistsError: `out` exists and is not empty.
     """
-    if out.exists():
-        raise RunExistsError(f"'{out}' already exists: choose another folder")
+    RunFolder.require_free(out)
     console = Console()
     spec = resolve(experiment.collect.env, experiment.collect.options)
-    out.mkdir(parents=True)
+    collect = replace(experiment.collect, seed=seed)
+    pretrain = replace(experiment.pretrain, data=str(out / "data"), seed=seed)
+    finetune = replace(experiment.finetune, policy=str(out / "pretrain"), seed=seed)
+    out.mkdir(parents=True, exist_ok=True)
 
     console.print(f"[bold]1/5[/] {experiment.collect.episodes} demonstrations of {spec.id}, "
                   f"action noise {experiment.collect.noise}")  # fmt: skip
     start = time.perf_counter()
-    data = runs.collect(replace(experiment.collect, seed=seed), out / "data", progress_bar=progress_bar)
+    data = runs.collect(collect, out / "data", progress_bar=progress_bar)
     collected = time.perf_counter()
 
     console.print(f"[bold]2/5[/] behaviour cloning, {experiment.pretrain.steps} gradient steps")
-    pretrain = replace(experiment.pretrain, data=str(out / "data"), seed=seed)
     cloned = runs.pretrain(pretrain, out / "pretrain", progress_bar=progress_bar)
     trained = time.perf_counter()
     before = _evaluate(cloned.path, spec, experiment, seed, "before", progress_bar=progress_bar)
 
     console.print(f"[bold]3/5[/] DPPO, {experiment.finetune.total_timesteps:,} environment steps")
     tuning = time.perf_counter()
-    finetune = replace(experiment.finetune, policy=str(cloned.path), seed=seed)
     tuned = runs.finetune(finetune, out / "finetune", progress_bar=progress_bar)
     finished = time.perf_counter()
 
@@ -81,14 +83,19 @@ def run(experiment: Experiment, seed: int, out: Path, *, progress_bar: bool = Tr
         "before": before.to_json(), "after": after.to_json(), "rows": [vars(row) for row in rows],
     })  # fmt: skip
 
-    console.print("[bold]5/5[/] plot and video")
-    plots.learning_curve(tuned.path, out / "learning_curve.png", before=before, after=after)
-    if pictures:
-        _pictures(cloned.path, tuned.path, spec, seed, out, console)
     console.print(_table(experiment, seed, rows))
-    console.print(f"{(time.perf_counter() - collected) / 60:.1f} minutes from the first training step to the end.")
-    console.print(f"Everything is in {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
-    console.print(f"Next: dprl evaluate {out / 'finetune'} --env {spec.id} --episodes 100 --seed 1")
+
+    console.print("[bold]5/5[/] plot and video")
+    try:
+        plots.learning_curve(tuned.path, out / "learning_curve.png", before=before, after=after)
+        if pictures:
+            _pictures(cloned.path, tuned.path, spec, seed, out, console)
+    except Exception as error:  # graphics fail in many ways; none of them may spoil a finished run
+        console.print(f"[yellow]not all pictures were drawn: {escape(str(error))}[/]")
+    minutes = (time.perf_counter() - collected) / 60
+    print(f"{minutes:.1f} minutes from the first training step to the end.")
+    print(f"Everything is in {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    print(f"Next: dprl evaluate {out / 'finetune'} --env {spec.id} --episodes 100 --seed 1")
     return rows
 
 
@@ -101,14 +108,10 @@ def _evaluate(
 
 
 def _pictures(before: Path, after: Path, spec: EnvSpec, seed: int, out: Path, console: Console) -> None:
-    """Video where this machine can render, drawn trajectories in any case; neither may spoil a finished run."""
+    """Video where this machine can render, drawn trajectories in any case."""
     policies = {"before": DiffusionPolicy.from_pretrained(before), "after": DiffusionPolicy.from_pretrained(after)}
-    try:
-        episodes = video.record(policies, spec, HELD_OUT + seed, out / "before_after.gif")
-        plots.trajectories(episodes, out / "trajectories.png")
-    except DprlError as error:
-        console.print(f"[yellow]no pictures: {error}[/]")
-        return
+    episodes = video.record(policies, spec, HELD_OUT + seed, out / "before_after.gif")
+    plots.trajectories(episodes, out / "trajectories.png")
     if not any(episode.frames for episode in episodes["before"]):
         console.print(f"[yellow]no video: no GL library could be loaded; {rendering.REMEDY}[/]")
 
@@ -120,7 +123,7 @@ def _row(stage: str, result: Evaluation, steps: str, minutes: float) -> Row:
 
 
 def _table(experiment: Experiment, seed: int, rows: list[Row]) -> Table:
-    table = Table(title=f"{experiment.collect.env}, seed {seed}")
+    table = Table(title=f"{experiment.collect.env}, seed {seed}", box=box.SIMPLE, padding=(0, 1))
     for column in ("", "success", "95 % interval", "episodes", "steps", "minutes"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for row in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
     from dprl.experiments.video import Episode
 
 
+# What `training_curves` draws: one plot each, with its counterpart of the evaluations.
+CURVES = {
+    "bc/loss": "eval/success_rate",
+    "rollout/success_rate": "eval/success_rate",
+    "rollout/return_mean": "eval/return_mean",
+}
+
+
 def _new_figure(**options: Any) -> Any:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -25,6 +34,27 @@ def _new_figure(**options: Any) -> Any:
     figure = Figure(layout="constrained", **options)
     FigureCanvasAgg(figure)
     return figure
+
+
+def training_curves(run: Path) -> None:
+    """Draw a run's own curves into its ``plots/``: loss, or return and success. Without matplotlib, say so only."""
+    rows = read_metrics(run)
+    shown = [name for name in CURVES if any(name in row for row in rows)]
+    try:
+        figure = _new_figure(figsize=(4.5 * max(1, len(shown)), 3.4))
+    except MissingDependencyError as error:
+        warnings.warn(f"no plots: {error}", stacklevel=2)
+        return
+    for axis, name in zip(np.atleast_1d(figure.subplots(1, max(1, len(shown)))), shown, strict=False):
+        for curve in (name, CURVES[name]):
+            points = [(row["timesteps"], row[curve]) for row in rows if row.get(curve) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), "o-", ms=2, lw=1, label=curve)
+        axis.set_xlabel("timesteps")
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    (run / "plots").mkdir(exist_ok=True)
+    figure.savefig(run / "plots" / "training.png", dpi=120)
 
 
 def learning_curve(run: Path, file: Path, *, before: Evaluation, after: Evaluation) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -11,15 +11,18 @@ import tyro
 from dprl.agents import BC, DPPO, BCConfig, DPPOConfig
 from dprl.config import from_json, to_json, validate
 from dprl.data import Episodes, load_dataset, save_dataset
+from dprl.data.minari import require_h5py
 from dprl.envs.collect import collect_episodes
 from dprl.envs.experts import make_expert
 from dprl.errors import CheckpointError, ConfigError, check
+from dprl.experiments import plots
 from dprl.log import read_metrics
 from dprl.networks import MLPConfig
 from dprl.policy import DiffusionPolicy, find_policy
 from dprl.rollout import Evaluation, InProcessPool, RolloutPool, evaluate
 from dprl.rollout.evaluation import require_fit, wilson
 from dprl.rollout.pool import checked_slice_size
+from dprl.seeding import derive_seed
 from dprl.spec import EnvOptions, EnvSpec, resolve, with_n_obs_steps
 from dprl.training import LoopConfig, RunFolder, train
 
@@ -123,6 +126,7 @@ KINDS: dict[str, type[PretrainConfig] | type[FinetuneConfig]] = {
 def collect(config: CollectConfig, out: Path, *, progress_bar: bool = True) -> Episodes:
     """Play `config.episodes` episodes and write them to the new folder `out`."""
     RunFolder.require_free(out)
+    require_h5py()
     spec = resolve(config.env, config.options)
     expert = make_expert(config.expert, config.env)
     data = collect_episodes(spec, expert, config.noise, config.episodes, config.seed, progress_bar=progress_bar)
@@ -133,38 +137,43 @@ def collect(config: CollectConfig, out: Path, *, progress_bar: bool = True) -> E
 def pretrain(config: PretrainConfig, out: Path, *, progress_bar: bool = True) -> RunFolder:
     """Train a policy by behaviour cloning in the new run folder `out`."""
     RunFolder.require_free(out)
-    _prepare_pretrain(config)  # everything that can be wrong is found before the folder is made
+    config = replace(config, data=str(Path(config.data).resolve()))
+    prepared = _prepare_pretrain(config)  # everything that can be wrong is found before the folder is made
     run = RunFolder.create(out, "pretrain", to_json(config))
-    _pretrain(config, run, resume=False, progress_bar=progress_bar)
+    _pretrain(config, run, prepared, resume=False, progress_bar=progress_bar)
     return run
 
 
 def finetune(config: FinetuneConfig, out: Path, *, progress_bar: bool = True) -> RunFolder:
     """Fine-tune a policy with DPPO in the new run folder `out`."""
     RunFolder.require_free(out)
-    policy, spec = _prepare_finetune(config, find_policy(Path(config.policy)))
-    run = RunFolder.create(out, "finetune", to_json(config))
-    _finetune(config, run, policy, spec, resume=False, progress_bar=progress_bar)
+    config = replace(config, policy=str(Path(config.policy).resolve()))
+    prepared = _prepare_finetune(config, find_policy(Path(config.policy)))
+    with _pool(config, prepared.spec) as pool:
+        run = RunFolder.create(out, "finetune", to_json(config))
+        _finetune(config, run, prepared, pool, resume=False, progress_bar=progress_bar)
     return run
 
 
 def resume(path: Path, *, progress_bar: bool = True) -> RunFolder:
-    """Continue an interrupted run from its newest checkpoint, as if it had never stopped.
+    """Continue an interrupted run from its newest checkpoint, or from its start, as if it had never stopped.
+
+    A complete run stays as it is.
 
     Raises:
-        CheckpointError: there is no run, it has no checkpoint yet, or it is complete.
+        CheckpointError: there is no run, or it is damaged.
     """
     run, kind, data = RunFolder.open(path)
     if kind not in KINDS:
         raise CheckpointError(f"'{path}' is a run of the unknown kind '{kind}'")
     config = from_json(KINDS[kind], data, f"{path}/run.json")
-    run.progress()
+    started = run.last is not None
     if isinstance(config, PretrainConfig):
-        _pretrain(config, run, resume=True, progress_bar=progress_bar)
-    else:
-        assert run.last is not None
-        policy, spec = _prepare_finetune(config, run.last)
-        _finetune(config, run, policy, spec, resume=True, progress_bar=progress_bar)
+        _pretrain(config, run, _prepare_pretrain(config), resume=started, progress_bar=progress_bar)
+        return run
+    prepared = _prepare_finetune(config, run.last or find_policy(Path(config.policy)))
+    with _pool(config, prepared.spec) as pool:
+        _finetune(config, run, prepared, pool, resume=started, progress_bar=progress_bar)
     return run
 
 
@@ -178,8 +187,26 @@ def last_timesteps(run: RunFolder) -> int:
     return int(read_metrics(run.path)[-1]["timesteps"])
 
 
-def _prepare_pretrain(config: PretrainConfig) -> tuple[Episodes, DiffusionPolicy, EnvSpec | None]:
-    _device(config.device)
+@dataclass(frozen=True)
+class _Pretraining:
+    """What behaviour cloning starts from."""
+
+    data: Episodes
+    policy: DiffusionPolicy
+    spec: EnvSpec | None
+    """Where to evaluate, if at all."""
+
+
+@dataclass(frozen=True)
+class _Finetuning:
+    """What fine-tuning starts from."""
+
+    policy: DiffusionPolicy
+    spec: EnvSpec
+
+
+def _prepare_pretrain(config: PretrainConfig) -> _Pretraining:
+    check_device(config.device)
     data = load_dataset(config.data)
     policy = DiffusionPolicy.for_dataset(
         data,
@@ -192,36 +219,34 @@ def _prepare_pretrain(config: PretrainConfig) -> tuple[Episodes, DiffusionPolicy
     ).to(config.device)
     data.chunk_indices(config.n_obs_steps, config.horizon)
     if not config.eval_every:
-        return data, policy, None
+        return _Pretraining(data, policy, None)
     if data.env_id is None:
         raise ConfigError("eval_every: the data set does not say which environment it is from; set it to 0")
     spec = resolve(data.env_id)
     require_fit(policy, spec)
-    return data, policy, spec
+    return _Pretraining(data, policy, spec)
 
 
-def _pretrain(config: PretrainConfig, run: RunFolder, *, resume: bool, progress_bar: bool) -> None:
-    data, policy, spec = _prepare_pretrain(config)
+def _pretrain(
+    config: PretrainConfig, run: RunFolder, prepared: _Pretraining, *, resume: bool, progress_bar: bool
+) -> None:
+    policy, spec = prepared.policy, prepared.spec
     agent = BC(policy, config.bc, seed=config.seed)
-    agent.set_data(data, config.steps)
-
-    def score() -> Evaluation:
-        assert spec is not None
-        return evaluate(policy, spec, config.eval_episodes, config.seed)
-
+    agent.set_data(prepared.data, config.steps)
     train(
         agent,
         LoopConfig(config.steps, config.eval_every, config.checkpoint_every),
         run=run,
-        evaluate=score if spec else None,
+        evaluate=None if spec is None else lambda: _score(policy, spec, config.eval_episodes, config.seed),
         resume=resume,
         wandb_project=config.wandb,
         progress_bar=progress_bar,
     )
+    plots.training_curves(run.path)
 
 
-def _prepare_finetune(config: FinetuneConfig, folder: Path) -> tuple[DiffusionPolicy, EnvSpec]:
-    _device(config.device)
+def _prepare_finetune(config: FinetuneConfig, folder: Path) -> _Finetuning:
+    check_device(config.device)
     spec = resolve(config.env, config.options)
     policy = DiffusionPolicy.from_pretrained(folder, device=config.device)
     require_fit(policy, spec)
@@ -231,23 +256,34 @@ def _prepare_finetune(config: FinetuneConfig, folder: Path) -> tuple[DiffusionPo
     check(fits, "workers", config.workers, f"must divide the number of slices, which is {slices}; see slice_size")
     if config.n_action_steps is not None:
         policy.set_n_action_steps(config.n_action_steps)
-    return policy, with_n_obs_steps(spec, policy.config.n_obs_steps)
+    return _Finetuning(policy, with_n_obs_steps(spec, policy.config.n_obs_steps))
 
 
 def _finetune(
-    config: FinetuneConfig, run: RunFolder, policy: DiffusionPolicy, spec: EnvSpec, *, resume: bool, progress_bar: bool
+    config: FinetuneConfig,
+    run: RunFolder,
+    prepared: _Finetuning,
+    pool: RolloutPool,
+    *,
+    resume: bool,
+    progress_bar: bool,
 ) -> None:
-    with _pool(config, spec) as pool:
-        agent = DPPO(policy, pool, config.dppo, seed=config.seed)
-        train(
-            agent,
-            LoopConfig(config.total_timesteps, config.eval_every, config.checkpoint_every),
-            run=run,
-            evaluate=lambda: evaluate(policy, spec, config.eval_episodes, config.seed),
-            resume=resume,
-            wandb_project=config.wandb,
-            progress_bar=progress_bar,
-        )
+    policy, spec = prepared.policy, prepared.spec
+    train(
+        DPPO(policy, pool, config.dppo, seed=config.seed),
+        LoopConfig(config.total_timesteps, config.eval_every, config.checkpoint_every),
+        run=run,
+        evaluate=lambda: _score(policy, spec, config.eval_episodes, config.seed),
+        resume=resume,
+        wandb_project=config.wandb,
+        progress_bar=progress_bar,
+    )
+    plots.training_curves(run.path)
+
+
+def _score(policy: DiffusionPolicy, spec: EnvSpec, episodes: int, seed: int) -> Evaluation:
+    """Evaluate during training, on starts that no evaluation by hand has: the best checkpoint is chosen by them."""
+    return evaluate(policy, spec, episodes, derive_seed(seed, "selection"))
 
 
 def _pool(config: FinetuneConfig, spec: EnvSpec) -> RolloutPool:
@@ -258,9 +294,9 @@ def _pool(config: FinetuneConfig, spec: EnvSpec) -> RolloutPool:
     return RayPool(spec, config.n_envs, num_workers=config.workers, seed=config.seed, slice_size=config.slice_size)
 
 
-def _device(name: str) -> None:
+def check_device(name: str) -> None:
     """Raise ConfigError unless torch can use the device `name`."""
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"device = {name!r}: torch cannot use it here: {str(error).splitlines()[0]}") from error

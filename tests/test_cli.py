@@ -112,7 +112,12 @@ ERRORS = {
     "folder in use (demo)": ("demo smoke --out full", "full", "already exists"),
     "no run to resume": ("resume data", "data", "run.json"),
     "nowhere to resume": ("resume nowhere", "nowhere", "run.json"),
-    "nothing to resume": ("resume taken", "taken", "no checkpoint"),
+    "a file where a folder must be": (
+        "collect metaworld/push-v3 --out data/data/metadata.json/x",
+        "metadata.json",
+        "folder",
+    ),
+    "negative seed (demo)": ("demo smoke --seed -1 --out new", "seed = -1"),
     "negative episodes (evaluate)": (f"{EVALUATE} --episodes -1", "episodes = -1"),
     "negative episodes (collect)": (f"{COLLECT} --episodes -1", "episodes", "-1"),
     "no environments": (f"{FINETUNE} --n-envs 0", "n_envs", "0"),

@@ -25,7 +25,8 @@ METADATA_FILE = Path("data") / "metadata.json"
 ENV_ID_KEY = "dprl_env_id"
 
 
-def _h5py() -> Any:
+def require_h5py() -> Any:
+    """Return the h5py module, or raise MissingDependencyError."""
     try:
         import h5py
     except ImportError as error:
@@ -66,7 +67,7 @@ def load_dataset(path: str | Path) -> Episodes:
 
 
 def _read(file: Path, env_id: str | None) -> Episodes:
-    with _h5py().File(file, "r") as h5:
+    with require_h5py().File(file, "r") as h5:
         names = sorted((n for n in h5 if n.startswith("episode_")), key=lambda n: int(n.removeprefix("episode_")))
         if not names:
             raise DatasetError(f"'{file}' has no episodes")
@@ -119,8 +120,6 @@ def _read_episode(group: Any, where: str) -> dict[str, Any]:
         finite = np.isfinite(array.reshape(length, -1)).all(axis=1)
         if not finite.all():
             raise DatasetError(f"{where}, step {np.flatnonzero(~finite)[0]}: {name} is not finite")
-    for name in ("observations", "actions", "rewards"):
-        arrays[name] = arrays[name].astype(np.float32)
     infos = group.get("infos", {})
     success = np.asarray(infos["success"]).any() if "success" in infos else group.attrs.get("success", False)
     return {**arrays, "success": bool(success), "seed": int(group.attrs.get("seed", -1))}
@@ -145,7 +144,7 @@ def _env_id(metadata: Path) -> str | None:
 
 def _write(data: Episodes, folder: Path, name: str, spec: EnvSpec, description: str) -> None:
     (folder / "data").mkdir()
-    with _h5py().File(folder / DATA_FILE, "w") as h5:
+    with require_h5py().File(folder / DATA_FILE, "w") as h5:
         for i, (start, end) in enumerate(zip(data.starts, data.ends, strict=True)):
             group = h5.create_group(f"episode_{i}")
             last = np.arange(end - start) == end - start - 1

@@ -35,6 +35,10 @@ class Actor(Protocol):
         """Draw a chain for each observation (B, O, D)."""
         ...
 
+    def cpu(self) -> Self:
+        """Return the same on the CPU."""
+        ...
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -211,7 +215,7 @@ class InProcessPool(RolloutPool):
         if isinstance(env, EnvSpec):
             if n_envs is None:
                 raise ConfigError("n_envs = None: state how many environments to build from a spec")
-            check(n_envs >= 1, "n_envs", n_envs, "must be at least 1")
+            checked_slice_size(n_envs, slice_size)
             env = build(env, env_seeds(seed, n_envs))
         self.slice_size = checked_slice_size(env.n_envs, slice_size)
         self.spec, self.n_envs = env.spec, env.n_envs
@@ -245,6 +249,7 @@ def checked_slice_size(n_envs: int, slice_size: int | None) -> int:
     Raises:
         ConfigError: it does not divide `n_envs`.
     """
+    check(n_envs >= 1, "n_envs", n_envs, "must be at least 1")
     if slice_size is None:
         return max(size for size in range(1, min(n_envs, MAX_SLICE) + 1) if n_envs % size == 0)
     fits = 1 <= slice_size <= n_envs and n_envs % slice_size == 0

@@ -85,7 +85,7 @@ class RayPool(RolloutPool):
 
     def collect(self, actor: Actor, n_action_steps: int, n_steps: int) -> Rollout:
         """See `RolloutPool.collect`."""
-        shared = ray.put(actor)
+        shared = ray.put(actor.cpu())
         return Rollout.concatenate(ray.get([w.collect.remote(shared, n_action_steps, n_steps) for w in self._workers]))
 
     def state(self) -> PoolState:

@@ -58,6 +58,8 @@ class Agent(ABC, Generic[Batch]):
     def load_state(self, path: str | Path) -> None:
         """Take up policy and training state from a folder that `save` wrote.
 
+        The agent must be newly made, on environments that have not been stepped: their episodes are replayed.
+
         Raises:
             CheckpointError: missing, damaged, or of another kind of agent.
         """

@@ -94,7 +94,8 @@ def train(
         assert run.last is not None
         about = load_agent_state(agent, run.last)
         progress = _Progress(about["iteration"], about["best_score"], seconds_before=about["elapsed_s"])
-    log = MetricsLog(run.path, keep_iterations=progress.iteration, wandb_project=wandb_project) if run else None
+    kept = progress.iteration if resume else -1
+    log = MetricsLog(run.path, keep_iterations=kept, wandb_project=wandb_project) if run else None
     bar = ProgressBar(agent.name, config.total_timesteps, agent.timesteps, shown=progress_bar)
     with bar, _interruptible() as interrupted:
         try:
@@ -109,7 +110,7 @@ def train(
         finally:
             if log is not None:
                 log.close()
-    if interrupted and agent.timesteps < config.total_timesteps:
+    if interrupted:
         raise InterruptedRunError(interrupted[0], run)
 
 

@@ -13,6 +13,7 @@ SHOWN = {
     "eval/success_rate": "eval",
     "rollout/return_mean": "return",
     "bc/loss": "loss",
+    "time/samples_per_s": "samples/s",
     "time/timesteps_per_s": "steps/s",
 }
 

@@ -3,17 +3,19 @@
 run.json                  what was asked for: kind of run and its whole config
 metrics.jsonl             one row per iteration
 checkpoints/iteration-N/  policy and training state; `last` and `best` are links to two of them
-tensorboard/, plots/
+tensorboard/              the same for TensorBoard, where it is installed
+    plots/training.png        drawn when the run is complete
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from dprl import checkpoint
-from dprl.errors import CheckpointError, RunExistsError
+from dprl.errors import CheckpointError, ConfigError, RunExistsError
 from dprl.training.agent import AGENT_FILE, Agent, write_agent
 
 RUN_FILE = "run.json"
@@ -40,11 +42,14 @@ class RunFolder:
 
     @staticmethod
     def require_free(path: Path) -> None:
-        """Raise RunExistsError unless `path` can become a new folder."""
+        """Raise RunExistsError or ConfigError unless `path` can become a new folder."""
         if (path / RUN_FILE).exists():
             raise RunExistsError(f"'{path}' already holds a run: choose another folder, or 'dprl resume {path}'")
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunExistsError(f"'{path}' already exists and is not empty: choose another folder")
+        parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise ConfigError(f"'{path}' cannot be made: '{parent}' is not a folder that can be written to")
 
     @classmethod
     def open(cls, path: Path) -> tuple[RunFolder, str, dict[str, Any]]:
@@ -56,6 +61,8 @@ class RunFolder:
         if not (path / RUN_FILE).is_file():
             raise CheckpointError(f"'{path}' holds no run: '{path / RUN_FILE}' is missing")
         about = checkpoint.read_json(path / RUN_FILE)
+        if not isinstance(about, dict) or not {"kind", "config"} <= about.keys():
+            raise CheckpointError(f"'{path / RUN_FILE}' is damaged: it must hold the kind and the config of a run")
         return cls(path), about["kind"], about["config"]
 
     @property
@@ -69,15 +76,15 @@ class RunFolder:
         target = self.checkpoints / f"iteration-{iteration:06d}"
         extra = {"iteration": iteration, "best_score": best, "elapsed_s": elapsed_s}
         checkpoint.publish(target, lambda folder: write_agent(agent, folder, extra), overwrite=True)
-        checkpoint.replace_link(self.checkpoints / "last", target.name)
-        if is_best:
+        if is_best:  # before `last`: a run killed in between resumes from the old one and comes here again
             checkpoint.replace_link(self.checkpoints / "best", target.name)
+        checkpoint.replace_link(self.checkpoints / "last", target.name)
         self._prune()
 
     def progress(self) -> dict[str, Any]:
         """Return the newest checkpoint's agent.json."""
         if self.last is None:
-            raise CheckpointError(f"'{self.path}' has no checkpoint yet: nothing to resume; start the run anew")
+            raise CheckpointError(f"'{self.path}' has no checkpoint yet")
         about: dict[str, Any] = checkpoint.read_json(self.last / AGENT_FILE)
         return about
 

@@ -1,10 +1,13 @@
 """DPPO beyond parity: the first minibatch, frozen parts, gradients, known values, learning."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import dprl
 from dprl.agents import DPPO, DPPOConfig
 from dprl.agents.dppo import chunk_log_prob, clip_ranges, policy_loss
 from dprl.errors import ConfigError, EnvError
@@ -12,6 +15,7 @@ from dprl.mdp import DenoisingMDP, ExplorationConfig
 from dprl.networks import MLPConfig
 from dprl.policy import DiffusionPolicy, PolicyConfig
 from dprl.rollout import InProcessPool
+from dprl.spec import EnvOptions
 from tests.toys import PaysForEver, make_toy, reach_spec, toy_policy
 
 SMALL = DPPOConfig(tuned_steps=3, n_steps=6, n_epochs=2, batch_size=40, critic_hidden_size=16)
@@ -198,3 +202,30 @@ def test_learning(seed: int) -> None:
     print(f"learning seed {seed}: {start:.2f} -> {end:.2f}")
     assert start < 0.7  # 0.50 to 0.58 on seeds 0 to 3 when this was written
     assert end > 0.9  # 0.98 to 1.00
+
+
+def test_learning_goes_on_where_it_stopped() -> None:
+    dppo = agent()
+    dppo.learn(total_timesteps=50)
+    first = dppo.timesteps
+    dppo.learn(total_timesteps=50)
+    assert dppo.timesteps >= first + 50
+
+
+def test_restoring_into_used_environments_is_refused(tmp_path: Path) -> None:
+    """EnvPool cannot go back; a wrong state must not pass silently."""
+    pytest.importorskip("envpool")
+    policy = DiffusionPolicy(PolicyConfig(11, 3))
+    env = dprl.make("Hopper-v5", 2, options=EnvOptions(max_episode_steps=8))
+    dppo = DPPO(policy, env, DPPOConfig(n_steps=4, batch_size=10))
+    dppo.learn(50)
+    dppo.save(tmp_path / "saved")
+    dppo.learn(100)
+    with pytest.raises(EnvError, match="freshly built"):
+        dppo.load_state(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7])
+def test_small_minibatches_stay_finite(batch_size: int) -> None:
+    config = replace(SMALL, tuned_steps=1, batch_size=batch_size)
+    assert math.isfinite(agent(config).update(agent(config).collect())["dppo/policy_loss"])

@@ -58,10 +58,10 @@ def test_other_gymnasium_ids_resolve_to_gymnasium():
 
 
 def test_options_reach_the_spec():
-    options = EnvOptions(reward="dense", max_episode_steps=7, n_obs_steps=2, backend="gymnasium", vectorization="async")
+    options = EnvOptions(reward="dense", max_episode_steps=7, backend="gymnasium", vectorization="async")
     for name in ("metaworld/push-v3", "Hopper-v5"):
         spec = resolve(name, options)
-        assert (spec.reward, spec.max_episode_steps, spec.n_obs_steps) == ("dense", 7, 2)
+        assert (spec.reward, spec.max_episode_steps) == ("dense", 7)
         assert (spec.builder, spec.vectorization) == ("dprl.envs.gymnasium:build", "async")
 
 
@@ -114,7 +114,7 @@ def test_sparse_reward_needs_success(name):
 
 
 @pytest.mark.parametrize("name", ["metaworld/push-v3", "Pendulum-v1"])
-@pytest.mark.parametrize("option", ["max_episode_steps", "n_obs_steps"])
+@pytest.mark.parametrize("option", ["max_episode_steps"])
 def test_options_below_one_are_refused(name, option):
     with pytest.raises(ConfigError, match=f"{option} = 0: must be at least 1"):
         resolve(name, EnvOptions(**{option: 0}))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dprl.spec import BatchedEnv, ChunkStep, EnvOptions, EnvSpec, build, env_seeds, resolve
+from dprl.spec import BatchedEnv, ChunkStep, EnvOptions, EnvSpec, build, env_seeds, resolve, with_n_obs_steps
 
 pytest.importorskip("envpool")
 
@@ -15,7 +15,8 @@ LIMITS = {"metaworld/push-v3": 6, "Hopper-v5": 30}  # short, so that there are r
 @pytest.fixture(params=LIMITS)
 def spec(request) -> EnvSpec:
     # The dense reward tells trajectories apart.
-    spec = resolve(request.param, EnvOptions(max_episode_steps=LIMITS[request.param], reward="dense", n_obs_steps=2))
+    options = EnvOptions(max_episode_steps=LIMITS[request.param], reward="dense")
+    spec = with_n_obs_steps(resolve(request.param, options), 2)
     assert spec.builder == "dprl.envs.envpool:build"
     return spec
 

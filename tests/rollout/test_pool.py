@@ -16,7 +16,7 @@ from dprl.networks import MLPConfig
 from dprl.policy import DiffusionPolicy, PolicyConfig
 from dprl.rollout import InProcessPool, PoolState, Rollout, RolloutPool, as_pool
 from dprl.rollout.pool import checked_slice_size
-from dprl.spec import EnvOptions, EnvSpec, build, env_seeds, resolve
+from dprl.spec import EnvOptions, EnvSpec, build, env_seeds, resolve, with_n_obs_steps
 
 pytest.importorskip("envpool")
 
@@ -26,7 +26,7 @@ HORIZON, EXECUTED, TUNED, DECISIONS = 4, 3, 2, 5
 
 @pytest.fixture(scope="module")
 def spec() -> EnvSpec:
-    return resolve("Hopper-v5", EnvOptions(max_episode_steps=10, n_obs_steps=2))
+    return with_n_obs_steps(resolve("Hopper-v5", EnvOptions(max_episode_steps=10)), 2)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 from dprl.cli import main
 from dprl.data import Episodes, save_dataset
-from dprl.errors import CheckpointError
 from dprl.policy import DiffusionPolicy, PolicyConfig
 from dprl.spec import resolve
 from dprl.training import RunFolder
@@ -144,8 +143,27 @@ def test_resuming_a_complete_run_changes_nothing(inputs: Path, tmp_path: Path) -
     assert rows(run) == before
 
 
-def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path / "run", "pretrain", {"data": "somewhere"})
-    with pytest.raises(CheckpointError, match="no checkpoint yet"):
-        run.progress()
-    assert main(["resume", str(tmp_path / "run")]) == 2
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(inputs: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(command("pretrain", inputs, whole)) == 0
+    killed.mkdir()
+    (killed / "run.json").write_bytes((whole / "run.json").read_bytes())
+    assert main(["resume", str(killed), "--quiet"]) == 0
+    assert rows(killed) == rows(whole)
+    assert_same_checkpoint(killed / "checkpoints" / "last", whole / "checkpoints" / "last")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"kind": "x", "config": {}}', "not json"])
+def test_a_damaged_run_is_refused(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.json").write_text(content)
+    assert main(["resume", str(tmp_path)]) == 2
+    assert "dprl: error:" in capsys.readouterr().err
+
+
+def test_resume_works_from_another_folder(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(inputs)
+    arguments = command("pretrain", inputs, tmp_path / "run")
+    arguments[1] = "data"
+    assert main(arguments) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["resume", str(tmp_path / "run"), "--quiet"]) == 0
