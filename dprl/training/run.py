@@ -4,7 +4,7 @@ run.json                  what was asked for: kind of run and its whole config
 metrics.jsonl             one row per iteration
 checkpoints/iteration-N/  policy and training state; `last` and `best` are links to two of them
 tensorboard/              the same for TensorBoard, where it is installed
-    plots/training.png        drawn when the run is complete
+plots/training.png        drawn when the run is complete
 """
 
 from __future__ import annotations
