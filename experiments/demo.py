@@ -123,8 +123,8 @@ def _row(stage: str, result: Evaluation, steps: str, minutes: float) -> Row:
 
 
 def _table(experiment: Experiment, seed: int, rows: list[Row]) -> Table:
-    table = Table(title=f"{experiment.collect.env}, seed {seed}", box=box.SIMPLE, padding=(0, 1))
-    for column in ("", "success", "95 % interval", "episodes", "steps", "minutes"):
+    table = Table(title=f"{experiment.collect.env}, seed {seed}", box=box.SIMPLE, padding=(0, 1), pad_edge=False)
+    for column in ("", "success", "95 %", "episodes", "steps", "minutes"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for row in rows:
         interval = f"{row.low:.2f} to {row.high:.2f}"
