@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -123,7 +122,7 @@ def _row(stage: str, result: Evaluation, steps: str, minutes: float) -> Row:
 
 
 def _table(experiment: Experiment, seed: int, rows: list[Row]) -> Table:
-    table = Table(title=f"{experiment.collect.env}, seed {seed}", box=box.SIMPLE, padding=(0, 1), pad_edge=False)
+    table = Table(title=f"{experiment.collect.env}, seed {seed}", box=None, padding=(0, 1), pad_edge=False)
     for column in ("", "success", "95 %", "episodes", "steps", "minutes"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for row in rows:
