@@ -92,6 +92,7 @@ def learning_curve(run: Path, file: Path, *, before: Evaluation, after: Evaluati
             error = [[result.success_rate - result.success_ci95[0]], [result.success_ci95[1] - result.success_rate]]
             axis.errorbar([position], [result.success_rate], yerr=error, fmt="s", ms=6, capsize=4, label=name)
         axis.set_xlabel(label)
+        axis.locator_params(axis="x", nbins=6)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("success (95 % interval)")
     axes[0].set_ylim(-0.02, 1.02)
