@@ -1,4 +1,4 @@
-"""Behaviour cloning of a diffusion policy: the denoising loss on demonstrated chunks (arXiv:2303.04137).
+"""Behaviour cloning: a policy's own loss on demonstrated chunks (arXiv:2303.04137, section IV). For every policy.
 
 Shapes: B batch, O observation steps, D observation size, H actions of a chunk, A action size.
 """
@@ -9,7 +9,7 @@ import copy
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,11 +17,14 @@ from torch import Tensor
 from dprl import checkpoint
 from dprl.config import validate
 from dprl.data import Episodes
+from dprl.data.loader import Batch, ChunkBatches
 from dprl.errors import DatasetError, check
-from dprl.networks import polyak_update
-from dprl.policy import DiffusionPolicy
+from dprl.networks import polyak_update, weight_decay_groups
+from dprl.policy import DiffusionPolicy, InferenceConfig, Policy, masked_mean
 from dprl.seeding import torch_generator
 from dprl.training import Agent, LoopConfig, train
+
+VALIDATION_CHUNKS = 1_024
 
 
 @dataclass(frozen=True)
@@ -31,51 +34,84 @@ class BCConfig:
     batch_size: int = 256
     """Chunks per gradient step."""
     learning_rate: float = 1e-3
-    """AdamW's, at the start."""
+    """AdamW's, after the warm-up."""
     final_learning_rate: float = 1e-4
     """At the end of a cosine decay over the whole run."""
+    warmup_steps: int = 0
+    """Gradient steps over which the learning rate rises from zero."""
     weight_decay: float = 1e-6
-    """AdamW's."""
+    """AdamW's, on weight matrices only."""
+    max_grad_norm: float | None = None
+    """Gradients are scaled down to this norm. Default: not."""
     ema_decay: float = 0.995
     """Of the averaged weights, which are what is evaluated and saved."""
+    ema_power: float | None = None
+    """Warm-up of the averaging: at the n-th step the decay is 1 - n^-power, until it reaches ema_decay (0.75 and 0.9999
+    in Diffusion Policy). Default: none."""
+    pad_after: int | None = None
+    """Chunks may reach this many actions beyond an episode's end; those are masked out of the loss. Default: horizon
+    - 1, so that every observation is learned from."""
+    validation_share: float = 0.0
+    """Share of the episodes that is held out; their loss and action error are logged."""
+    validation_every: int = 10
+    """Iterations between two looks at them."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward and backward pass."""
+    compile: bool = False
+    """Compile the networks with torch.compile."""
+    num_workers: int = 0
+    """Processes that read the data, which then stay where they are (on disk, if memory-mapped). 0 holds them on the
+    policy's device."""
     steps_per_iteration: int = 100
     """Gradient steps between two chances to log, evaluate or stop."""
 
     def __post_init__(self) -> None:
+        counts = ("batch_size", "steps_per_iteration", "validation_every")
+        unsigned = ("weight_decay", "warmup_steps", "pad_after", "num_workers")
         validate(
             self,
-            at_least={"batch_size": 1, "steps_per_iteration": 1, "weight_decay": 0},
+            at_least={**dict.fromkeys(counts, 1), **dict.fromkeys(unsigned, 0)},
             above={"learning_rate": 0, "final_learning_rate": 0},
         )
         check(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "must be at least 0 and below 1")
+        share = self.validation_share
+        check(0 <= share < 1, "validation_share", share, "must be at least 0 and below 1")
+        for name in ("max_grad_norm", "ema_power"):
+            value = getattr(self, name)
+            check(value is None or value > 0, name, value, "must be above 0")
 
 
-class BC(Agent[Tensor]):
-    """Trains `policy.base` on chunks of demonstrations held in memory on the policy's device."""
+AnyPolicy = TypeVar("AnyPolicy", bound=Policy)
+
+
+class BC(Agent[Tensor], Generic[AnyPolicy]):
+    """Trains a policy on chunks of demonstrations; of a diffusion policy the base network."""
 
     name = "bc"
+    policy: AnyPolicy
 
-    def __init__(self, policy: DiffusionPolicy, config: BCConfig | None = None, *, seed: int = 0) -> None:
-        check(policy.tuned is None, "tuned_below", policy.tuned_below, "must be 0: cloning trains `base` only")
+    def __init__(self, policy: AnyPolicy, config: BCConfig | None = None, *, seed: int = 0) -> None:
+        if isinstance(policy, DiffusionPolicy):
+            check(policy.tuned is None, "tuned_below", policy.tuned_below, "must be 0: cloning trains `base` only")
         self.policy = policy
         self.config = config or BCConfig()
         self.seed = seed
         self.timesteps = 0
         self._total_steps = 1
-        self._online = copy.deepcopy(policy)
-        self._optimizer = torch.optim.AdamW(
-            self._online.base.parameters(),
-            self.config.learning_rate,
-            weight_decay=self.config.weight_decay,
-            fused=True,
-        )
+        self._online = copy.deepcopy(policy).train()
+        if self.config.compile:
+            for module in self._online.children():
+                module.compile()
+        groups = weight_decay_groups(self._online, self.config.weight_decay)
+        self._optimizer = torch.optim.AdamW(groups, self.config.learning_rate, fused=True)
         self._generator = torch_generator(seed, "bc", device=policy.device)
+        self._validation: ChunkBatches | None = None
 
-    def fit(self, data: Episodes, steps: int, *, progress_bar: bool = False) -> DiffusionPolicy:
+    def fit(self, data: Episodes, steps: int, *, progress_bar: bool = False) -> AnyPolicy:
         """Take `steps` more gradient steps on `data`; return the policy with its averaged weights.
 
         Raises:
-            DatasetError: the data are of other sizes, or no episode is as long as the policy's horizon.
+            DatasetError: the data are of other sizes, or no episode is as long as a chunk must be.
         """
         total = self.timesteps + steps
         self.set_data(data, total)
@@ -83,46 +119,52 @@ class BC(Agent[Tensor]):
         return self.policy
 
     def set_data(self, data: Episodes, total_steps: int) -> None:
-        """Put `data` on the device; `total_steps` shapes the learning rate's decay."""
-        config, device = self.policy.config, self.policy.device
-        sizes, ours = (data.observations.shape[1], data.actions.shape[1]), (config.observation_size, config.action_size)
+        """Take `data` to learn from; `total_steps` shapes the learning rate's decay."""
+        features = self.policy.features
+        sizes, ours = (
+            (data.observations.shape[1], data.actions.shape[1]),
+            (
+                features.observation_size,
+                features.action_size,
+            ),
+        )
         if sizes != ours:
             raise DatasetError(f"the data have {sizes} observation and action numbers, the policy has {ours}")
-        obs_index, action_index = data.chunk_indices(config.n_obs_steps, config.horizon)
+        cameras, expected = {n: i.shape[1:] for n, i in data.images.items()}, {c.name: c for c in features.cameras}
+        if cameras != {n: (c.height, c.width, c.channels) for n, c in expected.items()}:
+            raise DatasetError(f"the data have the cameras {cameras}, the policy has {list(features.cameras)}")
+        held_out: Episodes | None = None
+        if self.config.validation_share:
+            data, held_out = data.split(self.config.validation_share, self.seed)
         self._total_steps = total_steps
-        self._obs = torch.as_tensor(data.observations, device=device)[torch.as_tensor(obs_index, device=device)]
-        self._actions = torch.as_tensor(data.actions, device=device)[torch.as_tensor(action_index, device=device)]
+        self._training = self._batches(data, self.config.num_workers)
+        self._validation = None if held_out is None else self._batches(held_out, 0)
 
     def collect(self) -> Tensor:
-        """Draw the minibatches of one iteration, with replacement: indices (steps, B)."""
+        """Draw the minibatches of one iteration, with replacement: indices of chunks (steps, B)."""
         steps = min(self.config.steps_per_iteration, self._total_steps - self.timesteps)
         shape = (steps, self.config.batch_size)
-        return torch.randint(len(self._obs), shape, generator=self._generator, device=self.policy.device)
+        picks = torch.randint(len(self._training), shape, generator=self._generator, device=self.policy.device)
+        return picks.cpu() if self.config.num_workers else picks
 
     def update(self, batch: Tensor) -> dict[str, float]:
         """Take one gradient step for each row of `batch` (steps, B)."""
         start = time.perf_counter()
-        losses = torch.zeros(len(batch), device=self.policy.device)
-        for i, rows in enumerate(batch):
-            self._set_learning_rate()
-            loss = self._online.loss(self._obs[rows], self._actions[rows], generator=self._generator)
-            self._optimizer.zero_grad()
-            loss.backward()
-            self._optimizer.step()
-            polyak_update(self._online.base, self.policy.base, 1 - self.config.ema_decay)
-            losses[i] = loss.detach()
-            self.timesteps += 1
-        return {
+        losses = torch.stack([self._step(minibatch) for minibatch in self._training.read(batch)])
+        metrics = {
             "bc/loss": float(losses.mean()),
             "bc/learning_rate": self._optimizer.param_groups[0]["lr"],
             "time/samples_per_s": batch.numel() / (time.perf_counter() - start),
         }
+        iteration = -(-self.timesteps // self.config.steps_per_iteration)
+        due = iteration % self.config.validation_every == 0 or self.timesteps >= self._total_steps
+        return metrics | (self._validate(self._validation) if self._validation is not None and due else {})
 
     def state(self) -> dict[str, Any]:
         """Return all that a resumed run needs beside the policy."""
         return {
             "timesteps": self.timesteps,
-            "online": self._online.base.state_dict(),
+            "online": self._online.state_dict(),
             "optimizer": checkpoint.optimizer_state(self._optimizer),
             "generator": self._generator.get_state(),
         }
@@ -130,14 +172,57 @@ class BC(Agent[Tensor]):
     def restore(self, state: checkpoint.StateTree) -> None:
         """Take up what `state` returned."""
         self.timesteps = state["timesteps"]
-        self._online.base.load_state_dict(state["online"])
+        self._online.load_state_dict(state["online"])
         checkpoint.load_optimizer_state(self._optimizer, state.get("optimizer", {}))
         self._generator.set_state(state["generator"])
 
-    def _set_learning_rate(self) -> None:
-        config, progress = self.config, self.timesteps / self._total_steps
-        rate = config.final_learning_rate + 0.5 * (1 + math.cos(math.pi * progress)) * (
-            config.learning_rate - config.final_learning_rate
-        )
+    def _step(self, batch: Batch) -> Tensor:
+        config, device = self.config, self.policy.device
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self._learning_rate()
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            loss = self._online.loss(batch.obs, batch.actions, valid=batch.valid, generator=self._generator)
+        self._optimizer.zero_grad()
+        loss.backward()
+        if config.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self._online.parameters(), config.max_grad_norm)
+        self._optimizer.step()
+        self.timesteps += 1
+        polyak_update(self._online, self.policy, 1 - self._ema_decay())
+        return loss.detach()
+
+    def _learning_rate(self) -> float:
+        """Linear warm-up, then a cosine from the first to the final rate."""
+        config, step = self.config, self.timesteps
+        if step < config.warmup_steps:
+            return config.learning_rate * (step + 1) / config.warmup_steps
+        progress = (step - config.warmup_steps) / max(self._total_steps - config.warmup_steps, 1)
+        span = config.learning_rate - config.final_learning_rate
+        return config.final_learning_rate + 0.5 * (1 + math.cos(math.pi * progress)) * span
+
+    def _ema_decay(self) -> float:
+        power, decay = self.config.ema_power, self.config.ema_decay
+        return decay if power is None else min(decay, 1 - self.timesteps**-power)
+
+    @torch.no_grad()
+    def _validate(self, held_out: ChunkBatches) -> dict[str, float]:
+        """Loss and action error of the averaged weights on held-out episodes, always with the same draws."""
+        generator = torch_generator(self.seed, "validation", device=self.policy.device)
+        n = min(VALIDATION_CHUNKS, len(held_out))
+        picks = torch.randperm(len(held_out), generator=generator, device=self.policy.device)[:n]
+        losses, errors = [], []
+        for batch in held_out.read(picks[: n - n % 64].view(-1, min(64, n)) if n >= 64 else picks[None]):
+            losses.append(self.policy.loss(batch.obs, batch.actions, valid=batch.valid, generator=generator))
+            drawn = self.policy.draw(batch.obs, InferenceConfig(), generator)
+            normalize = self.policy.action_normalizer.normalize
+            errors.append(masked_mean((normalize(drawn) - normalize(batch.actions)) ** 2, batch.valid))
+        return {
+            "validation/loss": float(torch.stack(losses).mean()),
+            "validation/action_mse": float(torch.stack(errors).mean()),
+        }
+
+    def _batches(self, data: Episodes, num_workers: int) -> ChunkBatches:
+        config, pad_after = self.policy.config, self.config.pad_after
+        pad_after = config.horizon - 1 if pad_after is None else pad_after
+        chunks = data.chunks(config.n_obs_steps, config.horizon, pad_after=pad_after)
+        return ChunkBatches(data, chunks, self.policy.device, num_workers=num_workers)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dprl import checkpoint
 from dprl.config import validate
+from dprl.diffusion import SolverConfig
 from dprl.errors import check
 from dprl.mdp import DenoisingMDP, ExplorationConfig
 from dprl.networks import ValueNet
@@ -43,6 +44,8 @@ class DPPOConfig:
 
     tuned_steps: int = 10
     """K', how many of the last denoising steps are trained."""
+    solver: SolverConfig = field(default_factory=SolverConfig)
+    """Whose steps: ddpm, ddim (with eta = 1 it explores most like ddpm) or euler. Default: the policy's own way."""
     n_steps: int = 50
     """T, decisions per environment and iteration."""
     n_epochs: int = 5
@@ -181,6 +184,8 @@ class DPPO(Agent[Rollout]):
         self.policy = policy
         self.pool = as_pool(env, seed)
         require_fit(policy, self.pool.spec)
+        cameras = policy.features.cameras
+        check(not cameras, "policy", cameras, "sees images; DPPO fine-tunes policies that observe a state only so far")
         matches = self.pool.spec.n_obs_steps == policy.config.n_obs_steps
         check(matches, "n_obs_steps", self.pool.spec.n_obs_steps, f"the policy sees {policy.config.n_obs_steps}")
         n_pairs = self.pool.n_envs * self.config.n_steps * self.config.tuned_steps
@@ -188,13 +193,15 @@ class DPPO(Agent[Rollout]):
         self.seed = seed
         self.timesteps = 0
         self.iteration = 0
-        self.mdp = DenoisingMDP(policy, self.config.tuned_steps, self.config.exploration)
+        self.mdp = DenoisingMDP(policy, self.config.tuned_steps, self.config.exploration, self.config.solver)
         assert policy.tuned is not None
-        condition_size = policy.config.n_obs_steps * policy.config.observation_size
         with seeded_init(seed, "critic"):
-            self.critic = ValueNet(condition_size, self.config.critic_hidden_size, self.config.critic_activation).to(
-                policy.device
-            )
+            self.critic = ValueNet(
+                policy.config.n_obs_steps,
+                policy.features.observation_size,
+                self.config.critic_hidden_size,
+                self.config.critic_activation,
+            ).to(policy.device)
         self._actor_optimizer = torch.optim.AdamW(
             policy.tuned.parameters(), self.config.learning_rate, weight_decay=0.0, fused=True
         )
@@ -223,7 +230,7 @@ class DPPO(Agent[Rollout]):
 
     def collect(self) -> Rollout:
         """Take `n_steps` decisions in every environment, exploring."""
-        rollout = self.pool.collect(self.mdp, self.policy.config.n_action_steps, self.config.n_steps)
+        rollout = self.pool.collect(self.mdp, self.policy.n_action_steps, self.config.n_steps)
         self.timesteps += int(rollout.n_steps.sum())
         return rollout
 
@@ -283,7 +290,7 @@ class DPPO(Agent[Rollout]):
         position = self.config.tuned_steps - 1 - k
         x, x_next = chains[decision, position], chains[decision, position + 1]
         log_prob = self.mdp.log_prob(condition[decision], x, x_next, k)
-        return chunk_log_prob(log_prob, self.policy.config.n_action_steps)
+        return chunk_log_prob(log_prob, self.policy.n_action_steps)
 
     @torch.no_grad()
     def _prepare(self, rollout: Rollout) -> tuple[Targets, dict[str, float]]:

@@ -16,15 +16,17 @@ from rich.console import Console
 from rich.table import Table
 
 from dprl.agents import BC, DPPO
+from dprl.diffusion.solvers import SolverName
 from dprl.doctor import examine
 from dprl.errors import DprlError
 from dprl.experiments import demo as demo_module
 from dprl.experiments import runs
-from dprl.experiments.catalogue import CATALOGUE, find
-from dprl.policy import DiffusionPolicy, find_policy
+from dprl.experiments.catalogue import CATALOGUE, STUDIES, find
+from dprl.experiments.studies import StudyConfig
+from dprl.policy import InferenceConfig, Policy, find_policy
 from dprl.rollout import evaluate as evaluate_policy
 from dprl.rollout.evaluation import require_fit
-from dprl.spec import EnvOptions, resolve
+from dprl.spec import EnvOptions, load, resolve
 from dprl.training.progress import ProgressBar
 
 app = tyro.extras.SubcommandApp()
@@ -38,6 +40,9 @@ Quiet = Annotated[bool, tyro.conf.arg(help="Show no progress bar.")]
 def demo(
     experiment: tyro.conf.Positional[str] = "push",
     *,
+    denoiser: Literal["mlp", "unet", "transformer"] = "mlp",
+    solver: SolverName = "ddpm",
+    num_inference_steps: int | None = None,
     seed: int = 0,
     out: Path | None = None,
     pictures: bool = True,
@@ -47,14 +52,38 @@ def demo(
 
     Args:
         experiment: A name of 'dprl list experiments'.
+        denoiser: The policy's network, of a size for two cores.
+        solver: How the policy turns noise into actions; euler makes it a rectified flow.
+        num_inference_steps: In so many steps. Default: 10.
         seed: Of everything.
         out: New folder. Default: runs/NAME-seedS-DATE-TIME.
         pictures: Also draw trajectories and record a video.
         quiet: Show no progress bars.
     """
-    chosen = find(experiment)
+    chosen = demo_module.with_network(find(experiment), denoiser)
+    if solver != "ddpm" or num_inference_steps is not None:
+        chosen = demo_module.with_solver(chosen, solver, num_inference_steps)
     folder = out or Path("runs") / f"{chosen.name}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     demo_module.run(chosen, seed, folder, progress_bar=not quiet, pictures=pictures)
+
+
+@app.command
+def experiment(
+    name: tyro.conf.Positional[Literal["multimodal", "imitation", "horizons", "solvers"]],
+    config: Annotated[StudyConfig, Flat],
+    *,
+    quiet: Quiet = False,
+) -> None:
+    """Run one of the catalogue's comparisons: many trainings, a table and a figure. Interrupted, it goes on.
+
+    Args:
+        name: Which, see 'dprl list experiments'.
+        config: How much of it.
+        quiet: Show no progress bar.
+    """
+    module, _ = STUDIES[name]
+    table = load(f"{module}:run")(config, progress_bar=not quiet)
+    print(f"\n{table.read_text(encoding='utf-8')}\nTable and figure are in {config.out}.")
 
 
 @app.command(name="list")
@@ -80,10 +109,11 @@ def _names(what: str) -> list[tuple[str, str]]:
     if what == "experts":
         from dprl.envs.experts import EXPERTS
 
-        return [(name, f"{len(env_ids)} environments, {env_ids[0]} to {env_ids[-1]}") for name, (env_ids, _) in
-                EXPERTS.items()]  # fmt: skip
+        known = {name: list(builders) for name, builders in EXPERTS.items()}
+        return [(name, f"{len(ids)} environments, {ids[0]} to {ids[-1]}") for name, ids in known.items()]
     if what == "experiments":
-        return [(experiment.name, experiment.summary) for experiment in CATALOGUE]
+        demos = [(f"dprl demo {experiment.name}", experiment.summary) for experiment in CATALOGUE]
+        return demos + [(f"dprl experiment {name}", summary) for name, (_, summary) in STUDIES.items()]
     return [(agent.name, (sys.modules[agent.__module__].__doc__ or "").splitlines()[0]) for agent in (BC, DPPO)]
 
 
@@ -100,7 +130,7 @@ def collect(config: Annotated[runs.CollectConfig, Flat], *, out: Out, quiet: Qui
 
 @app.command
 def pretrain(config: Annotated[runs.PretrainConfig, Flat], *, out: Out, quiet: Quiet = False) -> None:
-    """Train a diffusion policy on a data set by behaviour cloning."""
+    """Train a policy on a data set by behaviour cloning: diffusion, or what it is measured against."""
     runs.pretrain(config, out, progress_bar=not quiet)
     print(f"The policy is in {out}. Next: dprl finetune {out} --env ENV --out runs/finetune")
 
@@ -131,6 +161,8 @@ def evaluate(
     env: str,
     episodes: int = 100,
     seed: int = 0,
+    inference: Annotated[InferenceConfig, Flat] = InferenceConfig(),  # noqa: B008  frozen
+    n_action_steps: int | None = None,
     device: str = "cpu",
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
     options: EnvOptions = EnvOptions(),  # noqa: B008  frozen
@@ -143,6 +175,8 @@ def evaluate(
         env: Environment, see 'dprl list envs'.
         episodes: How many.
         seed: Of the start states and the policy's noise; the same seed gives the same result.
+        inference: How the policy acts.
+        n_action_steps: How many actions of a chunk are executed. Default: the policy's own number.
         device: Where the policy runs.
         json_: Print one JSON object on standard output and nothing else.
         options: Of the environment.
@@ -150,10 +184,13 @@ def evaluate(
     """
     runs.check_device(device)
     spec = resolve(env, options)
-    loaded = DiffusionPolicy.from_pretrained(policy, device=device)
+    loaded = Policy.from_pretrained(policy, device=device)
     require_fit(loaded, spec)
+    loaded.check_inference(inference)
+    if n_action_steps is not None:
+        loaded.set_n_action_steps(n_action_steps)
     with ProgressBar("evaluate", episodes, shown=not quiet and not json_) as bar:
-        result = evaluate_policy(loaded, spec, episodes, seed, on_progress=bar.advance)
+        result = evaluate_policy(loaded, spec, episodes, seed, inference=inference, on_progress=bar.advance)
     if json_:
         print(json.dumps(result.to_json()))
         return
@@ -177,7 +214,12 @@ def doctor() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, 2 for a user's error, 128 + n after signal n."""
     try:
-        app.cli(prog="dprl", args=list(sys.argv[1:] if arguments is None else arguments), description=__doc__)
+        app.cli(
+            prog="dprl",
+            args=list(sys.argv[1:] if arguments is None else arguments),
+            description=__doc__,
+            config=(tyro.conf.CascadeSubcommandArgs,),
+        )
     except DprlError as error:
         print(f"dprl: error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 2)

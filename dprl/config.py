@@ -100,10 +100,19 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
+def _foreign_keys(cls: Any, value: Mapping[str, Any]) -> int:
+    """How many keys `value` and the dataclass `cls` do not share."""
+    if not dataclasses.is_dataclass(cls):
+        return len(value) + 1000
+    return len({f.name for f in dataclasses.fields(cls)} ^ value.keys())
+
+
 def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
-    """Take the first member of the union that fits; None fits only where it is a member."""
+    """Take the first member of the union that fits, of several dataclasses the one whose keys fit best."""
     if value is None and type(None) in args:
         return None
+    if isinstance(value, Mapping):
+        args = tuple(sorted(args, key=lambda arg: _foreign_keys(arg, value)))[:1]
     errors: list[str] = []
     for arg in args:
         if arg is type(None):

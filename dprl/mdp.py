@@ -1,8 +1,8 @@
 """Denoising as a Markov decision process (DPPO, arXiv:2409.00588, section 4).
 
-One environment decision is K denoising steps. Step k, counted down from K-1 to 0, has the state (obs, x_{k+1}) and
-the action x_k ~ N(mean, std²); only x_0 reaches the environment. The last K' steps are trainable. This is the one
-place where the density of a denoising step is written.
+One environment decision is K denoising steps of a solver. Step k, counted down from K-1 to 0, has the state
+(obs, x_{k+1}) and the action x_k ~ N(mean, std²); only x_0 reaches the environment. The last K' steps are trainable.
+This is the one place where the density of a denoising step is written.
 
 Shapes: B decisions, K' tuned steps, H actions of a chunk, A action size. All x are normalised.
 """
@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from dprl.config import validate
+from dprl.diffusion import SolverConfig, solver_steps
+from dprl.errors import check
+from dprl.observations import TensorObservation
 from dprl.policy import DiffusionPolicy
 
 LOG_SQRT_2PI = math.log(math.sqrt(2 * math.pi))
@@ -51,46 +54,75 @@ class Chain:
 class DenoisingMDP:
     """A policy whose last `tuned_steps` denoising steps are a stochastic policy to be trained."""
 
-    def __init__(self, policy: DiffusionPolicy, tuned_steps: int, exploration: ExplorationConfig) -> None:
+    def __init__(
+        self,
+        policy: DiffusionPolicy,
+        tuned_steps: int,
+        exploration: ExplorationConfig,
+        solver: SolverConfig | None = None,
+    ) -> None:
         """Give `policy` a trainable copy of its network for its last `tuned_steps` steps, if it has none yet.
 
+        Args:
+            policy: the pretrained policy.
+            tuned_steps: K'.
+            exploration: how it explores.
+            solver: whose steps they are; default: the policy's own way. Only where a step depends on nothing but x.
+
         Raises:
-            ConfigError: more tuned steps than denoising steps.
+            ConfigError: more tuned steps than denoising steps, or a solver whose steps are not Markovian.
         """
-        policy.tune_below(tuned_steps)
+        solver = (solver or SolverConfig()).over(policy.config.sampling)
+        grid = solver_steps(policy.schedule.config, solver)
+        markov = not any(step.previous for step in grid)
+        check(markov, "solver", solver.solver, "cannot be tuned: its steps look back; use ddpm, ddim or euler")
+        fits = 1 <= tuned_steps <= len(grid)
+        check(
+            fits, "tuned_steps", tuned_steps, f"must be from 1 to the policy's denoising steps, which are {len(grid)}"
+        )
+        policy.tune_below(grid[-tuned_steps].timestep + 1)
         self.policy = policy
         self.tuned_steps = tuned_steps
         self.exploration = exploration
+        self.solver = solver
+        self._grid = grid[::-1]  # indexed by k
+        # (4, K) by k: timestep, and the coefficients of the mean and the std
+        columns = zip(*((s.timestep, s.noisy, s.clean, s.std) for s in self._grid), strict=True)
+        self._table = [torch.tensor(column, device=policy.device) for column in columns]
 
     def cpu(self) -> DenoisingMDP:
         """Return this MDP, or a copy of it on the CPU, for workers without an accelerator."""
         if self.policy.device.type == "cpu":
             return self
-        return DenoisingMDP(copy.deepcopy(self.policy).cpu(), self.tuned_steps, self.exploration)
+        return DenoisingMDP(copy.deepcopy(self.policy).cpu(), self.tuned_steps, self.exploration, self.solver)
 
     @torch.no_grad()
-    def sample(self, obs: Tensor, generator: torch.Generator) -> Chain:
+    def sample(self, obs: TensorObservation, generator: torch.Generator) -> Chain:
         """Draw a chain for each observation (B, O, D), with exploration noise in every step."""
         policy, explore = self.policy, self.exploration
-        condition = policy.condition(obs.to(policy.device))
-        shape = (policy.config.num_train_timesteps + 1, len(obs), policy.config.horizon, policy.config.action_size)
+        condition = policy.condition(policy.checked(obs))
+        shape = (len(self._grid) + 1, len(condition), policy.config.horizon, policy.features.action_size)
         draws = torch.randn(shape, generator=generator, device=generator.device).to(policy.device)
         draws[1:] = draws[1:].clamp(-explore.noise_clip, explore.noise_clip)
-        x, steps = draws[0], []
-        for k in reversed(range(policy.config.num_train_timesteps)):
+        x, chain = draws[0], []
+        for k in reversed(range(len(self._grid))):
+            step = self._grid[k]
             if k == self.tuned_steps - 1:
-                steps.append(x)
-            mean, std = self._transition(condition, x, k, policy.denoiser_at(k))
-            x = mean + std.clamp(min=explore.min_sampling_std) * draws[-1 - k]
+                chain.append(x)
+            t = policy.schedule.timesteps[step.timestep : step.timestep + 1]
+            prediction = policy.denoiser_at(step.timestep)(x, t, condition)
+            clean = policy.schedule.predict_clean(x, prediction, step.timestep, policy.config.clip_sample)
+            std = max(step.std, explore.min_sampling_std)
+            x = torch.add(step.noisy * x, clean, alpha=step.clean).add_(draws[-1 - k], alpha=std)
             if k < self.tuned_steps:
-                steps.append(x)
-        return Chain(torch.stack(steps, dim=1), policy.action_normalizer.unnormalize(x))
+                chain.append(x)
+        return Chain(torch.stack(chain, dim=1), policy.action_normalizer.unnormalize(x))
 
     def log_prob(self, condition: Tensor, x: Tensor, x_next: Tensor, k: Tensor) -> Tensor:
         """Log-density of tuned steps, number by number.
 
         Args:
-            condition: (B, C), `policy.condition(obs)`.
+            condition: (B, O, F), `policy.condition(obs)`.
             x: (B, H, A) before the step.
             x_next: (B, H, A) after it.
             k: (B,) which step, from K'-1 (noisiest) to 0.
@@ -98,16 +130,12 @@ class DenoisingMDP:
         Returns:
             log N(x_next; mean(x, k, obs), max(std_k, floor)²), (B, H, A). Of the unclamped Gaussian.
         """
-        assert self.policy.tuned is not None
-        mean, std = self._transition(condition, x, k, self.policy.tuned)
+        policy = self.policy
+        assert policy.tuned is not None
+        timestep = self._table[0][k]
+        noisy, clean, std = (column[k][:, None, None] for column in self._table[1:])
+        prediction = policy.tuned(x, timestep, condition)
+        predicted = policy.schedule.predict_clean(x, prediction, timestep, policy.config.clip_sample)
+        mean = noisy * x + clean * predicted
         std = std.clamp(min=self.exploration.min_log_prob_std)
         return -0.5 * ((x_next - mean) / std) ** 2 - std.log() - LOG_SQRT_2PI
-
-    def _transition(
-        self, condition: Tensor, x: Tensor, k: Tensor | int, denoiser: torch.nn.Module
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and unfloored std of a DDPM step, by the one network it belongs to."""
-        schedule, clip = self.policy.schedule, self.policy.config.clip_sample
-        timestep = torch.tensor([k], device=x.device) if isinstance(k, int) else k
-        clean = schedule.predict_clean(x, denoiser(x, timestep, condition), k, clip)
-        return schedule.posterior(clean, x, k)

@@ -3,12 +3,14 @@
 A spec is plain data. It names the function that builds its environments as ``module:function``, resolved at run
 time, so that a pool on any worker can build one without importing `envs`.
 
-Shapes: N environments, E executed actions of a chunk, A action size, O observation steps, D observation size.
+Shapes: N environments, E executed actions of a chunk, A action size, O observation steps, D observation size. What is
+written (..., D) is an array for a task without cameras; with cameras it is a dict of parts, see `dprl.observations`.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, cast
@@ -18,6 +20,7 @@ import numpy.typing as npt
 
 from dprl.config import validate
 from dprl.errors import EnvError, check
+from dprl.observations import IMAGES, STATE, Observation
 from dprl.seeding import derive_seed
 
 FloatArray = npt.NDArray[np.float32]
@@ -31,6 +34,34 @@ Backend = Literal["auto", "envpool", "gymnasium"]
 
 
 @dataclass(frozen=True)
+class Camera:
+    """One camera of a task: every observation has its image, uint8 (height, width, channels)."""
+
+    name: str
+    """Letters, digits, ``_`` and ``-``."""
+    height: int
+    width: int
+    channels: int = 3
+    """3: red, green, blue. 1: grey."""
+
+    def __post_init__(self) -> None:
+        validate(self, at_least={"height": 1, "width": 1})
+        check(re.fullmatch(r"[A-Za-z0-9_-]+", self.name) is not None, "name", self.name,
+              "must be of letters, digits, _ and -")  # fmt: skip
+        check(self.channels in (1, 3), "channels", self.channels, "must be 1 or 3")
+
+    @property
+    def part(self) -> str:
+        """Its name in an observation."""
+        return IMAGES + self.name
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        return self.height, self.width, self.channels
+
+
+@dataclass(frozen=True)
 class EnvSpec:
     """One task as data. Everything a policy, a pool or a data set must know of it."""
 
@@ -41,7 +72,7 @@ class EnvSpec:
     backend_id: str
     """The name the simulator knows it by."""
     observation_size: int
-    """D, numbers in one observation."""
+    """D, numbers in one observation's state; 0 only where there are cameras."""
     action_low: tuple[float, ...]
     action_high: tuple[float, ...]
     max_episode_steps: int
@@ -55,9 +86,14 @@ class EnvSpec:
     """O, how many of the latest observations a policy sees."""
     vectorization: Literal["sync", "async"] = "sync"
     """How `gymnasium.vector` runs its environments (EnvPool always uses threads)."""
+    cameras: tuple[Camera, ...] = ()
+    """What shows images, in alphabetical order; none: observations are plain arrays of numbers."""
 
     def __post_init__(self) -> None:
-        validate(self, at_least={"observation_size": 1, "max_episode_steps": 1, "n_obs_steps": 1})
+        smallest = 0 if self.cameras else 1
+        validate(self, at_least={"observation_size": smallest, "max_episode_steps": 1, "n_obs_steps": 1})
+        names = [camera.name for camera in self.cameras]
+        check(names == sorted(set(names)), "cameras", names, "must have different names, in alphabetical order")
         bounds = list(zip(self.action_low, self.action_high, strict=False))
         paired = len(self.action_low) == len(self.action_high) >= 1 and all(low <= high for low, high in bounds)
         check(paired, "action_low, action_high", bounds, "must be pairs of numbers with low <= high")
@@ -68,6 +104,14 @@ class EnvSpec:
     def action_size(self) -> int:
         """A, numbers in one action."""
         return len(self.action_low)
+
+    def zero_observation(self, *leading: int) -> Observation:
+        """Return an observation of zeros with the axes `leading`: an array (..., D), or a dict of parts."""
+        state = np.zeros((*leading, self.observation_size), np.float32)
+        if not self.cameras:
+            return state
+        images = {camera.part: np.zeros((*leading, *camera.shape), np.uint8) for camera in self.cameras}
+        return {STATE: state, **images} if self.observation_size else images
 
 
 @dataclass(frozen=True)
@@ -93,9 +137,9 @@ class EnvOptions:
 class ChunkStep:
     """What one action chunk brought to each of n environments."""
 
-    observation: FloatArray
+    observation: Observation
     """(n, O, D) what the next decision sees: where an episode ended, the first observation of the next one."""
-    final_observation: FloatArray
+    final_observation: Observation
     """(n, O, D) what the chunk ended in, before any reset."""
     reward: FloatArray
     """(n,) summed over the executed steps."""
@@ -139,7 +183,7 @@ class BatchedEnv(Protocol):
     @property
     def n_envs(self) -> int: ...
 
-    def reset(self, indices: IntArray | None = None) -> FloatArray:
+    def reset(self, indices: IntArray | None = None) -> Observation:
         """Start the next episode of the environments `indices` (default: all) and return (n, O, D)."""
         ...
 
@@ -153,7 +197,7 @@ class BatchedEnv(Protocol):
 
     def state(self) -> EnvState: ...
 
-    def restore(self, state: EnvState) -> FloatArray:
+    def restore(self, state: EnvState) -> Observation:
         """Bring a freshly built environment to `state`; return the current observations (N, O, D)."""
         ...
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from dprl.envs import envpool, metaworld
+from dprl.envs import avoid, envpool, metaworld
 from dprl.errors import EnvError, MissingDependencyError, check, did_you_mean
 from dprl.spec import EnvOptions, EnvSpec
 
@@ -18,16 +19,20 @@ MUJOCO = (
     "InvertedPendulum-v5", "Pusher-v5", "Reacher-v5", "Swimmer-v5", "Walker2d-v5",
 )  # fmt: skip
 METAWORLD = tuple(f"metaworld/{task}-v3" for task in metaworld.TASKS)
-NAMES = METAWORLD + MUJOCO
+METAWORLD_PIXELS = tuple(f"{name}-pixels" for name in METAWORLD)
+NAMES = avoid.IDS + METAWORLD + MUJOCO + METAWORLD_PIXELS
 
 
 def resolve(name: str, options: EnvOptions) -> EnvSpec:
     """Return the spec of any name in `NAMES` or any id registered with Gymnasium.
 
     Raises:
-        EnvError: unknown; the message offers the nearest names. Or its spaces are not boxes.
+        EnvError: unknown; the message offers the nearest names. Or its spaces do not suit.
         ConfigError: an option that the task cannot have.
     """
+    if name in avoid.IDS or name in METAWORLD_PIXELS:
+        check(options.backend != "envpool", "backend", options.backend, f"EnvPool here has no '{name}'")
+        return avoid.make_spec(name, options) if name in avoid.IDS else _metaworld_pixels(name, options)
     if name in METAWORLD:
         return _metaworld(name, options)
     return _gymnasium(name, options)
@@ -47,6 +52,18 @@ def _metaworld(name: str, options: EnvOptions) -> EnvSpec:
         reward=options.reward or "sparse",
         has_success=True,
         vectorization=options.vectorization,
+    )
+
+
+def _metaworld_pixels(name: str, options: EnvOptions) -> EnvSpec:
+    task = name.removeprefix("metaworld/").removesuffix("-pixels")
+    with_state = _metaworld(f"metaworld/{task}", replace(options, backend="gymnasium"))
+    return replace(
+        with_state,
+        id=name,
+        backend_id=f"dprl.envs.metaworld:make_pixels!{task}",
+        observation_size=metaworld.HAND_SIZE,
+        cameras=(metaworld.PIXELS,),
     )
 
 
@@ -70,7 +87,8 @@ def _gymnasium(name: str, options: EnvOptions) -> EnvSpec:
     env = backend.make_single(name)
     try:
         low, high = _box_bounds(name, env.action_space)
-        observation_size = _flat_size(name, env.observation_space)
+        layout = backend.Layout.of(env.observation_space)
+        observation_size = layout.state_size
         limit = env.spec.max_episode_steps if env.spec is not None else None
         has_success = _reports_success(env)
     finally:
@@ -89,6 +107,7 @@ def _gymnasium(name: str, options: EnvOptions) -> EnvSpec:
         reward=options.reward or ("sparse" if has_success else "dense"),
         has_success=has_success,
         vectorization=options.vectorization,
+        cameras=layout.cameras,
     )
 
 
@@ -116,15 +135,6 @@ def _box_bounds(name: str, space: Any) -> tuple[tuple[float, ...], tuple[float, 
         raise EnvError(f"'{name}' has the action space {space}: a diffusion policy needs continuous actions (a Box)")
     low, high = np.ravel(space.low).tolist(), np.ravel(space.high).tolist()
     return tuple(map(float, low)), tuple(map(float, high))
-
-
-def _flat_size(name: str, space: Any) -> int:
-    import gymnasium
-
-    flat = gymnasium.spaces.flatten_space(space)
-    if not isinstance(flat, gymnasium.spaces.Box) or len(flat.shape) != 1:
-        raise EnvError(f"'{name}' has the observation space {space}, which cannot be flattened to numbers")
-    return flat.shape[0]
 
 
 def _reports_success(env: Any) -> bool:

@@ -2,17 +2,20 @@
 
 A simulator supplies `Simulator`: single steps of any subset of its environments. All bookkeeping is here.
 Shapes: n environments stepped, N in all, E executed actions, A action size, O observation steps, D observation size.
+What is written (..., D) is a dict of parts where the task has cameras, see `dprl.observations`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from dprl.errors import EnvError
+from dprl.observations import STATE, Observation, map_parts, put, state_of, take
 from dprl.spec import BoolArray, ChunkStep, EnvSpec, EnvState, FloatArray, IntArray
 
 
@@ -20,7 +23,7 @@ from dprl.spec import BoolArray, ChunkStep, EnvSpec, EnvState, FloatArray, IntAr
 class SimulatorStep:
     """One step of n environments: (n, D) or (n,) arrays."""
 
-    observation: npt.NDArray[Any]
+    observation: Observation
     reward: npt.NDArray[Any]
     terminated: BoolArray
     truncated: BoolArray
@@ -30,7 +33,7 @@ class SimulatorStep:
 class Simulator(Protocol):
     """Single steps of any subset of environments. Never resets by itself."""
 
-    def reset(self, indices: IntArray, episodes: IntArray) -> npt.NDArray[Any]:
+    def reset(self, indices: IntArray, episodes: IntArray) -> Observation:
         """Start episode number `episodes[i]` of environment `indices[i]`; return (n, D)."""
         ...
 
@@ -39,6 +42,15 @@ class Simulator(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Privileged(Protocol):
+    """Knows more than it observes. A simulator that has this method shows it to experts, and never to a policy."""
+
+    def privileged(self, indices: IntArray) -> FloatArray | None:
+        """Return what experts of the task act on (n, P); None: the latest state."""
+        ...
 
 
 class ChunkedEnv:
@@ -51,7 +63,7 @@ class ChunkedEnv:
         self._seeds = seeds
         self._low = np.asarray(spec.action_low, np.float32)
         self._high = np.asarray(spec.action_high, np.float32)
-        self._history = np.zeros((n, spec.n_obs_steps, spec.observation_size), np.float32)
+        self._history = spec.zero_observation(n, spec.n_obs_steps)
         self._episode = np.full(n, -1, np.int64)
         self._open = np.zeros(n, np.bool_)
         self._length = np.zeros(n, np.int64)
@@ -63,11 +75,11 @@ class ChunkedEnv:
         """N."""
         return len(self._seeds)
 
-    def reset(self, indices: IntArray | None = None) -> FloatArray:
+    def reset(self, indices: IntArray | None = None) -> Observation:
         """Start the next episode of `indices` (default: all); return (n, O, D), the first observation O times."""
         indices = np.arange(self.n_envs) if indices is None else np.asarray(indices, np.int64)
         self._begin(indices, self._episode[indices] + 1)
-        return self._history[indices].copy()
+        return self._observation(indices)
 
     def step_chunk(self, actions: FloatArray, indices: IntArray | None = None, *, autoreset: bool = True) -> ChunkStep:
         """See `BatchedEnv.step_chunk`. Actions are clipped to the action space.
@@ -89,14 +101,14 @@ class ChunkedEnv:
             reward[rows] += step.reward
             success[rows], terminated[rows], truncated[rows] = step.success, step.terminated, step.truncated
             n_steps[rows] += 1
-        final = self._history[indices].copy()
+        final = self._observation(indices)
         ended = terminated | truncated
         self._open[indices[ended]] = False
         episode_return, episode_length = self._return[indices].copy(), self._length[indices].copy()
         if autoreset and ended.any():
             self.reset(indices[ended])
         return ChunkStep(
-            observation=self._history[indices].copy(),
+            observation=self._observation(indices),
             final_observation=final,
             reward=reward,
             success=success,
@@ -114,7 +126,7 @@ class ChunkedEnv:
         episodes = np.where(self._open, self._episode, self._episode + 1)
         return EnvState(np.where(self._episode < 0, -1, episodes), lengths, np.concatenate(actions))
 
-    def restore(self, state: EnvState) -> FloatArray:
+    def restore(self, state: EnvState) -> Observation:
         """Reset to the episodes of `state` and replay their actions; return the observations (N, O, D).
 
         Raises:
@@ -128,7 +140,11 @@ class ChunkedEnv:
         for step in range(int(state.lengths.max(initial=0))):
             rows = np.flatnonzero(state.lengths > step)
             self._step(rows, state.actions[offsets[rows] + step])
-        return self._history.copy()
+        return self._observation(np.arange(self.n_envs))
+
+    def privileged(self, indices: IntArray) -> FloatArray | None:
+        """Return what the simulator shows to experts alone (n, P); None: no more than it observes."""
+        return self._simulator.privileged(indices) if isinstance(self._simulator, Privileged) else None
 
     def close(self) -> None:
         """Free the simulator."""
@@ -137,32 +153,59 @@ class ChunkedEnv:
     def _begin(self, indices: IntArray, episodes: IntArray) -> None:
         if len(indices) == 0:
             return
-        observation = np.asarray(self._simulator.reset(indices, episodes), np.float32)
+        observation = self._accepted(self._simulator.reset(indices, episodes), len(indices))
         self._episode[indices] = episodes
         self._open[indices] = True
         self._length[indices] = 0
         self._return[indices] = 0.0
-        self._history[indices] = observation[:, None]
-        self._require_finite("observation", observation, indices)
+        put(self._history, indices, map_parts(lambda part: part[:, None], observation))
+        self._require_finite("observation", state_of(observation), indices)
 
     def _step(self, indices: IntArray, actions: FloatArray) -> SimulatorStep:
         """One step of open environments, with this library's reward, success and time limit."""
         raw = self._simulator.step(indices, actions)
-        observation = np.asarray(raw.observation, np.float32)
+        observation = self._accepted(raw.observation, len(indices))
         self._actions[indices, self._length[indices]] = actions
         self._length[indices] += 1
-        self._history[indices, :-1] = self._history[indices, 1:]
-        self._history[indices, -1] = observation
+        latest = map_parts(lambda part: part[:, None], observation)
+        put(self._history, indices, map_parts(_shifted, take(self._history, indices), latest))
         sparse = self.spec.reward == "sparse"
         success = raw.success & self.spec.has_success
         reward = (success if sparse else raw.reward).astype(np.float32)
-        self._require_finite("observation", observation, indices)
+        self._require_finite("observation", state_of(observation), indices)
         self._require_finite("reward", reward, indices)
         self._return[indices] += reward
         terminated = raw.terminated | (success & sparse)
         out_of_time = self._length[indices] >= self.spec.max_episode_steps
         truncated = (raw.truncated | success | out_of_time) & ~terminated
         return SimulatorStep(observation, reward, terminated, truncated, success)
+
+    def _observation(self, indices: IntArray) -> Observation:
+        """(n, O, D), a copy."""
+        observation: Observation = take(self._history, indices)
+        return observation
+
+    def _accepted(self, observation: Observation, n: int) -> Observation:
+        """Return the simulator's observation with the types of the spec.
+
+        Raises:
+            EnvError: a part is missing, or has not the type and shape of the spec.
+        """
+        if not isinstance(self._history, Mapping):
+            return np.asarray(observation, np.float32)
+        parts = observation if isinstance(observation, Mapping) else {STATE: observation}
+        accepted = {}
+        for name, history in self._history.items():
+            if name not in parts:
+                raise EnvError(f"{self.spec.id}: the observation has {', '.join(parts)}, but not {name}")
+            part = np.asarray(parts[name], np.float32 if name == STATE else None)
+            shape = (n, *history.shape[2:])
+            if part.shape != shape or part.dtype != history.dtype:
+                raise EnvError(
+                    f"{self.spec.id}: {name} is {part.dtype} {part.shape}; the spec says {history.dtype} {shape}"
+                )
+            accepted[name] = part
+        return accepted
 
     def _checked(self, actions: FloatArray, indices: IntArray) -> FloatArray:
         actions = np.asarray(actions, np.float32)
@@ -177,8 +220,8 @@ class ChunkedEnv:
         self._require_finite("action", actions, indices)
         return np.clip(actions, self._low, self._high)
 
-    def _require_finite(self, what: str, values: FloatArray, indices: IntArray) -> None:
-        if np.isfinite(values).all():
+    def _require_finite(self, what: str, values: FloatArray | None, indices: IntArray) -> None:
+        if values is None or np.isfinite(values).all():
             return
         row = int(np.flatnonzero(~np.isfinite(values.reshape(len(indices), -1)).all(axis=1))[0])
         index = int(indices[row])
@@ -186,3 +229,8 @@ class ChunkedEnv:
             f"{self.spec.id}: {what} is not finite in environment {index}, episode {self._episode[index]}, "
             f"step {self._length[index]} (environment seed {self._seeds[index]}): {values[row]}"
         )
+
+
+def _shifted(history: npt.NDArray[Any], latest: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Drop the oldest of (n, O, ...) and append (n, 1, ...)."""
+    return np.concatenate([history[:, 1:], latest], axis=1)

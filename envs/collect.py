@@ -7,20 +7,23 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dprl.data import Episodes
+from dprl.envs.chunked import Privileged
 from dprl.envs.experts import Expert
 from dprl.errors import check
+from dprl.observations import Observation, images_of, map_parts, state_of, take
 from dprl.seeding import numpy_generator
 from dprl.spec import EnvSpec, FloatArray, build, env_seeds, with_n_obs_steps
 from dprl.training.progress import ProgressBar
 
 MAX_ENVS = 20
+LATEST = (slice(None), -1)
 
 
 @dataclass
 class _Episode:
     """An episode while it is played."""
 
-    observations: list[FloatArray] = field(default_factory=list)
+    observations: list[Observation] = field(default_factory=list)
     actions: list[FloatArray] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     terminated: bool = False
@@ -49,17 +52,33 @@ def collect_episodes(
         for first in range(0, n_episodes, MAX_ENVS):
             part = range(first, min(first + MAX_ENVS, n_episodes))
             episodes += _play(spec, expert, noise, [seeds[i] for i in part], seed, first, bar)
+    observations = _stack([o for e in episodes for o in e.observations[:-1]])
+    final_observations = _stack([e.observations[-1] for e in episodes])
     return Episodes(
-        observations=np.concatenate([np.stack(e.observations[:-1]) for e in episodes]),
+        observations=_state(observations, int(sum(len(e.actions) for e in episodes))),
         actions=np.concatenate([np.stack(e.actions) for e in episodes]),
         rewards=np.concatenate([np.asarray(e.rewards, np.float32) for e in episodes]),
-        final_observations=np.stack([e.observations[-1] for e in episodes]),
+        final_observations=_state(final_observations, n_episodes),
         ends=np.cumsum([len(e.actions) for e in episodes]),
         terminated=np.array([e.terminated for e in episodes]),
         success=np.array([e.success for e in episodes]),
         seeds=np.array(seeds, np.int64),
         env_id=spec.id,
+        images=images_of(observations),
+        final_images=images_of(final_observations),
     )
+
+
+def _stack(observations: list[Observation]) -> Observation:
+    """One observation with a new leading axis."""
+    stacked: Observation = map_parts(lambda *parts: np.stack(parts), *observations)
+    return stacked
+
+
+def _state(observation: Observation, n: int) -> FloatArray:
+    """(n, D); of no numbers, where there are images alone."""
+    state: FloatArray | None = state_of(observation)
+    return np.zeros((n, 0), np.float32) if state is None else state
 
 
 def _play(
@@ -68,17 +87,20 @@ def _play(
     env = build(spec, seeds)
     streams = [numpy_generator(seed, "action noise", first + i) for i in range(len(seeds))]
     low, high = np.asarray(spec.action_low, np.float32), np.asarray(spec.action_high, np.float32)
-    observation = env.reset()[:, -1]
-    episodes = [_Episode([row.copy()]) for row in observation]
+    latest = take(env.reset(), LATEST)
+    episodes = [_Episode([take(latest, i)]) for i in range(len(seeds))]
     playing = np.arange(len(seeds))
     try:
         while len(playing):
             draws = np.stack([streams[i].standard_normal(spec.action_size) for i in playing])
-            actions = np.clip(expert.act(observation[playing]) + noise * draws, low, high).astype(np.float32)
+            view = env.privileged(playing) if isinstance(env, Privileged) else None
+            if view is None:
+                view = _state(_stack([episodes[i].observations[-1] for i in playing]), len(playing))
+            actions = np.clip(expert.act(view) + noise * draws, low, high).astype(np.float32)
             step = env.step_chunk(actions[:, None], playing, autoreset=False)
-            observation[playing] = step.final_observation[:, -1]
+            latest = take(step.final_observation, LATEST)
             for row, i in enumerate(playing):
-                episodes[i].observations.append(step.final_observation[row, -1])
+                episodes[i].observations.append(take(latest, row))
                 episodes[i].actions.append(actions[row])
                 episodes[i].rewards.append(float(step.reward[row]))
                 episodes[i].terminated = bool(step.terminated[row])

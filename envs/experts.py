@@ -1,4 +1,8 @@
-"""Experts: anything that maps observations to actions and is worth imitating."""
+"""Experts: anything that maps what it sees to actions and is worth imitating.
+
+An expert may see more than a policy: where a simulator offers a privileged state (`dprl.envs.chunked.Privileged`), its
+experts act on that, else on the latest state.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +10,26 @@ from typing import Any, Protocol, cast
 
 import numpy.typing as npt
 
-from dprl.envs import catalogue
+from dprl.envs import avoid, catalogue
 from dprl.errors import EnvError, did_you_mean
 from dprl.spec import FloatArray, load
 
 
 class Expert(Protocol):
-    """Acts on the latest observation of each environment."""
+    """Acts on the latest state of each environment, or on what its simulator shows to experts."""
 
     def act(self, observation: npt.NDArray[Any]) -> FloatArray:
-        """Return actions (n, A) for observations (n, D)."""
+        """Return actions (n, A) for states (n, D), or privileged states (n, P)."""
         ...
 
 
-# name -> (the environments it knows, the function `env_id -> Expert`)
-EXPERTS: dict[str, tuple[tuple[str, ...], str]] = {
-    "scripted": (catalogue.METAWORLD, "dprl.envs.metaworld:scripted"),
+# name -> {environment it knows: the function `env_id -> Expert`}
+EXPERTS: dict[str, dict[str, str]] = {
+    "scripted": {
+        **dict.fromkeys(avoid.IDS, "dprl.envs.avoid:scripted"),
+        **dict.fromkeys(catalogue.METAWORLD, "dprl.envs.metaworld:scripted"),
+        **dict.fromkeys(catalogue.METAWORLD_PIXELS, "dprl.envs.metaworld:scripted"),
+    },
 }
 
 
@@ -33,7 +41,7 @@ def make_expert(name: str, env_id: str) -> Expert:
     """
     if name not in EXPERTS:
         raise EnvError(f"unknown expert '{name}'.{did_you_mean(name, EXPERTS)} 'dprl list experts' shows the names.")
-    env_ids, builder = EXPERTS[name]
-    if env_id not in env_ids:
-        raise EnvError(f"the expert '{name}' does not know '{env_id}'.{did_you_mean(env_id, env_ids)}")
-    return cast("Expert", load(builder)(env_id))
+    builders = EXPERTS[name]
+    if env_id not in builders:
+        raise EnvError(f"the expert '{name}' does not know '{env_id}'.{did_you_mean(env_id, builders)}")
+    return cast("Expert", load(builders[env_id])(env_id))

@@ -1,16 +1,23 @@
-"""Anything registered with Gymnasium, through `gymnasium.vector`."""
+"""Anything registered with Gymnasium, through `gymnasium.vector`.
+
+An observation space without images is flattened to one array of numbers. Of one with images (uint8 boxes of height,
+width and 1 or 3 channels, alone or in a Dict or Tuple) each image becomes a camera, and all else is flattened to the
+state, in the space's order. A member of a Dict that is called ``privileged`` is shown to experts alone.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from dprl.envs.chunked import ChunkedEnv, SimulatorStep
 from dprl.errors import EnvError, MissingDependencyError
+from dprl.observations import STATE, Observation, camera_name, state_of, take
 from dprl.seeding import derive_seed
-from dprl.spec import EnvSpec, FloatArray, IntArray, load
+from dprl.spec import Camera, EnvSpec, FloatArray, IntArray, load
 
 try:
     import gymnasium
@@ -18,6 +25,10 @@ except ImportError as error:
     raise MissingDependencyError("gymnasium", "envs", "running environments") from error
 
 SUCCESS_KEYS = ("success", "is_success")
+PRIVILEGED = "privileged"
+
+Path = tuple[Any, ...]
+Space = gymnasium.Space[Any]
 
 
 def build(spec: EnvSpec, seeds: list[int], num_threads: int = 0) -> ChunkedEnv:
@@ -38,6 +49,66 @@ def make_single(backend_id: str, max_episode_steps: int | None = None) -> gymnas
         return gymnasium.make(backend_id, max_episode_steps=max_episode_steps)
     except Exception as error:  # any package may fail in any way while it builds its environment
         raise EnvError(f"Gymnasium cannot make '{backend_id}': {error}") from error
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which members of an observation space are what; a member is a path of keys and the space found there."""
+
+    state: tuple[tuple[Path, Space], ...]
+    images: tuple[tuple[Path, Camera], ...]
+    privileged: tuple[tuple[Path, Space], ...]
+
+    @staticmethod
+    def of(space: Space) -> Layout:
+        """Find the images and what is privileged; all else is state."""
+        state, images, privileged = [], [], []
+        for path, member in _members(space):
+            if path[:1] == (PRIVILEGED,):
+                privileged.append((path, member))
+            elif _is_image(member):
+                images.append((path, Camera(camera_name("_".join(map(str, path))), *cast("Any", member.shape))))
+            else:
+                state.append((path, member))
+        return Layout(tuple(state), tuple(sorted(images, key=lambda image: image[1].name)), tuple(privileged))
+
+    @property
+    def cameras(self) -> tuple[Camera, ...]:
+        """One for each image, in alphabetical order."""
+        return tuple(camera for _, camera in self.images)
+
+    @property
+    def state_size(self) -> int:
+        """D.
+
+        Raises:
+            EnvError: a member cannot be flattened to numbers.
+        """
+        return sum(_flat_size(space) for _, space in self.state)
+
+
+def _members(space: Space, path: Path = ()) -> Iterator[tuple[Path, Space]]:
+    """Every leaf of nested Dict and Tuple spaces."""
+    if not isinstance(space, gymnasium.spaces.Dict | gymnasium.spaces.Tuple):
+        yield path, space
+        return
+    items = space.items() if isinstance(space, gymnasium.spaces.Dict) else enumerate(space)
+    for key, member in items:
+        yield from _members(member, (*path, key))
+
+
+def _is_image(space: Space) -> bool:
+    shape = space.shape or ()
+    return (
+        isinstance(space, gymnasium.spaces.Box) and space.dtype == np.uint8 and len(shape) == 3 and shape[2] in (1, 3)
+    )
+
+
+def _flat_size(space: Space) -> int:
+    flat = gymnasium.spaces.flatten_space(space)
+    if not isinstance(flat, gymnasium.spaces.Box) or len(flat.shape) != 1:
+        raise EnvError(f"the observation space {space} cannot be flattened to numbers")
+    return flat.shape[0]
 
 
 class Held(gymnasium.Wrapper[Any, Any, Any, Any]):
@@ -68,11 +139,45 @@ class Held(gymnasium.Wrapper[Any, Any, Any, Any]):
         return self._observation, float(reward), False, False, ends
 
 
+class Parted(gymnasium.ObservationWrapper[Any, Any, Any]):
+    """Divides observations into the named parts of `dprl.observations`, and what is privileged."""
+
+    def __init__(self, env: gymnasium.Env[Any, Any], layout: Layout) -> None:
+        super().__init__(env)
+        self._layout = layout
+        self._numbers = {STATE: layout.state, PRIVILEGED: layout.privileged}
+        spaces: dict[str, Space] = {}
+        for name, members in self._numbers.items():
+            size = sum(_flat_size(space) for _, space in members)
+            if size:
+                spaces[name] = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        for camera in layout.cameras:
+            spaces[camera.part] = gymnasium.spaces.Box(0, 255, camera.shape, np.uint8)
+        self.observation_space = gymnasium.spaces.Dict(spaces)
+
+    def observation(self, observation: Any) -> dict[str, Any]:
+        """Return the parts, numbers as float32."""
+        parts = {camera.part: _at(observation, path) for path, camera in self._layout.images}
+        for name, members in self._numbers.items():
+            if name in cast("Any", self.observation_space).spaces:
+                flat = [np.ravel(cast("Any", gymnasium.spaces.flatten(s, _at(observation, p)))) for p, s in members]
+                parts[name] = np.concatenate(flat).astype(np.float32)
+        return parts
+
+
+def _at(observation: Any, path: Path) -> Any:
+    for key in path:
+        observation = observation[key]
+    return observation
+
+
 class Flat(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Flattens observations (dictionaries too) and declares a flat float32 action that may be NaN."""
+    """Flattens or divides observations (see the module) and declares a flat float32 action that may be NaN."""
 
     def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
-        super().__init__(gymnasium.wrappers.FlattenObservation(env))
+        layout = Layout.of(env.observation_space)
+        divided = bool(layout.images or layout.privileged)
+        super().__init__(Parted(env, layout) if divided else gymnasium.wrappers.FlattenObservation(env))
         size = int(np.prod(cast("Any", env.action_space).shape))
         self.action_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
 
@@ -88,9 +193,11 @@ class GymnasiumSimulator:
         mode = gymnasium.vector.AutoresetMode.DISABLED
         self._env: Any = vector([make] * len(seeds), autoreset_mode=mode)
         self._seeds = seeds
+        self._has_cameras = bool(spec.cameras)
         self._started = np.zeros(len(seeds), np.bool_)
+        self._latest: Any = None
 
-    def reset(self, indices: IntArray, episodes: IntArray) -> npt.NDArray[Any]:
+    def reset(self, indices: IntArray, episodes: IntArray) -> Observation:
         """Reset each environment with the seed of its episode."""
         seeds: list[int | None] = [None] * len(self._seeds)
         for index, episode in zip(indices, episodes, strict=True):
@@ -100,18 +207,29 @@ class GymnasiumSimulator:
         if not self._started.all():  # gymnasium.vector must see every environment once before it takes a mask
             mask[~self._started] = True
             self._started[:] = True
-        observation, _ = self._env.reset(seed=seeds, options={"reset_mask": mask})
-        return np.asarray(observation)[indices]
+        self._latest, _ = self._env.reset(seed=seeds, options={"reset_mask": mask})
+        return self._observe(indices)
 
     def step(self, indices: IntArray, actions: FloatArray) -> SimulatorStep:
         """Step the environments `indices`; the others stand still."""
         padded = np.full((len(self._seeds), actions.shape[1]), np.nan, np.float32)
         padded[indices] = actions
-        observation, reward, _, _, info = self._env.step(padded)
+        self._latest, reward, _, _, info = self._env.step(padded)
         terminated, truncated, success = (
             np.asarray(info[f"dprl_{key}"], np.bool_)[indices] for key in ("terminated", "truncated", "success")
         )
-        return SimulatorStep(np.asarray(observation)[indices], reward[indices], terminated, truncated, success)
+        return SimulatorStep(self._observe(indices), reward[indices], terminated, truncated, success)
+
+    def privileged(self, indices: IntArray) -> FloatArray | None:
+        """Return the part ``privileged`` of the latest observation, if there is one."""
+        if not isinstance(self._latest, dict) or PRIVILEGED not in self._latest:
+            return None
+        return np.asarray(self._latest[PRIVILEGED][indices], np.float32)
+
+    def _observe(self, indices: IntArray) -> Observation:
+        parts = take(self._latest, indices)
+        observation: Observation = parts if self._has_cameras else state_of(parts)
+        return observation
 
     def close(self) -> None:
         """Close all environments and their processes."""

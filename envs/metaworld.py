@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import warnings
@@ -12,7 +13,10 @@ import gymnasium
 import numpy as np
 import numpy.typing as npt
 
+from dprl import spec
+from dprl.envs import rendering
 from dprl.errors import EnvError, MissingDependencyError
+from dprl.observations import STATE
 from dprl.spec import FloatArray
 
 OBSERVATION_SIZE = 39
@@ -21,6 +25,9 @@ MAX_EPISODE_STEPS = 200
 HAND = slice(0, 3)
 OBJECT = slice(4, 7)
 GOAL = slice(36, 39)
+HAND_SIZE = 4  # the hand's position and how open its gripper is
+PIXELS = spec.Camera("corner2", 84, 84)
+RENDERED, TOP, LEFT = 126, 34, 12  # pixels of the square that is rendered, and where the table is cut out of it
 
 # (task as Meta-World calls it, without its -v3; EnvPool's name follows from it)
 TASKS = (
@@ -90,6 +97,41 @@ def make_single(task: str) -> gymnasium.Env[Any, Any]:
     return SeededMetaWorld(task)
 
 
+class Pixels(gymnasium.ObservationWrapper[Any, Any, Any]):
+    """Shows the hand's 4 numbers and the image of one camera; all 39 numbers are privileged."""
+
+    def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
+        super().__init__(env)
+        box, full = gymnasium.spaces.Box, cast("Any", env.observation_space)
+        self.observation_space = gymnasium.spaces.Dict(
+            {
+                STATE: box(full.low[:HAND_SIZE], full.high[:HAND_SIZE], dtype=full.dtype.type),
+                PIXELS.part: box(0, 255, PIXELS.shape, np.uint8),
+                "privileged": full,
+            }
+        )
+
+    def observation(self, observation: Any) -> dict[str, Any]:
+        """Render, turn upright (this camera hangs upside down), and cut out the table."""
+        upright = np.flipud(cast("Any", self.env.render()))
+        image = np.ascontiguousarray(upright[TOP : TOP + PIXELS.height, LEFT : LEFT + PIXELS.width])
+        return {STATE: observation[:HAND_SIZE], PIXELS.part: image, "privileged": observation}
+
+
+_gl_backend = functools.cache(rendering.find_backend)
+
+
+def make_pixels(task: str) -> gymnasium.Env[Any, Any]:
+    """Build one environment of the package's own that is seen through `PIXELS`.
+
+    Raises:
+        EnvError: this machine cannot render.
+    """
+    if _gl_backend() is None:
+        raise EnvError(f"metaworld/{task}-pixels renders, which no GL library here can do; {rendering.REMEDY}")
+    return Pixels(SeededMetaWorld(task, Camera(RENDERED, RENDERED, PIXELS.name)))
+
+
 class ScriptedExpert:
     """The package's hand-written policy of one task. It acts on the observation alone."""
 
@@ -108,5 +150,5 @@ class ScriptedExpert:
 
 
 def scripted(env_id: str) -> ScriptedExpert:
-    """Build the expert of ``metaworld/<task>``."""
-    return ScriptedExpert(env_id.removeprefix("metaworld/"))
+    """Build the expert of ``metaworld/<task>``, with pixels or without."""
+    return ScriptedExpert(env_id.removeprefix("metaworld/").removesuffix("-pixels"))

@@ -1,4 +1,4 @@
-"""Named experiments: from noisy demonstrations to a policy that succeeds. Each states only what differs."""
+"""Named experiments, from noisy demonstrations to a policy that succeeds, and studies. Each states what differs."""
 
 from __future__ import annotations
 
@@ -52,6 +52,18 @@ CATALOGUE = (
         eval_episodes=4,
     ),
 )
+
+
+# Comparisons: name -> (the module whose `run` does it, what it shows)
+STUDIES = {
+    "multimodal": ("dprl.experiments.multimodal", "which policies keep both ways round the disc of Avoid-v0"),
+    "imitation": ("dprl.experiments.imitation", "diffusion against its competitors on three Meta-World tasks"),
+    "horizons": (
+        "dprl.experiments.horizons",
+        "success against executed actions, closed to open loop, and horizon",
+    ),
+    "solvers": ("dprl.experiments.solvers", "success and latency against solver and number of steps"),
+}
 
 
 def find(name: str) -> Experiment:

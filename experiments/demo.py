@@ -11,10 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from dprl import checkpoint
+from dprl.diffusion import SolverConfig, solver_steps
+from dprl.diffusion.solvers import SolverName
 from dprl.envs import rendering
 from dprl.experiments import plots, runs, video
 from dprl.experiments.catalogue import Experiment
-from dprl.policy import DiffusionPolicy
+from dprl.networks import DenoiserConfig, MLPConfig, TransformerConfig, UNetConfig
+from dprl.policy import DiffusionConfig, DiffusionPolicy
 from dprl.rollout import Evaluation, evaluate
 from dprl.spec import EnvSpec, resolve
 from dprl.training import RunFolder
@@ -35,6 +38,45 @@ class Row:
     episodes: int
     steps: str
     minutes: float
+
+
+# Networks for two cores and chunks of four actions.
+NETWORKS: dict[str, DenoiserConfig] = {
+    "mlp": MLPConfig(),
+    "unet": UNetConfig(down_dims=(32, 64), time_size=16),
+    "transformer": TransformerConfig(n_layers=2, embedding_size=64, attention_dropout=0.0),
+}
+
+
+def with_network(experiment: Experiment, denoiser: str) -> Experiment:
+    """Return `experiment` with another network."""
+    policy = experiment.pretrain.policy
+    assert isinstance(policy, DiffusionConfig)
+    policy = replace(policy, denoiser=NETWORKS[denoiser])
+    return replace(experiment, pretrain=replace(experiment.pretrain, policy=policy))
+
+
+def with_solver(experiment: Experiment, solver: SolverName, num_inference_steps: int | None) -> Experiment:
+    """Return `experiment` with a policy that samples by another solver, and is fine-tuned through it where that goes.
+
+    DPPO tunes the chains of ddpm, ddim (with eta = 1, to explore) and euler. For the dpmsolvers, whose steps look back,
+    it tunes every training timestep through ddpm, so that any solver samples from what was tuned.
+
+    Raises:
+        ConfigError: the number of steps does not fit.
+    """
+    policy = experiment.pretrain.policy
+    assert isinstance(policy, DiffusionConfig)
+    sampling = SolverConfig(solver, num_inference_steps)
+    policy = replace(runs.FLOW if solver == "euler" else policy, denoiser=policy.denoiser, sampling=sampling)
+    tuned = SolverConfig("ddpm") if solver.endswith("dpmsolver++") else sampling
+    tuned = replace(tuned, eta=1.0) if solver == "ddim" else tuned
+    steps = len(solver_steps(policy.noise, tuned))
+    return replace(
+        experiment,
+        pretrain=replace(experiment.pretrain, policy=policy),
+        finetune=replace(experiment.finetune, dppo=replace(experiment.finetune.dppo, solver=tuned, tuned_steps=steps)),
+    )
 
 
 def run(experiment: Experiment, seed: int, out: Path, *, progress_bar: bool = True, pictures: bool = True) -> list[Row]:

@@ -25,7 +25,8 @@ CURVES = {
 }
 
 
-def _new_figure(**options: Any) -> Any:
+def new_figure(**options: Any) -> Any:
+    """Return a matplotlib figure that needs no display, or raise MissingDependencyError."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -41,7 +42,7 @@ def training_curves(run: Path) -> None:
     rows = read_metrics(run)
     shown = [name for name in CURVES if any(name in row for row in rows)]
     try:
-        figure = _new_figure(figsize=(4.5 * max(1, len(shown)), 3.4))
+        figure = new_figure(figsize=(4.5 * max(1, len(shown)), 3.4))
     except MissingDependencyError as error:
         warnings.warn(f"no plots: {error}", stacklevel=2)
         return
@@ -69,7 +70,7 @@ def learning_curve(run: Path, file: Path, *, before: Evaluation, after: Evaluati
     rows = read_metrics(run)
     evaluated = [row for row in rows if "eval/success_rate" in row]
     collected = [row for row in rows if "rollout/success_rate" in row]
-    figure = _new_figure(figsize=(9, 3.6))
+    figure = new_figure(figsize=(9, 3.6))
     axes = figure.subplots(1, 2, sharey=True)
     for axis, label, key, scale in (
         (axes[0], "environment steps", "timesteps", 1.0),
@@ -109,7 +110,7 @@ def trajectories(episodes: dict[str, list[Episode]], file: Path) -> None:
         file: the PNG to write.
     """
     starts = len(next(iter(episodes.values())))
-    figure = _new_figure(figsize=(3.2 * starts, 3.2 * len(episodes)))
+    figure = new_figure(figsize=(3.2 * starts, 3.2 * len(episodes)))
     axes = np.atleast_2d(figure.subplots(len(episodes), starts, sharex=True, sharey=True))
     for row, (name, played) in zip(axes, episodes.items(), strict=True):
         for axis, episode in zip(row, played, strict=True):

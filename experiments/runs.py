@@ -3,28 +3,55 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
+import numpy as np
 import torch
 import tyro
+from tyro.conf import AvoidSubcommands
 
 from dprl.agents import BC, DPPO, BCConfig, DPPOConfig
 from dprl.config import from_json, to_json, validate
 from dprl.data import Episodes, load_dataset, save_dataset
 from dprl.data.minari import require_h5py
+from dprl.diffusion import SolverConfig
 from dprl.envs.collect import collect_episodes
 from dprl.envs.experts import make_expert
 from dprl.errors import CheckpointError, ConfigError, check
 from dprl.experiments import plots
 from dprl.log import read_metrics
-from dprl.networks import MLPConfig
-from dprl.policy import DiffusionPolicy, find_policy
+from dprl.mdp import DenoisingMDP
+from dprl.networks import TransformerConfig, UNetConfig
+from dprl.policy import (
+    BeTConfig,
+    CategoricalConfig,
+    DiffusionConfig,
+    DiffusionPolicy,
+    GaussianConfig,
+    GMMConfig,
+    IBCConfig,
+    InferenceConfig,
+    LSTMGMMConfig,
+    MSEConfig,
+    Policy,
+    find_policy,
+)
 from dprl.rollout import Evaluation, InProcessPool, RolloutPool, evaluate
 from dprl.rollout.evaluation import require_fit, wilson
 from dprl.rollout.pool import checked_slice_size
 from dprl.seeding import derive_seed
 from dprl.spec import EnvOptions, EnvSpec, resolve, with_n_obs_steps
 from dprl.training import LoopConfig, RunFolder, train
+
+policy_name = partial(tyro.conf.subcommand, prefix_name=False)
+FLOW = DiffusionConfig(
+    num_train_timesteps=100,
+    schedule="rectified_flow",
+    prediction_type="velocity",
+    sampling=SolverConfig(num_inference_steps=10),
+)
 
 
 @dataclass(frozen=True)
@@ -46,40 +73,62 @@ class CollectConfig:
         validate(self, at_least={"noise": 0, "episodes": 1, "seed": 0})
 
 
+# The command line's names for the policies. What is chosen inside one of them (its network) is chosen by its name.
+PolicyChoice = (
+    Annotated[AvoidSubcommands[DiffusionConfig], policy_name("mlp", default=DiffusionConfig(num_train_timesteps=10))]
+    | Annotated[
+        AvoidSubcommands[DiffusionConfig],
+        policy_name("unet", default=DiffusionConfig(num_train_timesteps=10, denoiser=UNetConfig())),
+    ]
+    | Annotated[
+        AvoidSubcommands[DiffusionConfig],
+        policy_name("transformer", default=DiffusionConfig(num_train_timesteps=10, denoiser=TransformerConfig())),
+    ]
+    | Annotated[
+        AvoidSubcommands[DiffusionConfig],
+        policy_name("flow", default=FLOW),
+    ]
+    | Annotated[MSEConfig, policy_name("mse")]
+    | Annotated[GaussianConfig, policy_name("gaussian")]
+    | Annotated[GMMConfig, policy_name("gmm")]
+    | Annotated[LSTMGMMConfig, policy_name("lstm-gmm")]
+    | Annotated[CategoricalConfig, policy_name("categorical")]
+    | Annotated[BeTConfig, policy_name("bet")]
+    | Annotated[IBCConfig, policy_name("ibc")]
+)
+
+
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Behaviour cloning on a data set."""
+    """Behaviour cloning on a data set, of a diffusion policy or another."""
 
     data: tyro.conf.Positional[str]
     """Folder of the data set."""
+    policy: PolicyChoice = field(default_factory=lambda: DiffusionConfig(num_train_timesteps=10))
+    """Which policy: diffusion with an `mlp` (default), `unet` or `transformer`, a rectified `flow`, or another kind:
+    `mse`, `gaussian`, `gmm`, `lstm-gmm`, `categorical`, `bet`, `ibc`."""
     steps: int = 4_000
     """Gradient steps."""
-    horizon: int = 4
-    """Actions in a predicted chunk."""
-    n_action_steps: int | None = None
-    """How many of them are executed before the next decision. Default: all."""
-    n_obs_steps: int = 1
-    """How many of the latest observations the policy sees."""
-    num_train_timesteps: int = 10
-    """Denoising steps."""
-    denoiser: MLPConfig = field(default_factory=MLPConfig)
+    episodes: int | None = None
+    """Use only the first so many episodes. Default: all."""
+    memory_map: bool = False
+    """Leave images on disk, for data that do not fit in memory; together with `bc.num_workers`."""
     bc: BCConfig = field(default_factory=BCConfig)
     checkpoint_every: int = 10
     """Iterations (of `bc.steps_per_iteration` gradient steps) between checkpoints."""
     eval_every: int = 0
     """Iterations between evaluations in the data set's environment; 0 never evaluates."""
     eval_episodes: int = 50
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    """How the policy acts in these evaluations."""
     seed: int = 0
     device: str = "cpu"
     wandb: str | None = None
     """Weights & Biases project to log to as well; offline without a login."""
 
     def __post_init__(self) -> None:
-        counts = ("steps", "horizon", "n_obs_steps", "num_train_timesteps", "checkpoint_every", "eval_episodes")
+        counts = ("steps", "episodes", "checkpoint_every", "eval_episodes")
         validate(self, at_least={**dict.fromkeys(counts, 1), "eval_every": 0, "seed": 0})
-        executed = self.horizon if self.n_action_steps is None else self.n_action_steps
-        fits = 1 <= executed <= self.horizon
-        check(fits, "n_action_steps", executed, f"must be from 1 to the horizon, which is {self.horizon}")
 
 
 @dataclass(frozen=True)
@@ -106,6 +155,8 @@ class FinetuneConfig:
     eval_every: int = 10
     """Iterations between evaluations; 0 never evaluates."""
     eval_episodes: int = 50
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    """How the policy acts in these evaluations."""
     options: EnvOptions = field(default_factory=EnvOptions)
     seed: int = 0
     device: str = "cpu"
@@ -192,7 +243,7 @@ class _Pretraining:
     """What behaviour cloning starts from."""
 
     data: Episodes
-    policy: DiffusionPolicy
+    policy: Policy
     spec: EnvSpec | None
     """Where to evaluate, if at all."""
 
@@ -207,17 +258,14 @@ class _Finetuning:
 
 def _prepare_pretrain(config: PretrainConfig) -> _Pretraining:
     check_device(config.device)
-    data = load_dataset(config.data)
-    policy = DiffusionPolicy.for_dataset(
-        data,
-        config.denoiser,
-        horizon=config.horizon,
-        n_action_steps=config.n_action_steps,
-        n_obs_steps=config.n_obs_steps,
-        num_train_timesteps=config.num_train_timesteps,
-        seed=config.seed,
-    ).to(config.device)
-    data.chunk_indices(config.n_obs_steps, config.horizon)
+    data = load_dataset(config.data, memory_map=config.memory_map)
+    if config.episodes is not None:
+        fits = config.episodes <= data.n_episodes
+        check(fits, "episodes", config.episodes, f"the data set has {data.n_episodes}")
+        data = data.select(np.arange(config.episodes))
+    kind = next(kind for kind in Policy.kinds.values() if kind.config_class is type(config.policy))
+    policy = kind.for_dataset(data, config.policy, seed=config.seed).to(config.device)
+    policy.check_inference(config.inference)
     if not config.eval_every:
         return _Pretraining(data, policy, None)
     if data.env_id is None:
@@ -237,7 +285,7 @@ def _pretrain(
         agent,
         LoopConfig(config.steps, config.eval_every, config.checkpoint_every),
         run=run,
-        evaluate=None if spec is None else lambda: _score(policy, spec, config.eval_episodes, config.seed),
+        evaluate=None if spec is None else lambda: _score(policy, spec, config),
         resume=resume,
         wandb_project=config.wandb,
         progress_bar=progress_bar,
@@ -250,7 +298,8 @@ def _prepare_finetune(config: FinetuneConfig, folder: Path) -> _Finetuning:
     spec = resolve(config.env, config.options)
     policy = DiffusionPolicy.from_pretrained(folder, device=config.device)
     require_fit(policy, spec)
-    policy.tune_below(config.dppo.tuned_steps)
+    policy.check_inference(config.inference)
+    DenoisingMDP(policy, config.dppo.tuned_steps, config.dppo.exploration, config.dppo.solver)
     slices = config.n_envs // checked_slice_size(config.n_envs, config.slice_size)
     fits = config.workers == 0 or slices % config.workers == 0
     check(fits, "workers", config.workers, f"must divide the number of slices, which is {slices}; see slice_size")
@@ -273,7 +322,7 @@ def _finetune(
         DPPO(policy, pool, config.dppo, seed=config.seed),
         LoopConfig(config.total_timesteps, config.eval_every, config.checkpoint_every),
         run=run,
-        evaluate=lambda: _score(policy, spec, config.eval_episodes, config.seed),
+        evaluate=lambda: _score(policy, spec, config),
         resume=resume,
         wandb_project=config.wandb,
         progress_bar=progress_bar,
@@ -281,9 +330,10 @@ def _finetune(
     plots.training_curves(run.path)
 
 
-def _score(policy: DiffusionPolicy, spec: EnvSpec, episodes: int, seed: int) -> Evaluation:
+def _score(policy: Policy, spec: EnvSpec, config: PretrainConfig | FinetuneConfig) -> Evaluation:
     """Evaluate during training, on starts that no evaluation by hand has: the best checkpoint is chosen by them."""
-    return evaluate(policy, spec, episodes, derive_seed(seed, "selection"))
+    seed = derive_seed(config.seed, "selection")
+    return evaluate(policy, spec, config.eval_episodes, seed, inference=config.inference)
 
 
 def _pool(config: FinetuneConfig, spec: EnvSpec) -> RolloutPool:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"dprl": "dprl", "agents": "dprl.agents", "envs": "dprl.envs", "experiments": "dprl.experiments"}
 LAYERS = (
     "dprl.config dprl.checkpoint dprl.log dprl.seeding dprl.errors",
-    "dprl.diffusion dprl.networks dprl.returns",
+    "dprl.diffusion dprl.networks dprl.observations dprl.returns",
     "dprl.policy dprl.mdp dprl.guidance dprl.data dprl.spec dprl",
     "dprl.training dprl.rollout",
     "dprl.agents dprl.envs",
@@ -166,9 +166,12 @@ def test_optional_packages_stay_at_home():
         ("dprl.checkpoint", "import dprl.policy"),
         ("dprl.checkpoint", "from dprl import policy"),
         ("dprl.checkpoint", "from . import policy"),
+        ("dprl.networks.vision", "from dprl.policy.base import Policy"),
+        ("dprl.observations", "from dprl.spec import EnvSpec"),
         ("dprl.policy", "from dprl.training.loop import train"),
-        ("dprl.policy", "def f():\n    from dprl.agents import BC"),
-        ("dprl.policy", "class C:\n    def f(self):\n        import dprl.cli"),
+        ("dprl.policy.control", "from dprl.rollout.evaluation import evaluate"),
+        ("dprl.policy.diffusion", "def f():\n    from dprl.agents import BC"),
+        ("dprl.policy.base", "class C:\n    def f(self):\n        import dprl.cli"),
         ("dprl.rollout.pool", "from ..agents.bc import BC"),
         ("dprl.envs.gymnasium", "try:\n    import dprl.experiments.runs\nexcept ImportError:\n    pass"),
         ("dprl", "from dprl.rollout.ray_pool import RayPool"),
@@ -199,7 +202,7 @@ def test_a_cycle_is_found():
         ("dprl.agents.bc", "def f():\n    from dprl.rollout.ray_pool import RayPool"),
         ("dprl.envs.chunked", "from torch import nn"),
         ("dprl.cli", "def f():\n    import gymnasium.vector"),
-        ("dprl.policy", "import wandb"),
+        ("dprl.policy.base", "import wandb"),
     ],
 )
 def test_a_misplaced_import_is_found(module, line):

@@ -16,21 +16,30 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file, save_file
 
-from dprl.diffusion import SOLVERS
+from dprl.diffusion import SolverConfig
 from dprl.errors import CheckpointError, ConfigError, RunExistsError
-from dprl.networks import MLPConfig
-from dprl.policy import DiffusionPolicy, MinMaxNormalizer, PolicyConfig
+from dprl.networks import MLPConfig, TransformerConfig, UNetConfig
+from dprl.policy import DiffusionConfig, DiffusionPolicy, Features, MinMaxNormalizer, Policy
 from dprl.seeding import torch_generator
 
 K = 4
-CONFIG = PolicyConfig(3, 2, 4, 2, num_train_timesteps=K, denoiser=MLPConfig(hidden_size=8, time_size=4))
+FEATURES = Features(3, 2)
+CONFIG = DiffusionConfig(
+    horizon=4, n_action_steps=2, num_train_timesteps=K, denoiser=MLPConfig(hidden_size=8, time_size=4)
+)
+FLOW = replace(CONFIG, schedule="rectified_flow", prediction_type="velocity")
+SMALL_DENOISERS = {
+    "mlp": CONFIG.denoiser,
+    "unet": UNetConfig(down_dims=(8, 16), n_groups=4, time_size=4),
+    "transformer": TransformerConfig(n_layers=1, n_heads=2, embedding_size=16),
+}
 
 
-def make_policy(tuned_below=0, config=CONFIG):
+def make_policy(tuned_below=0, config=CONFIG, features=FEATURES):
     """Ranges that are not the default, and a tuned network that is not the base."""
-    policy = DiffusionPolicy(config, seed=1)
-    policy.observation_normalizer.fit(torch.tensor([[-2.0, 0.0, 5.0], [3.0, 1.0, 5.0]])[:, : config.observation_size])
-    policy.action_normalizer.fit(torch.tensor([[-0.5, 0.0], [1.0, 4.0]])[:, : config.action_size])
+    policy = DiffusionPolicy(features, config, seed=1)
+    policy.observation_normalizer.fit(torch.tensor([[-2.0, 0.0, 5.0], [3.0, 1.0, 5.0]])[:, : features.observation_size])
+    policy.action_normalizer.fit(torch.tensor([[-0.5, 0.0], [1.0, 4.0]])[:, : features.action_size])
     if tuned_below:
         policy.tune_below(tuned_below)
         with torch.no_grad():
@@ -42,23 +51,56 @@ def make_policy(tuned_below=0, config=CONFIG):
 OBS = torch.linspace(-1, 1, 15).view(5, 1, 3)
 
 
-def draws(policy, seed=0, solver="ddpm"):
-    shape = (policy.n_draws(solver), len(OBS), policy.config.horizon, policy.config.action_size)
+def draws(policy, seed=0, solver=None):
+    shape = (policy.n_draws(solver), len(OBS), policy.config.horizon, policy.features.action_size)
     return torch.randn(shape, generator=torch_generator(seed))
 
 
 # ------------------------------------------------------------------------------------------------------- sampling
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_noise_replays_a_sample(solver):
-    policy = make_policy()
-    drawn = policy.sample(OBS, solver=solver, generator=torch_generator(0))
-    noise = draws(policy, solver=solver)
+SOLVERS = [
+    {"solver": "ddpm"},
+    {"solver": "ddpm", "num_inference_steps": 2},
+    {"solver": "ddim"},
+    {"solver": "ddim", "num_inference_steps": 3, "eta": 0.5},
+    {"solver": "ddim", "eta": 1.0, "timestep_spacing": "trailing"},
+    {"solver": "dpmsolver++", "num_inference_steps": 3},
+    {"solver": "sde-dpmsolver++", "num_inference_steps": 3, "timestep_spacing": "leading"},
+]
+
+
+@pytest.mark.parametrize("denoiser", SMALL_DENOISERS)
+@pytest.mark.parametrize(
+    "options", [*SOLVERS, {"solver": "euler"}, {"solver": "euler", "num_inference_steps": 2}], ids=str
+)
+def test_noise_replays_a_sample(options, denoiser):
+    config = FLOW if options["solver"] == "euler" else CONFIG
+    policy = make_policy(config=replace(config, denoiser=SMALL_DENOISERS[denoiser]))
+    drawn = policy.sample(OBS, generator=torch_generator(0), **options)
+    noise = draws(policy, solver=SolverConfig(**options))
     assert drawn.shape == (5, 4, 2)
-    assert policy.sample(OBS, solver=solver, noise=noise).equal(drawn)
-    assert policy.sample(OBS, solver=solver, noise=noise).equal(drawn)
-    assert not policy.sample(OBS, solver=solver, noise=draws(policy, seed=1, solver=solver)).equal(drawn)
+    assert policy.sample(OBS, noise=noise, **options).equal(drawn)
+    assert policy.sample(OBS, noise=noise, **options).equal(drawn)
+    assert not policy.sample(OBS, noise=draws(policy, seed=1, solver=SolverConfig(**options)), **options).equal(drawn)
+
+
+def test_solvers_are_chosen_at_inference():
+    """The policy's own way where nothing is asked for; another solver brings its own settings with it."""
+    own = SolverConfig("ddim", 2, 0.5, "trailing")
+    policy, plain = make_policy(config=replace(CONFIG, sampling=own)), make_policy()
+    asked = {"solver": "ddim", "num_inference_steps": 2, "eta": 0.5, "timestep_spacing": "trailing"}
+    noise = draws(policy)
+    assert policy.sample(OBS, noise=noise).equal(plain.sample(OBS, noise=noise, **asked))
+    assert len(noise) == 1 + 1, "the initial draw and the first of two steps"
+    everything = draws(plain)
+    assert len(everything) == K, "the initial draw and every step's but the last"
+    assert policy.sample(OBS, noise=everything, solver="ddpm").equal(plain.sample(OBS, noise=everything))
+    three = policy.sample(OBS, noise=draws(plain, solver=SolverConfig("ddim", 3, 0.5)), num_inference_steps=3)
+    expected = plain.sample(
+        OBS, noise=draws(plain, solver=SolverConfig("ddim", 3, 0.5)), **asked | {"num_inference_steps": 3}
+    )
+    assert three.equal(expected), "what is not asked for is the policy's own"
 
 
 def test_temperature_scales_every_draw_but_the_first():
@@ -81,14 +123,48 @@ def test_temperature_scales_every_draw_but_the_first():
         (OBS[:, 0], {}, r"obs = \(5, 3\): must have the shape \(batch, 1, 3\)"),
         (OBS[..., :2], {}, r"obs = \(5, 1, 2\)"),
         (OBS.repeat(1, 2, 1), {}, r"obs = \(5, 2, 3\)"),
-        (OBS, {"solver": "dpdm"}, r"solver = 'dpdm'.*Did you mean ddpm"),
-        (OBS, {"num_inference_steps": 3}, r"num_inference_steps = 3"),
+        (OBS, {"solver": "dpdm"}, r"solver = 'dpdm': must be one of ddpm, ddim"),
+        (OBS, {"solver": "euler"}, r"solver = 'euler': must be ddpm, ddim.*squaredcos_cap_v2"),
+        (OBS, {"num_inference_steps": K + 1}, rf"num_inference_steps = {K + 1}: must be at most.* {K}"),
+        (OBS, {"num_inference_steps": 0}, r"num_inference_steps = 0"),
+        (OBS, {"eta": 0.5}, r"eta = 0.5: only the solver ddim has it"),
+        (OBS, {"solver": "ddim", "eta": 1.5}, r"eta = 1.5: must be from 0 to 1"),
+        (OBS, {"solver": "ddim", "timestep_spacing": "even"}, r"timestep_spacing = 'even': must be one of leading"),
+        ({"observation.images.top": OBS}, {}, r"obs = .*must have the parts \['observation.state'\]"),
     ],
-    ids=["noise-batch", "noise-draws", "obs-dimensions", "obs-size", "obs-history", "solver", "steps"],
+    ids=[
+        "noise-batch",
+        "noise-draws",
+        "obs-dimensions",
+        "obs-size",
+        "obs-history",
+        "solver",
+        "other-family",
+        "steps",
+        "no-steps",
+        "eta-without-ddim",
+        "eta",
+        "spacing",
+        "parts",
+    ],
 )
 def test_wrong_input_is_explained(obs, options, message):
     with pytest.raises(ConfigError, match=message):
         make_policy().sample(obs, **options)
+
+
+def test_a_flow_refuses_the_solvers_of_diffusion():
+    with pytest.raises(ConfigError, match=r"solver = 'ddim': must be euler.*rectified_flow"):
+        make_policy(config=FLOW).sample(OBS, solver="ddim")
+
+
+@pytest.mark.parametrize("options", SOLVERS, ids=str)
+def test_named_parts_are_the_same_observation(options):
+    policy = make_policy()
+    noise = draws(policy, solver=SolverConfig(**options))
+    expected = policy.sample(OBS, noise=noise, **options)
+    assert policy.sample({"observation.state": OBS}, noise=noise, **options).equal(expected)
+    assert policy.condition(OBS).shape == (5, 1, 3)
 
 
 # --------------------------------------------------------------------------------------------------------- tuning
@@ -126,14 +202,14 @@ def counting(monkeypatch):
     policy = make_policy()
     policy.decisions = []
 
-    def sample(obs, **_):
+    def draw(obs, *_, **__):
         policy.decisions.append(obs.clone())
         chunk = torch.zeros(len(obs), 4, 2)
         chunk[..., 0] = 10 * len(policy.decisions) + torch.arange(4)
         chunk[..., 1] = torch.arange(len(obs))[:, None]
         return chunk
 
-    monkeypatch.setattr(policy, "sample", sample)
+    monkeypatch.setattr(policy, "draw", draw)
     return policy
 
 
@@ -207,8 +283,7 @@ def test_predict_refuses_observations_of_another_size(shape):
 def test_stable_baselines3_evaluates_it():
     evaluation = pytest.importorskip("stable_baselines3.common.evaluation")
     vec_env = pytest.importorskip("stable_baselines3.common.vec_env")
-    config = replace(CONFIG, observation_size=3, action_size=1, num_train_timesteps=2)
-    policy = make_policy(config=config)
+    policy = make_policy(config=replace(CONFIG, num_train_timesteps=2), features=Features(3, 1))
 
     def make():
         return gymnasium.wrappers.TimeLimit(gymnasium.make("Pendulum-v1"), 20)
@@ -232,8 +307,39 @@ def test_a_saved_policy_acts_the_same_bit_for_bit(tmp_path, tuned):
     policy = make_policy(tuned_below=tuned)
     policy.save_pretrained(tmp_path / "policy")
     loaded = DiffusionPolicy.from_pretrained(tmp_path / "policy")
-    assert (loaded.config, loaded.tuned_below) == (policy.config, tuned)
+    assert (loaded.features, loaded.config, loaded.tuned_below) == (policy.features, policy.config, tuned)
+    assert not loaded.training
     assert loaded.sample(OBS, noise=draws(policy)).equal(policy.sample(OBS, noise=draws(policy)))
+
+
+@pytest.mark.parametrize("denoiser", SMALL_DENOISERS)
+def test_every_denoiser_and_setting_is_saved(tmp_path, denoiser):
+    config = DiffusionConfig(
+        horizon=4, num_train_timesteps=6, schedule="linear", prediction_type="v_prediction", beta_end=0.3,
+        clip_sample=None, denoiser=SMALL_DENOISERS[denoiser], sampling=SolverConfig("ddim", 3, 0.5, "linspace"),
+    )  # fmt: skip
+    policy = make_policy(tuned_below=2, config=config, features=Features(3, 2, env_id="Hopper-v5"))
+    policy.save_pretrained(tmp_path / "policy")
+    about = json.loads((tmp_path / "policy" / "config.json").read_text())
+    assert about.keys() == {"type", "features", "config", "tuned_below"}
+    assert (about["type"], about["features"]["env_id"], about["tuned_below"]) == ("diffusion", "Hopper-v5", 2)
+    loaded = Policy.from_pretrained(tmp_path / "policy")
+    assert isinstance(loaded, DiffusionPolicy)
+    assert (loaded.features, loaded.config) == (policy.features, config)
+    assert loaded.n_action_steps == 4, "n_action_steps = None executes the whole chunk"
+    noise = draws(policy)
+    assert loaded.sample(OBS, noise=noise).equal(policy.sample(OBS, noise=noise))
+
+
+def test_a_policy_of_ones_own_does_not_take_the_place_of_the_librarys():
+    """A subclass that gives itself no name is not what config.json means by its parent's."""
+    before = Policy.kinds["diffusion"]
+
+    class Mine(DiffusionPolicy):
+        pass
+
+    after, Policy.kinds["diffusion"] = Policy.kinds["diffusion"], before
+    assert after is before
 
 
 def test_saving_does_not_overwrite_unless_asked(tmp_path):
@@ -254,10 +360,14 @@ def saved(tmp_path):
     return folder
 
 
-def edited(**changes):
+def edited(part=None, **changes):
     def edit(folder):
-        config = json.loads((folder / "config.json").read_text()) | changes
-        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+        about = json.loads((folder / "config.json").read_text())
+        target = about if part is None else about[part]
+        target |= changes
+        for key in [key for key, value in target.items() if value is ...]:
+            del target[key]
+        (folder / "config.json").write_text(json.dumps(about))
 
     return edit
 
@@ -281,30 +391,38 @@ def thinned(folder):
 @pytest.mark.parametrize(
     ("damage", "file", "hint"),
     [
-        (edited(type="act"), "config.json", "does not describe a dprl diffusion policy"),
-        (edited(type=...), "config.json", "does not describe a dprl diffusion policy"),
+        (edited(type="no-such"), "config.json", "does not describe a dprl policy of a known type: "),
+        (edited(type=...), "config.json", "does not describe a dprl policy of a known type: "),
+        (edited(type=["diffusion"]), "config.json", "does not describe a dprl policy of a known type: "),
+        (edited(features=...), "config.json", "does not describe a dprl policy"),
+        (edited(config=...), "config.json", "does not describe a dprl policy"),
         (written("config.json", b'{"architectures": ["Bert"]}'), "config.json", "does not describe"),
         (written("config.json", b"[1]"), "config.json", "does not describe"),
         (written("config.json", b"{"), "config.json", "JSON"),
         (written("config.json", b"\xff\xfe"), "config.json", "JSON"),
-        (edited(horizn=4), "config.json", "Did you mean horizon"),
-        (edited(horizon="4"), "config.json", "horizon = '4'"),
-        (edited(n_action_steps=5), "config.json", "n_action_steps = 5"),
-        (edited(action_size=...), "config.json", "action_size"),
+        (edited("config", horizn=4), "config.json", "Did you mean horizon"),
+        (edited("config", horizon="4"), "config.json", "horizon = '4'"),
+        (edited("config", n_action_steps=5), "config.json", "n_action_steps = 5"),
+        (edited("config", schedule="cosine"), "config.json", "schedule = 'cosine'"),
+        (edited("config", prediction_type="velocity"), "config.json", "prediction_type = 'velocity'"),
+        (edited("config", sampling={"solver": "euler"}), "config.json", "solver = 'euler'"),
+        (edited("config", denoiser={"down_dims": [12]}), "config.json", "denoiser"),
+        (edited("features", action_size=...), "config.json", "action_size"),
         (edited(tuned_below=K + 1), "config.json", "tuned"),
         (edited(tuned_below=-1), "config.json", "tuned"),
         (edited(tuned_below="2"), "config.json", "tuned"),
         (edited(tuned_below=1.5), "config.json", "tuned"),
         (edited(tuned_below=0), "model.safetensors", "tuned"),
-        (edited(observation_size=7), "model.safetensors", "size mismatch"),
+        (edited("features", observation_size=7), "model.safetensors", "size mismatch"),
         (reshaped, "model.safetensors", "base.net.0.weight"),
         (thinned, "model.safetensors", "base.net.0.bias"),
         (written("model.safetensors", b""), "model.safetensors", "cannot be read"),
         (written("model.safetensors", b"x" * 100), "model.safetensors", "cannot be read"),
     ],
     ids=[
-        "foreign-type", "no-type", "bert", "list", "cut", "utf-16", "unknown-key", "wrong-type", "out-of-range",
-        "missing-key", "tuned-too-many", "tuned-negative", "tuned-text", "tuned-half", "tuned-unexpected", "wrong-size",
+        "foreign-type", "no-type", "list-type", "no-features", "no-config", "bert", "list", "cut", "utf-16",
+        "unknown-key", "wrong-type", "out-of-range", "schedule", "prediction", "solver", "denoiser", "missing-key",
+        "tuned-too-many", "tuned-negative", "tuned-text", "tuned-half", "tuned-unexpected", "wrong-size",
         "wrong-shape", "missing-tensor", "empty", "garbage",
     ],
 )  # fmt: skip
@@ -341,6 +459,81 @@ def test_a_pickle_is_refused_without_being_run(saved, tmp_path):
     assert not marker.exists()
     pickle.loads(data)
     assert marker.exists(), "the pickle does nothing: this test could not fail"
+
+
+# ----------------------------------------------------------------------------------------------------------- padding
+
+VALID = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]], dtype=torch.bool)
+ACTIONS = torch.linspace(-0.5, 1, 40).view(5, 4, 2)
+
+
+def cloning_loss(policy, actions, valid=VALID):
+    return policy.loss(OBS, actions, valid=valid, generator=torch_generator(0))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("denoiser", SMALL_DENOISERS)
+def test_predictions_for_padded_actions_are_no_part_of_the_loss(denoiser, prediction_type):
+    """Whatever the network predicts there: the loss is the same, and no gradient comes from it."""
+    config = replace(CONFIG, denoiser=SMALL_DENOISERS[denoiser], prediction_type=prediction_type)
+    policy = make_policy(config=config)
+    outputs = []
+
+    def disturb(_, __, output):
+        changed = torch.where(VALID[..., None], output, output + 100 * len(outputs)).detach().requires_grad_()
+        outputs.append(changed)
+        return changed
+
+    policy.base.register_forward_hook(disturb)
+    losses = [cloning_loss(policy, ACTIONS) for _ in range(2)]
+    assert losses[0].equal(losses[1])
+    sum(losses).backward()
+    for output in outputs:
+        assert output.grad[~VALID].eq(0).all()
+        assert output.grad[VALID].ne(0).all()
+    assert cloning_loss(policy, ACTIONS, None) != losses[0], "without the mask they count"
+
+
+@pytest.mark.parametrize("denoiser", SMALL_DENOISERS)
+def test_padded_actions_are_still_the_networks_input(denoiser):
+    """A network that mixes a chunk's actions sees them, noised: what fills a chunk up should look like an action."""
+    policy = make_policy(config=replace(CONFIG, denoiser=SMALL_DENOISERS[denoiser]))
+    other = torch.where(VALID[..., None], ACTIONS, 1.0)
+    causal = denoiser == "transformer"  # no action sees a later one, and padding comes last
+    assert cloning_loss(policy, other).equal(cloning_loss(policy, ACTIONS)) == causal
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_padded_actions_have_no_influence_but_as_the_networks_input(prediction_type):
+    """Where a prediction depends on no other action than its own, the padding has none at all."""
+
+    class ActionByAction(torch.nn.Module):
+        def forward(self, noisy, timestep, condition):
+            return 0.3 * noisy.sin() + 0.1 * timestep[:, None, None]
+
+    policy = make_policy(config=replace(CONFIG, prediction_type=prediction_type))
+    policy.base = ActionByAction()
+    actions = ACTIONS.clone().requires_grad_()
+    loss = cloning_loss(policy, actions)
+    loss.backward()
+    assert actions.grad[~VALID].eq(0).all()
+    assert actions.grad[VALID].ne(0).all()
+    for filling in (0.0, 1e3, -1.0):
+        assert cloning_loss(policy, torch.where(VALID[..., None], ACTIONS, filling)).equal(loss)
+    assert cloning_loss(policy, ACTIONS, None) != loss
+
+
+@pytest.mark.parametrize("denoiser", SMALL_DENOISERS)
+def test_loss_is_the_mean_over_valid_actions(denoiser):
+    policy = make_policy(config=replace(CONFIG, denoiser=SMALL_DENOISERS[denoiser]))
+    every = torch.ones_like(VALID)
+    torch.testing.assert_close(cloning_loss(policy, ACTIONS, every), cloning_loss(policy, ACTIONS, None))
+    alone = []
+    for row, action in VALID.nonzero().tolist():
+        valid = torch.zeros_like(VALID)
+        valid[row, action] = True
+        alone.append(cloning_loss(policy, ACTIONS, valid))
+    torch.testing.assert_close(cloning_loss(policy, ACTIONS), torch.stack(alone).mean())
 
 
 # ----------------------------------------------------------------------------------------------------- normalisers
@@ -395,9 +588,9 @@ def test_global_random_state_is_left_alone(tmp_path):
 
 def test_initial_weights_depend_on_the_seed_alone():
     torch.manual_seed(5)
-    first = DiffusionPolicy(CONFIG, seed=3).state_dict()
+    first = DiffusionPolicy(FEATURES, CONFIG, seed=3).state_dict()
     torch.manual_seed(6)
-    again = DiffusionPolicy(CONFIG, seed=3).state_dict()
-    other = DiffusionPolicy(CONFIG, seed=4).state_dict()
+    again = DiffusionPolicy(FEATURES, CONFIG, seed=3).state_dict()
+    other = DiffusionPolicy(FEATURES, CONFIG, seed=4).state_dict()
     assert all(first[name].equal(again[name]) for name in first)
     assert not first["base.net.0.weight"].equal(other["base.net.0.weight"])

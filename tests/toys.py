@@ -8,7 +8,7 @@ import numpy.typing as npt
 from dprl.data import Episodes
 from dprl.envs.chunked import ChunkedEnv, SimulatorStep
 from dprl.networks import MLPConfig
-from dprl.policy import DiffusionPolicy, PolicyConfig
+from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
 from dprl.seeding import numpy_generator
 from dprl.spec import EnvSpec, FloatArray, IntArray, build, env_seeds
 
@@ -42,8 +42,8 @@ def make_toy(spec: EnvSpec, n_envs: int, seed: int = 0) -> ChunkedEnv:
 
 
 def toy_policy(seed: int = 0) -> DiffusionPolicy:
-    config = PolicyConfig(2, 1, horizon=2, n_action_steps=2, num_train_timesteps=8, denoiser=MLPConfig(hidden_size=16))
-    return DiffusionPolicy(config, seed=seed)
+    config = DiffusionConfig(horizon=2, num_train_timesteps=8, denoiser=MLPConfig(hidden_size=16))
+    return DiffusionPolicy(Features(2, 1), config, seed=seed)
 
 
 class Reach:

@@ -5,12 +5,67 @@ Shapes: S steps over all episodes, D observation size, A action size, O observat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from dprl.errors import DatasetError
+from dprl.errors import DatasetError, check
+from dprl.observations import IMAGES, STATE, Observation
+from dprl.seeding import numpy_generator
 from dprl.spec import BoolArray, FloatArray, IntArray
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """Some rows of images on disk, read when they are indexed."""
+
+    array: Pixels
+    """(S', height, width, channels), a `numpy.memmap`."""
+    rows: IntArray
+    """(S,) which of them."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(S, height, width, channels)."""
+        return len(self.rows), *self.array.shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype[np.uint8]:
+        """Always uint8."""
+        return self.array.dtype
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Pixels:
+        return np.asarray(self.array[self.rows[index]])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return np.asarray(self[:], dtype)
+
+
+Images = Pixels | ImageRows
+"""(rows, height, width, channels): an array, on disk or not; index it with rows, then `numpy.asarray` it."""
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Which steps each chunk is made of."""
+
+    observation_rows: IntArray
+    """(chunks, O)."""
+    action_rows: IntArray
+    """(chunks, H)."""
+    valid: BoolArray
+    """(chunks, H) False where the action is a repetition of its episode's last one, past the end."""
+
+    def __len__(self) -> int:
+        return len(self.action_rows)
 
 
 @dataclass(frozen=True)
@@ -18,7 +73,7 @@ class Episodes:
     """Demonstrations: arrays over the steps of all episodes, one after the other."""
 
     observations: FloatArray
-    """(S, D) what each action saw."""
+    """(S, D) the state that each action saw; D = 0 where there are images alone."""
     actions: FloatArray
     """(S, A)."""
     rewards: FloatArray
@@ -35,10 +90,22 @@ class Episodes:
     """(episodes,) seed of the environment it was played in."""
     env_id: str | None = None
     """The environment, if known."""
+    images: Mapping[str, Images] = field(default_factory=dict)
+    """Camera -> (S, height, width, channels) uint8, what each action saw."""
+    final_images: Mapping[str, Images] = field(default_factory=dict)
+    """Camera -> (episodes, height, width, channels) uint8, what the last action of each led to."""
 
     def __post_init__(self) -> None:
         if len(self.ends) == 0:
             raise DatasetError("the data set has no episodes")
+        if set(self.images) != set(self.final_images):
+            raise DatasetError(f"images are of the cameras {sorted(self.images)}, "
+                               f"but final_images of {sorted(self.final_images)}")  # fmt: skip
+        for images, rows in ((self.images, int(self.ends[-1])), (self.final_images, self.n_episodes)):
+            for camera, array in images.items():
+                if array.dtype != np.uint8 or len(array.shape) != 4 or array.shape[0] != rows:
+                    raise DatasetError(f"images of the camera '{camera}' are {array.dtype} {array.shape}; "
+                                       f"they must be uint8 ({rows}, height, width, channels)")  # fmt: skip
 
     @property
     def n_episodes(self) -> int:
@@ -61,23 +128,100 @@ class Episodes:
         """Share of the episodes that succeeded."""
         return float(self.success.mean())
 
+    def observe(self, rows: Any) -> Observation:
+        """Return what the actions `rows` (any index of steps) saw: an array, or a dict where there are images."""
+        state: FloatArray = self.observations[rows]
+        if not self.images:
+            return state
+        images = {IMAGES + camera: np.asarray(array[rows]) for camera, array in self.images.items()}
+        return {STATE: state, **images} if self.observations.shape[1] else images
+
     def chunk_indices(self, n_obs_steps: int, horizon: int) -> tuple[IntArray, IntArray]:
-        """Return the steps of every chunk: observations (chunks, O) and actions (chunks, H).
+        """Return the rows of `chunks` without padding: observations (chunks, O) and actions (chunks, H)."""
+        chunks = self.chunks(n_obs_steps, horizon)
+        return chunks.observation_rows, chunks.action_rows
+
+    def chunks(self, n_obs_steps: int, horizon: int, *, pad_after: int = 0) -> Chunks:
+        """Return the steps of every chunk.
 
         A chunk never crosses an episode's end. Before an episode's start its first observation is repeated, as the
         environments do.
 
+        Args:
+            n_obs_steps: O.
+            horizon: H.
+            pad_after: how many of a chunk's actions may lie past its episode's end, where the last action is
+                repeated and not valid. The first is always valid.
+
         Raises:
-            DatasetError: no episode is as long as `horizon`.
+            DatasetError: no episode is as long as `horizon` without the padding.
         """
-        observation_rows, action_rows = [], []
+        check(pad_after >= 0, "pad_after", pad_after, "must be at least 0")
+        observation_rows, action_rows, valid = [], [], []
         for start, end in zip(self.starts, self.ends, strict=True):
-            first = np.arange(start, end - horizon + 1)[:, None]
+            first = np.arange(start, min(end - horizon + pad_after + 1, end))[:, None]
+            steps = first + np.arange(horizon)
             observation_rows.append(np.maximum(first + np.arange(1 - n_obs_steps, 1), start))
-            action_rows.append(first + np.arange(horizon))
-        chunks = np.concatenate(action_rows)
+            action_rows.append(np.minimum(steps, end - 1))
+            valid.append(steps < end)
+        chunks = Chunks(np.concatenate(observation_rows), np.concatenate(action_rows), np.concatenate(valid))
         if len(chunks) == 0:
+            padded = f", {pad_after} of them padding" if pad_after else ""
             raise DatasetError(
-                f"no episode is as long as the horizon of {horizon}: the longest has {self.lengths.max()} steps"
+                f"no episode is as long as the horizon of {horizon}{padded}: the longest has {self.lengths.max()} steps"
             )
-        return np.concatenate(observation_rows), chunks
+        return chunks
+
+    def select(self, indices: Sequence[int] | IntArray) -> Episodes:
+        """Return the episodes `indices`, in that order. Images on disk stay there.
+
+        Raises:
+            DatasetError: none, or one that is not there.
+        """
+        chosen = np.asarray(indices, np.int64)
+        outside = chosen[(chosen < 0) | (chosen >= self.n_episodes)]
+        if len(outside):
+            raise DatasetError(f"there is no episode {outside[0]}: the data set has {self.n_episodes}, counted from 0")
+        if len(chosen) == 0:
+            raise DatasetError("no episodes are selected")
+        rows = np.concatenate([np.arange(self.starts[i], self.ends[i]) for i in chosen])
+        return Episodes(
+            observations=self.observations[rows],
+            actions=self.actions[rows],
+            rewards=self.rewards[rows],
+            final_observations=self.final_observations[chosen],
+            ends=np.cumsum(self.lengths[chosen]),
+            terminated=self.terminated[chosen],
+            success=self.success[chosen],
+            seeds=self.seeds[chosen],
+            env_id=self.env_id,
+            images={camera: _select_images(array, rows) for camera, array in self.images.items()},
+            final_images={camera: _select_images(array, chosen) for camera, array in self.final_images.items()},
+        )
+
+    def split(self, validation_share: float, seed: int) -> tuple[Episodes, Episodes | None]:
+        """Return episodes to train on, and others to validate on: the share rounded, but at least one of each.
+
+        Which ones follows from `seed`; their order stays. With a share of 0 there is no validation.
+
+        Raises:
+            ConfigError: a share below 0, or not below 1.
+            DatasetError: a single episode cannot be split.
+        """
+        check(0 <= validation_share < 1, "validation_share", validation_share, "must be at least 0 and below 1")
+        if validation_share == 0:
+            return self, None
+        n = self.n_episodes
+        if n < 2:
+            raise DatasetError(
+                f"validation_share = {validation_share}: the data set has a single episode; two are needed"
+            )
+        n_validation = min(max(round(validation_share * n), 1), n - 1)
+        order = numpy_generator(seed, "validation").permutation(n)
+        return self.select(np.sort(order[n_validation:])), self.select(np.sort(order[:n_validation]))
+
+
+def _select_images(images: Images, rows: IntArray) -> Images:
+    if isinstance(images, ImageRows):
+        return ImageRows(images.array, images.rows[rows])
+    return ImageRows(images, rows) if isinstance(images, np.memmap) else images[rows]

@@ -1,6 +1,6 @@
-"""Noise schedules and solvers: the mathematics of diffusion, free of networks and environments."""
+"""Noise schedules and solvers."""
 
-from dprl.diffusion.schedule import NoiseSchedule
-from dprl.diffusion.solvers import SOLVERS, Solver, ddpm
+from dprl.diffusion.schedule import NoiseSchedule, ScheduleConfig
+from dprl.diffusion.solvers import SolverConfig, Step, n_draws, solve, solver_steps
 
-__all__ = ["SOLVERS", "NoiseSchedule", "Solver", "ddpm"]
+__all__ = ["NoiseSchedule", "ScheduleConfig", "SolverConfig", "Step", "n_draws", "solve", "solver_steps"]

@@ -1,6 +1,27 @@
-"""Networks: denoisers, critics, and the one Polyak average."""
+"""Networks: denoisers, image encoders, critics, and the one Polyak average."""
 
+from dprl.networks.denoisers import DENOISERS, DenoiserConfig, build_denoiser
 from dprl.networks.mlp import DenoisingMLP, MLPConfig, ResidualMLP, ValueNet
+from dprl.networks.optim import weight_decay_groups
 from dprl.networks.polyak import polyak_update
+from dprl.networks.transformer import DenoisingTransformer, TransformerConfig
+from dprl.networks.unet import ConditionalUNet1D, UNetConfig
+from dprl.networks.vision import ImageEncoder, VisionConfig
 
-__all__ = ["DenoisingMLP", "MLPConfig", "ResidualMLP", "ValueNet", "polyak_update"]
+__all__ = [
+    "DENOISERS",
+    "ConditionalUNet1D",
+    "DenoiserConfig",
+    "DenoisingMLP",
+    "DenoisingTransformer",
+    "ImageEncoder",
+    "MLPConfig",
+    "ResidualMLP",
+    "TransformerConfig",
+    "UNetConfig",
+    "ValueNet",
+    "VisionConfig",
+    "build_denoiser",
+    "polyak_update",
+    "weight_decay_groups",
+]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,8 +13,10 @@ import numpy as np
 import torch
 
 from dprl.errors import EnvError, check
-from dprl.policy import DiffusionPolicy
+from dprl.observations import put, take, to_tensors
+from dprl.policy import InferenceConfig, Policy, RecedingHorizon
 from dprl.rollout.pool import checked_slice_size, one_thread
+from dprl.rollout.recording import Recorder, Trajectory
 from dprl.seeding import torch_generator
 from dprl.spec import BatchedEnv, EnvSpec, build, env_seeds, with_n_obs_steps
 
@@ -60,11 +63,12 @@ class Evaluation:
 
 
 def evaluate(
-    policy: DiffusionPolicy,
+    policy: Policy,
     spec: EnvSpec,
     episodes: int,
     seed: int,
     *,
+    inference: InferenceConfig | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Play `episodes` episodes without exploration noise.
@@ -76,20 +80,16 @@ def evaluate(
         spec: the task; its observation history is set to the policy's.
         episodes: how many.
         seed: of the start states and of the policy's noise.
+        inference: how the policy acts. Default: its own way.
         on_progress: called with the number of episodes that just ended.
 
     Raises:
-        ConfigError: `episodes` below 1.
+        ConfigError: `episodes` below 1, or a setting of `inference` that the policy does not have.
         EnvError: the policy's sizes are not the environment's.
     """
-    check(episodes >= 1, "episodes", episodes, "must be at least 1")
-    require_fit(policy, spec)
-    spec = with_n_obs_steps(spec, policy.config.n_obs_steps)
-    env = build(spec, env_seeds(seed, min(episodes, MAX_ENVS), purpose="evaluation"))
-    try:
-        results = _play(policy, env, episodes, seed, on_progress)
-    finally:
-        env.close()
+    control = RecedingHorizon(policy, inference)
+    with _environments(policy, spec, episodes, seed) as env:
+        results = _play(control, env, episodes, seed, on_progress)
     success, returns, lengths = (np.asarray(column) for column in zip(*results, strict=True))
     rate = float(success.mean()) if spec.has_success else None
     mean = float(returns.mean())
@@ -103,21 +103,40 @@ def evaluate(
         return_mean=mean,
         return_ci95=None if half is None else (mean - half, mean + half),
         episode_length_mean=float(lengths.mean()),
-        policy_latency_ms_p50=_latency_ms(policy),
+        policy_latency_ms_p50=_latency_ms(control),
     )
 
 
-def require_fit(policy: DiffusionPolicy, spec: EnvSpec) -> None:
-    """Raise EnvError unless the policy's observation and action sizes are the environment's."""
-    config = policy.config
+def record(
+    policy: Policy,
+    spec: EnvSpec,
+    episodes: int,
+    seed: int,
+    *,
+    inference: InferenceConfig | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[Trajectory]:
+    """Play the same episodes as `evaluate` does and return them step by step."""
+    control = RecedingHorizon(policy, inference)
+    with _environments(policy, spec, episodes, seed) as env:
+        recorder = Recorder(env)
+        _play(control, recorder, episodes, seed, on_progress)
+    n = env.n_envs
+    return [recorder.trajectories[i % n][i // n] for i in range(episodes)]
+
+
+def require_fit(policy: Policy, spec: EnvSpec) -> None:
+    """Raise EnvError unless the policy's observation and action sizes, and its cameras, are the environment's."""
+    features = policy.features
     for what, ours, theirs in (
-        ("observation", config.observation_size, spec.observation_size),
-        ("action", config.action_size, spec.action_size),
+        ("observation_size", features.observation_size, spec.observation_size),
+        ("action_size", features.action_size, spec.action_size),
+        ("cameras", features.cameras, spec.cameras),
     ):
         if ours != theirs:
             raise EnvError(
-                f"the policy was trained with {what}_size = {ours}, but {spec.id} has {theirs}; "
-                f"choose the environment it was trained for{f' ({config.env_id})' if config.env_id else ''}"
+                f"the policy was trained with {what} = {ours}, but {spec.id} has {theirs}; "
+                f"choose the environment it was trained for{f' ({features.env_id})' if features.env_id else ''}"
             )
 
 
@@ -129,46 +148,66 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+@contextmanager
+def _environments(policy: Policy, spec: EnvSpec, episodes: int, seed: int) -> Iterator[BatchedEnv]:
+    check(episodes >= 1, "episodes", episodes, "must be at least 1")
+    require_fit(policy, spec)
+    spec = with_n_obs_steps(spec, policy.config.n_obs_steps)
+    env = build(spec, env_seeds(seed, min(episodes, MAX_ENVS), purpose="evaluation"))
+    try:
+        yield env
+    finally:
+        env.close()
+
+
 def _play(
-    policy: DiffusionPolicy, env: BatchedEnv, episodes: int, seed: int, on_progress: Callable[[int], None] | None
+    control: RecedingHorizon,
+    env: BatchedEnv,
+    episodes: int,
+    seed: int,
+    on_progress: Callable[[int], None] | None,
 ) -> list[tuple[bool, float, int]]:
     """Return (success, return, length) of every episode; episode i is number i div N of environment i mod N."""
     n, size = env.n_envs, checked_slice_size(env.n_envs, None)
-    generators = [torch_generator(seed, "evaluation", i) for i in range(n // size)]
+    slices = [slice(i, i + size) for i in range(0, n, size)]
+    generators = [torch_generator(seed, "evaluation", i) for i in range(len(slices))]
+    memories = [control.start(size) for _ in slices]
     observation = env.reset()
     quota = np.array([len(range(i, episodes, n)) for i in range(n)])
     played = np.zeros(n, np.int64)
     results: list[tuple[bool, float, int]] = [(False, 0.0, 0)] * episodes
     while (played < quota).any():
-        with one_thread():
-            chunks = [  # whole slices, so that a row's batch does not depend on who is still playing
-                policy.sample(torch.from_numpy(observation[i * size : (i + 1) * size]), generator=generator)
-                for i, generator in enumerate(generators)
-            ]
+        chunks = []
+        for i, part in enumerate(slices):  # whole slices, so that a row's batch does not depend on who still plays
+            with one_thread():
+                chunk, memories[i] = control.plan(to_tensors(take(observation, part)), memories[i], generators[i])
+            chunks.append(chunk.cpu())
         rows = np.flatnonzero(played < quota)
-        actions = torch.cat(chunks)[:, : policy.config.n_action_steps].cpu().numpy()
-        step = env.step_chunk(actions[rows], rows, autoreset=False)
-        observation[rows] = step.observation
+        step = env.step_chunk(torch.cat(chunks).numpy()[rows], rows, autoreset=False)
+        put(observation, rows, step.observation)
         for i in np.flatnonzero(step.ended):
             episode = rows[i] + n * played[rows[i]]
             results[episode] = (bool(step.success[i]), float(step.episode_return[i]), int(step.episode_length[i]))
         ended = rows[step.ended]
         played[ended] += 1
+        fresh = torch.from_numpy(np.isin(np.arange(n), ended))
+        memories = [memory.forget(fresh[part]) for memory, part in zip(memories, slices, strict=True)]
         again = ended[played[ended] < quota[ended]]
         if len(again):
-            observation[again] = env.reset(again)
+            put(observation, again, env.reset(again))
         if on_progress is not None and len(ended):
             on_progress(len(ended))
     return results
 
 
-def _latency_ms(policy: DiffusionPolicy) -> float:
-    obs = torch.zeros(1, policy.config.n_obs_steps, policy.config.observation_size)
+def _latency_ms(control: RecedingHorizon) -> float:
+    policy = control.policy
+    obs = policy.blank_observation(1)
     generator = torch_generator(0, "latency", device=policy.device)
     times = []
     with one_thread():
         for _ in range(LATENCY_CALLS):
             start = time.perf_counter()
-            policy.sample(obs, generator=generator).cpu()
+            control.plan(obs, control.start(1), generator)[0].cpu()
             times.append(time.perf_counter() - start)
     return 1000 * float(np.median(times))

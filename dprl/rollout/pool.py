@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dprl.errors import ConfigError, check
 from dprl.mdp import Chain
+from dprl.observations import Observation, TensorObservation, map_parts, take, to_tensors
 from dprl.seeding import torch_generator
 from dprl.spec import BatchedEnv, BoolArray, EnvSpec, EnvState, FloatArray, IntArray, build, env_seeds
 
@@ -31,7 +32,7 @@ MAX_SLICE = 32
 class Actor(Protocol):
     """Acts in a pool; a `DenoisingMDP` is one."""
 
-    def sample(self, obs: Tensor, generator: torch.Generator) -> Chain:
+    def sample(self, obs: TensorObservation, generator: torch.Generator) -> Chain:
         """Draw a chain for each observation (B, O, D)."""
         ...
 
@@ -44,7 +45,7 @@ class Actor(Protocol):
 class Rollout:
     """What one collection brought. All arrays are (T, N, ...)."""
 
-    observations: FloatArray
+    observations: Observation
     """(T, N, O, D) what each decision saw."""
     chains: FloatArray
     """(T, N, K'+1, H, A)."""
@@ -55,7 +56,7 @@ class Rollout:
     success: BoolArray
     n_steps: IntArray
     """Environment steps executed by each decision."""
-    final_observations: FloatArray
+    final_observations: Observation
     """(T, N, O, D) what each decision led to, before any reset."""
     episode_returns: FloatArray
     """Reward of the episode up to and including the decision."""
@@ -83,7 +84,12 @@ class Rollout:
     @staticmethod
     def concatenate(parts: Sequence[Rollout]) -> Rollout:
         """Join the rollouts of several workers along the environments."""
-        return Rollout(**{f.name: np.concatenate([getattr(p, f.name) for p in parts], axis=1) for f in fields(Rollout)})
+        return Rollout(
+            **{
+                f.name: map_parts(lambda *arrays: np.concatenate(arrays, axis=1), *(getattr(p, f.name) for p in parts))
+                for f in fields(Rollout)
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ class Collector:
         self.env = env
         self._slices = [slice(i, i + slice_size) for i in range(0, env.n_envs, slice_size)]
         self._generators = [torch_generator(seed, "noise", first_slice + i) for i in range(len(self._slices))]
-        self._observation: FloatArray | None = None
+        self._observation: Observation | None = None
 
     def collect(self, actor: Actor, n_action_steps: int, n_steps: int) -> Rollout:
         """See `RolloutPool.collect`."""
@@ -159,7 +165,7 @@ class Collector:
         for _ in range(n_steps):
             with one_thread():
                 chains = [
-                    actor.sample(torch.from_numpy(observation[s]), generator)
+                    actor.sample(to_tensors(take(observation, s)), generator)
                     for s, generator in zip(self._slices, self._generators, strict=True)
                 ]
             actions = torch.cat([chain.actions for chain in chains]).cpu().numpy()
@@ -169,14 +175,14 @@ class Collector:
         self._observation = observation
         observations, chains_, steps = zip(*rows, strict=True)
         return Rollout(
-            observations=np.stack(observations),
+            observations=map_parts(lambda *arrays: np.stack(arrays), *observations),
             chains=np.stack(chains_),
             rewards=np.stack([s.reward for s in steps]),
             terminated=np.stack([s.terminated for s in steps]),
             truncated=np.stack([s.truncated for s in steps]),
             success=np.stack([s.success for s in steps]),
             n_steps=np.stack([s.n_steps for s in steps]),
-            final_observations=np.stack([s.final_observation for s in steps]),
+            final_observations=map_parts(lambda *arrays: np.stack(arrays), *(s.final_observation for s in steps)),
             episode_returns=np.stack([s.episode_return for s in steps]),
             episode_lengths=np.stack([s.episode_length for s in steps]),
         )

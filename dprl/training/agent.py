@@ -11,7 +11,7 @@ import torch
 from dprl import checkpoint
 from dprl.config import to_json
 from dprl.errors import CheckpointError
-from dprl.policy import DiffusionPolicy
+from dprl.policy import Policy
 
 Batch = TypeVar("Batch")
 
@@ -23,7 +23,7 @@ class Agent(ABC, Generic[Batch]):
     """One algorithm. The loop owns time, the agent owns the mathematics."""
 
     name: str
-    policy: DiffusionPolicy
+    policy: Policy
     """What is evaluated and saved."""
     config: Any
     """Its frozen config dataclass."""
@@ -80,7 +80,7 @@ def load_agent_state(agent: Agent[Any], folder: Path) -> dict[str, Any]:
     about: dict[str, Any] = checkpoint.read_json(folder / AGENT_FILE)
     if about["agent"] != agent.name:
         raise CheckpointError(f"'{folder}' is a checkpoint of {about['agent']}, not of {agent.name}")
-    saved = DiffusionPolicy.from_pretrained(folder)
+    saved = Policy.from_pretrained(folder)
     with torch.no_grad():
         try:
             agent.policy.load_state_dict(saved.state_dict())

@@ -10,10 +10,11 @@ import torch
 import dprl
 from dprl.agents import DPPO, DPPOConfig
 from dprl.agents.dppo import chunk_log_prob, clip_ranges, policy_loss
+from dprl.diffusion import SolverConfig
 from dprl.errors import ConfigError, EnvError
 from dprl.mdp import DenoisingMDP, ExplorationConfig
-from dprl.networks import MLPConfig
-from dprl.policy import DiffusionPolicy, PolicyConfig
+from dprl.networks import MLPConfig, TransformerConfig, UNetConfig
+from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
 from dprl.rollout import InProcessPool
 from dprl.spec import EnvOptions
 from tests.toys import PaysForEver, make_toy, reach_spec, toy_policy
@@ -25,8 +26,29 @@ def agent(config: DPPOConfig = SMALL, seed: int = 0, n_envs: int = 4) -> DPPO:
     return DPPO(toy_policy(seed), make_toy(reach_spec(), n_envs, seed), config, seed=seed)
 
 
-def test_first_minibatch_has_ratio_one_and_no_kl() -> None:
-    dppo = agent()
+DIFFUSION = DiffusionConfig(horizon=2, num_train_timesteps=8, denoiser=MLPConfig(hidden_size=16))
+VARIANTS = {
+    "ddpm": (DIFFUSION, SolverConfig()),
+    "ddim": (replace(DIFFUSION, prediction_type="v_prediction"), SolverConfig("ddim", 4)),
+    "ddim-eta-1": (replace(DIFFUSION, prediction_type="sample"), SolverConfig("ddim", 4, 1.0)),
+    "euler": (replace(DIFFUSION, schedule="rectified_flow", prediction_type="velocity"), SolverConfig("euler", 4)),
+    "unet": (
+        replace(DIFFUSION, horizon=4, denoiser=UNetConfig(down_dims=(8, 16), n_groups=4, time_size=4)),
+        SolverConfig("ddim", 4, 1.0),
+    ),
+    "transformer": (
+        replace(DIFFUSION, denoiser=TransformerConfig(n_layers=1, n_heads=2, embedding_size=16)),
+        SolverConfig(),
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_first_minibatch_has_ratio_one_and_no_kl(variant: str) -> None:
+    policy_config, solver = VARIANTS[variant]
+    policy = DiffusionPolicy(Features(2, 1), policy_config)
+    dppo = DPPO(policy, make_toy(reach_spec(), 4), replace(SMALL, solver=solver))
+    assert dppo.mdp.solver.num_inference_steps == solver.num_inference_steps
     targets, _ = dppo._prepare(dppo.collect())
     pairs = torch.randperm(targets.old_log_prob.numel())[:40]
     result = dppo._update_actor(targets, pairs)
@@ -125,7 +147,7 @@ def test_gradient_of_the_loss_in_float64() -> None:
     policy = dppo.policy.double()
     generator = torch.Generator().manual_seed(0)
     chains = 0.3 * torch.randn(6, 4, 2, 1, generator=generator, dtype=torch.float64)
-    condition, advantage = torch.randn(6, 2, generator=generator, dtype=torch.float64), torch.arange(6.0).double()
+    condition, advantage = torch.randn(6, 1, 2, generator=generator, dtype=torch.float64), torch.arange(6.0).double()
     decision, k = torch.arange(6), torch.tensor([0, 1, 2, 0, 1, 2])
     old = dppo._log_prob(condition, chains, decision, k).detach() + 0.01
     weight = policy.tuned.net[2].weight.detach().clone().requires_grad_()
@@ -147,7 +169,7 @@ def test_more_tuned_than_denoising_steps_is_refused() -> None:
 
 
 def test_a_policy_of_another_size_is_refused() -> None:
-    policy = DiffusionPolicy(PolicyConfig(observation_size=3, action_size=1))
+    policy = DiffusionPolicy(Features(observation_size=3, action_size=1))
     with pytest.raises(EnvError, match=r"observation_size = 3.* has 2"):
         DPPO(policy, make_toy(reach_spec(), 2))
 
@@ -170,9 +192,8 @@ def test_critic_of_an_endless_world_that_is_cut_every_8_steps() -> None:
         tuned_steps=1, n_steps=16, n_epochs=4, batch_size=64, gamma=gamma, normalize_returns=False,
         critic_learning_rate=3e-3, critic_hidden_size=32, learning_rate=1e-5,
     )  # fmt: skip
-    policy = DiffusionPolicy(
-        PolicyConfig(1, 1, horizon=1, n_action_steps=1, num_train_timesteps=2, denoiser=MLPConfig(hidden_size=8))
-    )
+    small = DiffusionConfig(horizon=1, num_train_timesteps=2, denoiser=MLPConfig(hidden_size=8))
+    policy = DiffusionPolicy(Features(1, 1), small)
     dppo = DPPO(policy, InProcessPool(PaysForEver.batched(n_envs=8, limit=8)), config)
     for _ in range(150):
         dppo.update(dppo.collect())
@@ -189,7 +210,8 @@ def test_learning(seed: int) -> None:
     from tests.toys import reach_demonstrations
 
     data = reach_demonstrations(seed)
-    policy = DiffusionPolicy.for_dataset(data, MLPConfig(hidden_size=64), horizon=2, num_train_timesteps=8, seed=seed)
+    small = DiffusionConfig(horizon=2, num_train_timesteps=8, denoiser=MLPConfig(hidden_size=64))
+    policy = DiffusionPolicy.for_dataset(data, small, seed=seed)
     BC(policy, seed=seed).fit(data, steps=300)
     spec = reach_spec()
     start = evaluate(policy, spec, 100, seed=1_000 + seed).success_rate
@@ -215,7 +237,7 @@ def test_learning_goes_on_where_it_stopped() -> None:
 def test_restoring_into_used_environments_is_refused(tmp_path: Path) -> None:
     """EnvPool cannot go back; a wrong state must not pass silently."""
     pytest.importorskip("envpool")
-    policy = DiffusionPolicy(PolicyConfig(11, 3))
+    policy = DiffusionPolicy(Features(11, 3))
     env = dprl.make("Hopper-v5", 2, options=EnvOptions(max_episode_steps=8))
     dppo = DPPO(policy, env, DPPOConfig(n_steps=4, batch_size=10))
     dppo.learn(50)
@@ -223,6 +245,36 @@ def test_restoring_into_used_environments_is_refused(tmp_path: Path) -> None:
     dppo.learn(100)
     with pytest.raises(EnvError, match="freshly built"):
         dppo.load_state(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_solver_and_network_learns_and_is_saved(variant: str, tmp_path: Path) -> None:
+    """An update changes what the tuned steps do, and evaluation goes on from a saved policy with the same solver."""
+    policy_config, solver = VARIANTS[variant]
+    policy = DiffusionPolicy(Features(2, 1), replace(policy_config, sampling=solver))
+    obs = torch.linspace(-1, 1, 10).view(5, 1, 2)
+    noise = torch.randn(policy.n_draws(), 5, policy.config.horizon, 1, generator=torch.Generator().manual_seed(0))
+    before = policy.sample(obs, noise=noise)
+    dppo = DPPO(policy, make_toy(reach_spec(), 4), SMALL)
+    assert dppo.mdp.solver == solver, "the policy's own"
+    metrics = dppo.update(dppo.collect())
+    assert all(math.isfinite(value) for name, value in metrics.items() if name.startswith("dppo/"))
+    after = policy.sample(obs, noise=noise)
+    assert not torch.equal(after, before)
+    policy.save_pretrained(tmp_path / "policy")
+    assert torch.equal(DiffusionPolicy.from_pretrained(tmp_path / "policy").sample(obs, noise=noise), after)
+
+
+def test_solvers_that_look_back_are_refused() -> None:
+    config = replace(SMALL, solver=SolverConfig("dpmsolver++", 4))
+    with pytest.raises(ConfigError, match=r"cannot be tuned: its steps look back"):
+        DPPO(toy_policy(), make_toy(reach_spec(), 2), config)
+
+
+def test_another_history_than_the_policys_is_refused() -> None:
+    policy = DiffusionPolicy(Features(2, 1), replace(DIFFUSION, n_obs_steps=2))
+    with pytest.raises(ConfigError, match=r"n_obs_steps = 1: the policy sees 2"):
+        DPPO(policy, make_toy(reach_spec(), 2))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7])

@@ -1,4 +1,6 @@
-"""Chunks are cut within episodes, and every place where one fits is used."""
+"""Chunks are cut within episodes, and every place where one fits is used; episodes are selected and split whole."""
+
+import math
 
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dprl.data import Episodes
-from dprl.errors import DatasetError
+from dprl.errors import ConfigError, DatasetError
 
 
 def make(lengths: list[int]) -> Episodes:
@@ -77,3 +79,138 @@ def test_lengths_starts_and_success_rate():
     assert episodes.starts.tolist() == [0, 2, 7]
     assert episodes.lengths.tolist() == [2, 5, 1]
     assert episodes.success_rate == pytest.approx(2 / 3)
+
+
+LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=6)
+
+
+def numbered(lengths: list[int]) -> Episodes:
+    """Every number names its own place: steps count on, final observations are minus their episode."""
+    steps, n = sum(lengths), len(lengths)
+    step, episode = np.arange(steps, dtype=np.float32), np.arange(n)
+    return Episodes(
+        observations=np.stack([step, step], axis=1),
+        actions=step[:, None],
+        rewards=step,
+        final_observations=-np.stack([episode, episode], axis=1).astype(np.float32),
+        ends=np.cumsum(lengths),
+        terminated=episode % 2 == 0,
+        success=episode % 3 == 0,
+        seeds=episode,
+        env_id="toy",
+        images={"top": np.broadcast_to(np.uint8(step)[:, None, None, None], (steps, 2, 3, 3))},
+        final_images={"top": np.broadcast_to(np.uint8(episode)[:, None, None, None], (n, 2, 3, 3))},
+    )
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, n_obs_steps=st.integers(1, 4), horizon=st.integers(1, 6), pad_after=st.integers(0, 8))
+def test_padded_chunks(lengths, n_obs_steps, horizon, pad_after):
+    episodes = make(lengths)
+    if max(lengths) + min(pad_after, horizon - 1) < horizon:
+        with pytest.raises(DatasetError):
+            episodes.chunks(n_obs_steps, horizon, pad_after=pad_after)
+        return
+    chunks = episodes.chunks(n_obs_steps, horizon, pad_after=pad_after)
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    first = chunks.action_rows[:, 0]
+
+    assert len(chunks) == len(first)
+    assert (owner[chunks.action_rows] == owner[first][:, None]).all(), "a chunk stays in its episode"
+    assert chunks.valid[:, 0].all()
+    assert (~chunks.valid).sum(axis=1).max() <= pad_after
+    wanted, last = first[:, None] + np.arange(horizon), episodes.ends[owner[first]][:, None] - 1
+    np.testing.assert_array_equal(chunks.valid, wanted <= last)
+    np.testing.assert_array_equal(chunks.action_rows, np.minimum(wanted, last))
+    fits = [s for s in range(sum(lengths)) if s + horizon - 1 - pad_after <= episodes.ends[owner[s]] - 1]
+    assert first.tolist() == fits, "every start that the padding allows is used, once"
+    earlier = first[:, None] - np.arange(n_obs_steps)[::-1]
+    np.testing.assert_array_equal(chunks.observation_rows, np.maximum(earlier, episodes.starts[owner[first]][:, None]))
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, n_obs_steps=st.integers(1, 4), horizon=st.integers(1, 6))
+def test_chunks_without_padding_are_the_chunk_indices(lengths, n_obs_steps, horizon):
+    episodes = make([*lengths, horizon])
+    chunks = episodes.chunks(n_obs_steps, horizon)
+    observations, actions = episodes.chunk_indices(n_obs_steps, horizon)
+    np.testing.assert_array_equal(chunks.observation_rows, observations)
+    np.testing.assert_array_equal(chunks.action_rows, actions)
+    assert chunks.valid.all()
+
+
+def test_padding_by_hand():
+    chunks = make([3, 1]).chunks(n_obs_steps=1, horizon=3, pad_after=1)
+    assert chunks.action_rows.tolist() == [[0, 1, 2], [1, 2, 2]]
+    assert chunks.valid.tolist() == [[True, True, True], [True, True, False]]
+    assert make([3, 1]).chunks(1, 3, pad_after=2).action_rows.tolist()[2:] == [[2, 2, 2], [3, 3, 3]]
+
+
+def test_wrong_padding_is_refused():
+    with pytest.raises(ConfigError, match="pad_after = -1: must be at least 0"):
+        make([3]).chunks(1, 2, pad_after=-1)
+    with pytest.raises(DatasetError, match="horizon of 6, 2 of them padding: the longest has 3 steps"):
+        make([3]).chunks(1, 6, pad_after=2)
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, data=st.data())
+def test_selected_episodes_are_whole_and_unchanged(lengths, data):
+    episodes = numbered(lengths)
+    chosen = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=8))
+    some = episodes.select(chosen)
+    assert some.lengths.tolist() == [lengths[i] for i in chosen]
+    assert some.seeds.tolist() == chosen
+    np.testing.assert_array_equal(some.terminated, episodes.terminated[chosen])
+    np.testing.assert_array_equal(some.success, episodes.success[chosen])
+    np.testing.assert_array_equal(some.final_observations[:, 0], np.negative(chosen))
+    np.testing.assert_array_equal(some.final_images["top"][:, 0, 0, 0], chosen)
+    rows = np.concatenate([np.arange(episodes.starts[i], episodes.ends[i]) for i in chosen])
+    for values in (some.observations[:, 0], some.actions[:, 0], some.rewards, some.images["top"][:, 0, 0, 0]):
+        np.testing.assert_array_equal(values, rows)
+    assert some.env_id == "toy"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [([], "no episodes are selected"), ([0, 3], "no episode 3: the data set has 3"), ([-1], "-1")],
+)
+def test_impossible_selections_are_refused(chosen, message):
+    with pytest.raises(DatasetError, match=message):
+        make([2, 5, 1]).select(chosen)
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, share=st.floats(0.001, 0.999), seed=st.integers(0, 2**31))
+def test_split_divides_the_episodes(lengths, share, seed):
+    episodes = numbered([*lengths, 1])
+    n = episodes.n_episodes
+    train, validation = episodes.split(share, seed)
+    assert validation is not None
+    assert sorted([*train.seeds, *validation.seeds]) == list(range(n))
+    assert train.seeds.tolist() == sorted(train.seeds)
+    assert validation.seeds.tolist() == sorted(validation.seeds)
+    assert validation.n_episodes in {min(max(k, 1), n - 1) for k in (math.floor(share * n), math.ceil(share * n))}
+    again = episodes.split(share, seed)[1]
+    assert again is not None
+    assert again.seeds.tolist() == validation.seeds.tolist()
+
+
+def test_split_follows_from_its_seed():
+    episodes = make([1] * 30)
+    chosen = {tuple(part.seeds) for seed in range(5) if (part := episodes.split(0.2, seed)[1]) is not None}
+    assert len(chosen) == 5
+    assert {len(seeds) for seeds in chosen} == {6}
+
+
+def test_no_share_is_no_split():
+    episodes = make([2, 5])
+    assert episodes.split(0.0, 0) == (episodes, None)
+
+
+def test_impossible_splits_are_refused():
+    with pytest.raises(DatasetError, match=r"validation_share = 0.1: the data set has a single episode"):
+        make([4]).split(0.1, 0)
+    for share in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ConfigError, match=r"validation_share = .* at least 0 and below 1"):
+            make([4, 4]).split(share, 0)

@@ -218,13 +218,26 @@ def test_episodes_of_other_sizes(folder):
     refused(folder, "main_data.hdf5", "differ in observation and action size", "(2, 1), (3, 1)")
 
 
-def test_dictionary_observations(folder):
+def test_dictionary_observations_are_flattened_in_gymnasiums_order(folder):
     def edit(h5):
-        del h5["episode_1/observations"]
-        h5["episode_1/observations/hand"] = np.zeros((5, 2))
+        for i, length in enumerate(LENGTHS):
+            state = np.asarray(h5[f"episode_{i}/observations"])
+            del h5[f"episode_{i}/observations"]
+            h5[f"episode_{i}/observations/hand"] = state[:, 1]
+            h5[f"episode_{i}/observations/arm/angle"] = state[:, :1].reshape(length + 1, 1, 1)
 
     damage(folder, edit)
-    refused(folder, "main_data.hdf5', episode_1", "observations has named parts")
+    np.testing.assert_array_equal(load_dataset(folder).observations, toy_episodes().observations)
+    np.testing.assert_array_equal(load_dataset(folder).final_observations, toy_episodes().final_observations)
+
+
+def test_dictionary_actions_are_refused(folder):
+    def edit(h5):
+        del h5["episode_1/actions"]
+        h5["episode_1/actions/hand"] = np.zeros((4, 1))
+
+    damage(folder, edit)
+    refused(folder, "main_data.hdf5', episode_1", "actions has named parts; only observations may")
 
 
 def test_episode_that_is_an_array(folder):

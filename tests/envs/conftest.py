@@ -1,10 +1,12 @@
 """What the tests of all simulators share."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 
 import numpy as np
 import pytest
 
+from dprl.observations import Observation, map_parts, put
 from dprl.spec import BatchedEnv, ChunkStep
 
 
@@ -12,7 +14,7 @@ def _step_singly(env: BatchedEnv, actions: np.ndarray) -> ChunkStep:
     """Do what `step_chunk(actions)` promises with chunks of one action: stop at an episode's end, reset at last."""
     n, n_actions, _ = actions.shape
     reward, n_steps = np.zeros(n, np.float32), np.zeros(n, np.int64)
-    last: dict[str, np.ndarray] = {}
+    last: dict = {}
     playing = np.arange(n)
     for e in range(n_actions):
         step = env.step_chunk(actions[playing, e][:, None], playing, autoreset=False)
@@ -20,21 +22,32 @@ def _step_singly(env: BatchedEnv, actions: np.ndarray) -> ChunkStep:
         n_steps[playing] += step.n_steps
         for field in fields(ChunkStep):
             value = getattr(step, field.name)
-            last.setdefault(field.name, np.zeros((n, *value.shape[1:]), value.dtype))[playing] = value
+            last.setdefault(field.name, map_parts(lambda part: np.zeros((n, *part.shape[1:]), part.dtype), value))
+            put(last[field.name], playing, value)
         playing = playing[~step.ended]
         if len(playing) == 0:
             break
     ended = np.flatnonzero(last["terminated"] | last["truncated"])
     if len(ended):
-        last["observation"][ended] = env.reset(ended)
+        put(last["observation"], ended, env.reset(ended))
     return ChunkStep(**{**last, "reward": reward, "n_steps": n_steps})
 
 
 def _assert_same_step(one: ChunkStep, other: ChunkStep, rows: list[int] | None = None) -> None:
     """Compare bit for bit; `rows` picks those of `one`."""
     for field in fields(ChunkStep):
-        value = getattr(one, field.name)
-        np.testing.assert_array_equal(value if rows is None else value[rows], getattr(other, field.name), field.name)
+        _assert_same(getattr(one, field.name), getattr(other, field.name), field.name, rows)
+
+
+def _assert_same(one: Observation, other: Observation, name: str = "", rows: list[int] | None = None) -> None:
+    """Compare arrays, or all parts of dicts."""
+    if isinstance(one, Mapping):
+        assert one.keys() == other.keys()
+        for part in one:
+            _assert_same(one[part], other[part], f"{name} {part}", rows)
+        return
+    assert one.dtype == other.dtype
+    np.testing.assert_array_equal(one if rows is None else one[rows], other, name)
 
 
 @pytest.fixture
@@ -45,3 +58,8 @@ def step_singly():
 @pytest.fixture
 def assert_same_step():
     return _assert_same_step
+
+
+@pytest.fixture
+def assert_same():
+    return _assert_same

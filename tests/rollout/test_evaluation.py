@@ -7,7 +7,7 @@ import torch
 
 from dprl.errors import ConfigError, EnvError
 from dprl.networks import MLPConfig
-from dprl.policy import DiffusionPolicy, PolicyConfig
+from dprl.policy import DiffusionConfig, DiffusionPolicy, Features, InferenceConfig
 from dprl.rollout import Evaluation, evaluate, evaluation
 from dprl.rollout.evaluation import LATENCY_CALLS, wilson
 from dprl.spec import EnvOptions, EnvSpec, resolve
@@ -18,22 +18,20 @@ pytest.importorskip("envpool")
 class Recorder(DiffusionPolicy):
     """A policy that keeps what it saw."""
 
-    def sample(self, obs, **kwargs):
+    def draw(self, obs, *args, **kwargs):
         self.__dict__.setdefault("seen", []).append(obs.clone())
-        return super().sample(obs, **kwargs)
+        return super().draw(obs, *args, **kwargs)
 
 
 def make_policy(spec: EnvSpec, n_obs_steps: int = 1) -> Recorder:
-    config = PolicyConfig(
-        observation_size=spec.observation_size,
-        action_size=spec.action_size,
+    config = DiffusionConfig(
         horizon=4,
         n_action_steps=3,
         n_obs_steps=n_obs_steps,
         num_train_timesteps=3,
         denoiser=MLPConfig(hidden_size=8),
     )
-    return Recorder(config)
+    return Recorder(Features(spec.observation_size, spec.action_size), config)
 
 
 def hopper(max_episode_steps: int = 20) -> EnvSpec:
@@ -76,6 +74,33 @@ def test_start_does_not_depend_on_how_many_episodes_there_are(monkeypatch):
         assert len(torch.unique(five, dim=0)) == 5, "episodes should start differently"
         assert all(torch.equal(starts(n), five[:n]) for n in (1, 2, 3))
         assert not torch.equal(starts(5, seed=1), five)
+
+
+@pytest.mark.parametrize(
+    "inference",
+    [
+        InferenceConfig("ddim", 2),
+        InferenceConfig("dpmsolver++", 3),
+        InferenceConfig(temperature=0.0),
+        InferenceConfig(temporal_ensembling=0.1),
+        InferenceConfig(warm_start_steps=2),
+    ],
+    ids=lambda i: str({name: value for name, value in vars(i).items() if value != getattr(InferenceConfig(), name)}),
+)
+def test_how_the_policy_acts_is_chosen_here(inference):
+    policy, spec = make_policy(hopper()), hopper()
+    plain = evaluate(policy, spec, 4, seed=1)
+    one, other = (evaluate(policy, spec, 4, seed=1, inference=inference) for _ in range(2))
+    assert without_latency(one) == without_latency(other)
+    assert one.return_mean != plain.return_mean
+    assert without_latency(evaluate(policy, spec, 4, seed=1)) == without_latency(plain)
+
+
+def test_a_setting_that_the_policy_does_not_have_is_refused():
+    with pytest.raises(ConfigError, match=r"solver = 'euler'"):
+        evaluate(make_policy(hopper()), hopper(), 1, seed=0, inference=InferenceConfig("euler"))
+    with pytest.raises(ConfigError, match=r"warm_start_steps = 4: must be at most .* 3"):
+        evaluate(make_policy(hopper()), hopper(), 1, seed=0, inference=InferenceConfig(warm_start_steps=4))
 
 
 def test_result_is_of_every_episode_once(monkeypatch):

@@ -13,7 +13,7 @@ import torch
 from dprl.errors import ConfigError, EnvError
 from dprl.mdp import DenoisingMDP, ExplorationConfig
 from dprl.networks import MLPConfig
-from dprl.policy import DiffusionPolicy, PolicyConfig
+from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
 from dprl.rollout import InProcessPool, PoolState, Rollout, RolloutPool, as_pool
 from dprl.rollout.pool import checked_slice_size
 from dprl.spec import EnvOptions, EnvSpec, build, env_seeds, resolve, with_n_obs_steps
@@ -31,16 +31,15 @@ def spec() -> EnvSpec:
 
 @pytest.fixture(scope="module")
 def actor(spec) -> DenoisingMDP:
-    config = PolicyConfig(
-        observation_size=spec.observation_size,
-        action_size=spec.action_size,
+    config = DiffusionConfig(
         horizon=HORIZON,
         n_action_steps=EXECUTED,
         n_obs_steps=2,
         num_train_timesteps=4,
         denoiser=MLPConfig(hidden_size=16),
     )
-    return DenoisingMDP(DiffusionPolicy(config), TUNED, ExplorationConfig())
+    features = Features(spec.observation_size, spec.action_size)
+    return DenoisingMDP(DiffusionPolicy(features, config), TUNED, ExplorationConfig())
 
 
 @pytest.fixture(scope="module")

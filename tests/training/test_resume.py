@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from dprl.cli import main
 from dprl.data import Episodes, save_dataset
-from dprl.policy import DiffusionPolicy, PolicyConfig
+from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
 from dprl.spec import resolve
 from dprl.training import RunFolder
 
@@ -25,7 +25,7 @@ PUSH = "metaworld/push-v3"
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random policy for Push and a small random data set."""
     folder = tmp_path_factory.mktemp("inputs")
-    DiffusionPolicy(PolicyConfig(39, 4, num_train_timesteps=6)).save_pretrained(folder / "policy")
+    DiffusionPolicy(Features(39, 4), DiffusionConfig(num_train_timesteps=6)).save_pretrained(folder / "policy")
     rng = np.random.default_rng(0)
     observations, actions = (rng.uniform(-1, 1, (90, n)).astype(np.float32) for n in (39, 4))
     no = np.zeros(3, np.bool_)

@@ -1,0 +1,249 @@
+"""The diffusion policy (arXiv:2303.04137): a denoiser and a noise schedule. Solver and steps are chosen at inference.
+
+Shapes: B samples, O observation steps, D observation size, F features of one observation step, H actions of a chunk
+(horizon), A action size.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from dprl.config import validate
+from dprl.diffusion import NoiseSchedule, ScheduleConfig, SolverConfig, Step, n_draws, solve, solver_steps
+from dprl.diffusion.solvers import SolverName, Spacing
+from dprl.errors import CheckpointError, check, did_you_mean
+from dprl.networks import DENOISERS, DenoiserConfig, MLPConfig, build_denoiser
+from dprl.observations import TensorObservation, batch_size
+from dprl.policy.base import CONFIG_FILE, Policy, PolicyConfig, masked_mean
+from dprl.policy.control import InferenceConfig
+from dprl.seeding import torch_generator
+
+if TYPE_CHECKING:
+    from dprl.data import Episodes
+
+
+@dataclass(frozen=True)
+class DiffusionConfig(PolicyConfig, ScheduleConfig):
+    """A policy that denoises its chunks, by diffusion or rectified flow."""
+
+    clip_sample: float | None = 1.0
+    """Predicted clean actions are clamped to ± this, in normalised units; None does not."""
+    denoiser: DenoiserConfig = field(default_factory=MLPConfig)
+    """The network."""
+    sampling: SolverConfig = field(default_factory=SolverConfig)
+    """How it samples where nothing else is asked for."""
+
+    def __post_init__(self) -> None:
+        PolicyConfig.__post_init__(self)
+        ScheduleConfig.__post_init__(self)
+        if self.clip_sample is not None:
+            validate(self, above={"clip_sample": 0})
+        solver_steps(self.noise, self.sampling)
+
+    @property
+    def noise(self) -> ScheduleConfig:
+        """The noise schedule alone."""
+        return ScheduleConfig(**{f.name: getattr(self, f.name) for f in fields(ScheduleConfig)})
+
+
+class DiffusionPolicy(Policy):
+    """Denoises action chunks.
+
+    `base` is the pretrained denoiser. A fine-tuned policy also has `tuned`, used where the training timestep is
+    below `tuned_below`.
+    """
+
+    name = "diffusion"
+    config_class = DiffusionConfig
+    config: DiffusionConfig
+
+    def _build(self, feature_size: int) -> None:
+        config = self.config
+        self.schedule = NoiseSchedule(config.noise)
+        self.base = build_denoiser(
+            config.denoiser, config.horizon, self.features.action_size, config.n_obs_steps, feature_size
+        )
+        self.tuned: nn.Module | None = None
+        self.tuned_below = 0
+
+    @classmethod
+    def for_dataset(
+        cls,
+        data: Episodes,
+        config: DiffusionConfig | None = None,
+        *,
+        denoiser: str | DenoiserConfig | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """See `Policy.for_dataset`.
+
+        Args:
+            data: the demonstrations.
+            config: everything that may be chosen.
+            denoiser: a name in `DENOISERS`, or its config, in place of the config's.
+            seed: of the initial weights.
+        """
+        config = config or DiffusionConfig()
+        if isinstance(denoiser, str):
+            known = denoiser in DENOISERS
+            check(known, "denoiser", denoiser, f"must be one of {list(DENOISERS)}.{did_you_mean(denoiser, DENOISERS)}")
+            denoiser = DENOISERS[denoiser].config()
+        return super().for_dataset(data, replace(config, denoiser=denoiser or config.denoiser), seed=seed)
+
+    def denoiser_at(self, timestep: int) -> nn.Module:
+        """Return the network that the training timestep belongs to."""
+        return self.tuned if self.tuned is not None and timestep < self.tuned_below else self.base
+
+    def tune_below(self, timestep: int) -> None:
+        """Give the timesteps below `timestep` a network of their own, a copy of `base`; a second call must agree.
+
+        Raises:
+            ConfigError: more timesteps than the policy has, or others than those already tuned.
+        """
+        steps = self.config.num_train_timesteps
+        fits = 1 <= timestep <= steps
+        check(fits, "tuned_steps", timestep, f"must be from 1 to the policy's denoising steps, which are {steps}")
+        agrees = self.tuned is None or self.tuned_below == timestep
+        check(agrees, "tuned_steps", timestep, f"this policy is already tuned in its last {self.tuned_below} steps")
+        if self.tuned is None:
+            self.tuned = copy.deepcopy(self.base)
+            self.tuned_below = timestep
+
+    def loss(
+        self, obs: TensorObservation, actions: Tensor, *, valid: Tensor | None = None, generator: torch.Generator
+    ) -> Tensor:
+        """Return the squared error of the base network's prediction (arXiv:2006.11239 eq. 14), see `Policy.loss`."""
+        timesteps = torch.randint(
+            self.config.num_train_timesteps, (len(actions),), device=actions.device, generator=generator
+        )
+        noise = torch.randn(actions.shape, device=actions.device, generator=generator)
+        clean = self.action_normalizer.normalize(actions)
+        condition = self.condition(obs, generator if self.training else None)
+        return denoising_loss(self.base, self.schedule, clean, condition, timesteps, noise, valid)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        obs: TensorObservation,
+        *,
+        generator: torch.Generator | None = None,
+        temperature: float = 1.0,
+        solver: SolverName | None = None,
+        num_inference_steps: int | None = None,
+        eta: float = 0.0,
+        timestep_spacing: Spacing | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Draw one action chunk for each observation.
+
+        Args:
+            obs: (B, O, D), or named parts; not normalised, images uint8.
+            generator: draws the noise where `noise` is not given. Default: torch's own.
+            temperature: scales the noise of every step but the initial one.
+            solver: see `SolverConfig`; without any of these four the policy's own way, `config.sampling`.
+            num_inference_steps: see `SolverConfig`.
+            eta: see `SolverConfig`.
+            timestep_spacing: see `SolverConfig`.
+            noise: (n_draws, B, H, A), every normal draw in the order of its use, the initial noise first; see
+                `n_draws`. Replays a sample exactly.
+
+        Returns:
+            Actions (B, H, A) in the environment's units.
+
+        Raises:
+            ConfigError: unknown solver, or a shape that does not fit.
+        """
+        obs = self.checked(obs)
+        steps = self._steps(SolverConfig(solver, num_inference_steps, eta, timestep_spacing))
+        shape = (n_draws(steps), batch_size(obs), *self._chunk_shape)
+        draws = self._noise(shape, generator) if noise is None else noise
+        check(draws.shape == shape, "noise", tuple(draws.shape), f"must have the shape {shape}")
+        return self._denoise(obs, steps, draws[0], draws[1:], temperature)
+
+    def n_draws(self, solver: SolverConfig | None = None) -> int:
+        """Return how many normal draws one sample takes."""
+        return n_draws(self._steps(solver or SolverConfig()))
+
+    def check_inference(self, inference: InferenceConfig) -> None:
+        """See `Policy.check_inference`."""
+        n, steps = inference.warm_start_steps, len(self._steps(inference))
+        check(n is None or n <= steps, "warm_start_steps", n, f"must be at most the solver's steps, which are {steps}")
+
+    @torch.no_grad()
+    def draw(
+        self,
+        obs: TensorObservation,
+        inference: InferenceConfig,
+        generator: torch.Generator | None,
+        *,
+        deterministic: bool = False,
+        plan: Tensor | None = None,
+    ) -> Tensor:
+        """See `Policy.draw`; a deterministic decision draws the same noise for every observation."""
+        obs = self.checked(obs)
+        steps, n = self._steps(inference), batch_size(obs)
+        if plan is not None and inference.warm_start_steps is not None:
+            steps = steps[-inference.warm_start_steps :]
+        if deterministic:
+            generator = torch_generator(0, "deterministic")
+        draws = self._noise((n_draws(steps), 1 if deterministic else n, *self._chunk_shape), generator)
+        draws = draws.expand(-1, n, -1, -1)
+        x = draws[0]
+        if plan is not None:
+            level = self.schedule.timesteps[steps[0].timestep].expand(n)
+            x = self.schedule.add_noise(self.action_normalizer.normalize(plan), x, level)
+        return self._denoise(obs, steps, x, draws[1:], inference.temperature)
+
+    def _denoise(
+        self, obs: TensorObservation, steps: tuple[Step, ...], x: Tensor, draws: Tensor, temperature: float
+    ) -> Tensor:
+        condition, clip = self.condition(obs), self.config.clip_sample
+        schedule = self.schedule
+
+        def predict(noisy: Tensor, timestep: int) -> Tensor:
+            t = schedule.timesteps[timestep : timestep + 1]
+            return schedule.predict_clean(noisy, self.denoiser_at(timestep)(noisy, t, condition), timestep, clip)
+
+        return self.action_normalizer.unnormalize(solve(steps, predict, x, draws, temperature))
+
+    def _steps(self, solver: SolverConfig) -> tuple[Step, ...]:
+        """The solver's steps; the policy's own way where nothing is asked for."""
+        return solver_steps(self.schedule.config, solver.over(self.config.sampling))
+
+    def _noise(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+        source = self.device if generator is None else generator.device
+        return torch.randn(shape, device=source, generator=generator).to(self.device)
+
+    @property
+    def _chunk_shape(self) -> tuple[int, int]:
+        return self.config.horizon, self.features.action_size
+
+    def _about(self) -> dict[str, Any]:
+        return super()._about() | {"tuned_below": self.tuned_below}
+
+    def _prepare_loading(self, about: dict[str, Any]) -> None:
+        tuned_below, steps = about.get("tuned_below", 0), self.config.num_train_timesteps
+        if type(tuned_below) is not int or not 0 <= tuned_below <= steps:
+            raise CheckpointError(f"{CONFIG_FILE}: tuned_below = {tuned_below!r}: must be 0 to {steps}")
+        if tuned_below:
+            self.tune_below(tuned_below)
+
+
+def denoising_loss(
+    denoiser: nn.Module,
+    schedule: NoiseSchedule,
+    clean: Tensor,
+    condition: Tensor,
+    timesteps: Tensor,
+    noise: Tensor,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Mean squared error of the prediction: normalised actions (B, H, A), conditions (B, O, F), timesteps (B,)."""
+    noisy = schedule.add_noise(clean, noise, timesteps)
+    error = (denoiser(noisy, timesteps, condition) - schedule.target(clean, noise, timesteps)) ** 2
+    return masked_mean(error, valid)

@@ -1,0 +1,237 @@
+"""Explicit policies, which output actions or a density over them: mean squared error, Gaussian, mixture, LSTM mixture.
+
+The competitors of arXiv:2303.04137, section V, after robomimic (arXiv:2108.03298). A chunk is one vector to them: a
+mixture component spans all of its actions.
+
+Shapes: B samples, O observation steps, F features of an observation step, H actions of a chunk, A action size, M modes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from dprl.config import validate
+from dprl.networks.mlp import Activation, ResidualMLP
+from dprl.observations import TensorObservation
+from dprl.policy.base import Policy, PolicyConfig, masked_mean
+
+LOG_SQRT_2PI = math.log(math.sqrt(2 * math.pi))
+MAX_STD = 2.0
+
+
+@dataclass(frozen=True)
+class ExplicitConfig(PolicyConfig):
+    """A residual MLP on the observations."""
+
+    hidden_size: int = 256
+    """Width of every layer."""
+    n_blocks: int = 2
+    """Residual blocks of two layers each."""
+    activation: Activation = "relu"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validate(self, at_least={"hidden_size": 1, "n_blocks": 1})
+
+
+@dataclass(frozen=True)
+class MSEConfig(ExplicitConfig):
+    """Regression on the actions: the mean of what was demonstrated, between the modes where there are several."""
+
+
+@dataclass(frozen=True)
+class GaussianConfig(ExplicitConfig):
+    """A Gaussian whose mean and standard deviation depend on the observation."""
+
+    min_std: float = 0.01
+    """Floor of the standard deviation, in normalised units."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validate(self, above={"min_std": 0})
+
+
+@dataclass(frozen=True)
+class GMMConfig(GaussianConfig):
+    """A mixture of Gaussians."""
+
+    n_modes: int = 5
+    """M."""
+    low_noise_sampling: bool = True
+    """Sample a mode and return its mean, as robomimic evaluates; otherwise sample the mode's Gaussian too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validate(self, at_least={"n_modes": 1})
+
+
+@dataclass(frozen=True)
+class LSTMGMMConfig(GMMConfig):
+    """A mixture on top of an LSTM that reads the observation history (robomimic's BC-RNN)."""
+
+    horizon: int = 1
+    """H, actions in a predicted chunk."""
+    n_obs_steps: int = 10
+    """O, length of the history."""
+    n_layers: int = 2
+    """Layers of the LSTM."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validate(self, at_least={"n_layers": 1})
+
+
+class _Explicit(Policy):
+    """A trunk from observations to `n_outputs` numbers."""
+
+    name = "explicit"
+    config: ExplicitConfig
+
+    def _build(self, feature_size: int) -> None:
+        config = self.config
+        n_inputs = config.n_obs_steps * feature_size
+        self.net = ResidualMLP(n_inputs, self._n_outputs(), config.hidden_size, config.n_blocks, config.activation)
+
+    def _n_outputs(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def _chunk_size(self) -> int:
+        return self.config.horizon * self.features.action_size
+
+    def _outputs(self, obs: TensorObservation, generator: torch.Generator | None = None) -> Tensor:
+        """(B, n_outputs)."""
+        condition = self.condition(obs, generator if self.training else None)
+        return cast("Tensor", self.net(condition.flatten(1)))
+
+    def _chunk(self, values: Tensor) -> Tensor:
+        """(..., H·A) -> (..., H, A)."""
+        return values.unflatten(-1, (self.config.horizon, self.features.action_size))
+
+
+class MSEPolicy(_Explicit):
+    """Outputs the chunk."""
+
+    name = "mse"
+    config_class = MSEConfig
+
+    def _n_outputs(self) -> int:
+        return self._chunk_size
+
+    def loss(
+        self, obs: TensorObservation, actions: Tensor, *, valid: Tensor | None = None, generator: torch.Generator
+    ) -> Tensor:
+        """Return the mean squared error of normalised actions, see `Policy.loss`."""
+        error = self._chunk(self._outputs(obs, generator)) - self.action_normalizer.normalize(actions)
+        return masked_mean(error**2, valid)
+
+    @torch.no_grad()
+    def sample(
+        self, obs: TensorObservation, *, generator: torch.Generator | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """Return the one chunk there is, see `Policy.sample`."""
+        return self.action_normalizer.unnormalize(self._chunk(self._outputs(self.checked(obs))))
+
+
+class GMMPolicy(_Explicit):
+    """Outputs logits, means and standard deviations of M modes."""
+
+    name = "gmm"
+    config_class = GMMConfig
+    config: GMMConfig
+
+    @property
+    def _n_modes(self) -> int:
+        return self.config.n_modes
+
+    @property
+    def _low_noise(self) -> bool:
+        return self.config.low_noise_sampling
+
+    def _n_outputs(self) -> int:
+        return self._n_modes * (1 + 2 * self._chunk_size)
+
+    def _mixture(self, obs: TensorObservation, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        """Log-weights (B, M), means and stds (B, M, H, A)."""
+        modes, size = self._n_modes, self._chunk_size
+        weight, mean, spread = self._outputs(obs, generator).split([modes, modes * size, modes * size], dim=-1)
+        std = self.config.min_std + (MAX_STD - self.config.min_std) * torch.sigmoid(spread - 2.0)
+        return (
+            weight.log_softmax(-1),
+            self._chunk(mean.unflatten(-1, (modes, size))),
+            self._chunk(std.unflatten(-1, (modes, size))),
+        )
+
+    def loss(
+        self, obs: TensorObservation, actions: Tensor, *, valid: Tensor | None = None, generator: torch.Generator
+    ) -> Tensor:
+        """Return the negative log-likelihood per number of the chunk, see `Policy.loss`."""
+        log_weight, mean, std = self._mixture(obs, generator)
+        target = self.action_normalizer.normalize(actions)[:, None]
+        log_prob = (-0.5 * ((target - mean) / std) ** 2 - std.log() - LOG_SQRT_2PI).sum(-1)
+        if valid is None:
+            valid = torch.ones(log_prob.shape[0], log_prob.shape[2], device=log_prob.device)
+        per_chunk = torch.logsumexp(log_weight + (log_prob * valid[:, None]).sum(-1), dim=-1)
+        return -per_chunk.sum() / (valid.sum() * self.features.action_size)
+
+    @torch.no_grad()
+    def sample(
+        self, obs: TensorObservation, *, generator: torch.Generator | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """Draw a mode and a chunk from it; at temperature 0 the likeliest mode's mean. See `Policy.sample`."""
+        log_weight, mean, std = self._mixture(self.checked(obs))
+        mode = draw_category(log_weight, temperature, generator)
+        rows = torch.arange(len(mode), device=mode.device)
+        chunk = mean[rows, mode]
+        if not self._low_noise:
+            noise = torch.randn(chunk.shape, generator=generator, device=(generator or chunk).device).to(chunk.device)
+            chunk = chunk + temperature * std[rows, mode] * noise
+        return self.action_normalizer.unnormalize(chunk)
+
+
+class GaussianPolicy(GMMPolicy):
+    """One mode, always sampled with its spread."""
+
+    name = "gaussian"
+    config_class = GaussianConfig
+    config: GaussianConfig  # type: ignore[assignment]
+
+    @property
+    def _n_modes(self) -> int:
+        return 1
+
+    @property
+    def _low_noise(self) -> bool:
+        return False
+
+
+class LSTMGMMPolicy(GMMPolicy):
+    """The trunk of the mixture reads the LSTM's last output."""
+
+    name = "lstm_gmm"
+    config_class = LSTMGMMConfig
+    config: LSTMGMMConfig
+
+    def _build(self, feature_size: int) -> None:
+        config = self.config
+        self.lstm = nn.LSTM(feature_size, config.hidden_size, config.n_layers, batch_first=True)
+        self.net = nn.Linear(config.hidden_size, self._n_outputs())
+
+    def _outputs(self, obs: TensorObservation, generator: torch.Generator | None = None) -> Tensor:
+        read, _ = self.lstm(self.condition(obs, generator if self.training else None))
+        return cast("Tensor", self.net(read[:, -1]))
+
+
+def draw_category(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """Draw from softmax(logits / temperature): (..., n) -> (...). Temperature 0 takes the largest."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    source = logits.device if generator is None else generator.device
+    uniform = torch.rand(logits.shape, generator=generator, device=source).to(logits.device)
+    gumbel = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
+    return (logits / temperature + gumbel).argmax(-1)

@@ -1,0 +1,123 @@
+"""Implicit behaviour cloning: an energy of observation and action whose minimum is the action (arXiv:2109.00137).
+
+Shapes: B samples, O observation steps, F features of one observation step, H actions of a chunk, A action size,
+S candidates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from dprl.config import validate
+from dprl.networks.mlp import ResidualMLP
+from dprl.observations import TensorObservation
+from dprl.policy.base import Policy
+from dprl.policy.explicit import ExplicitConfig, draw_category
+
+BOX = 1.05
+"""Candidates lie within ± this, in normalised units."""
+
+
+@dataclass(frozen=True)
+class IBCConfig(ExplicitConfig):
+    """An energy-based policy trained by InfoNCE."""
+
+    n_negatives: int = 64
+    """Counter-examples for each demonstrated chunk, uniform in the box of actions."""
+    inference: Literal["derivative_free", "langevin"] = "derivative_free"
+    """How it searches for low energy."""
+    n_candidates: int = 256
+    """S, chunks that the search moves."""
+    n_iterations: int = 3
+    """Rounds of the derivative-free search: resample by exp(-energy), then disturb."""
+    search_std: float = 0.33
+    """Disturbance of its first round; it halves with each."""
+    langevin_steps: int = 50
+    """Steps of the Langevin search."""
+    langevin_step_size: float = 0.1
+    """Its first step size, which decays quadratically to a hundred-thousandth."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = ("n_negatives", "n_candidates", "n_iterations", "langevin_steps")
+        validate(self, at_least=dict.fromkeys(counts, 1), above={"search_std": 0, "langevin_step_size": 0})
+
+
+class IBCPolicy(Policy):
+    """Outputs the energy of a chunk."""
+
+    name = "ibc"
+    config_class = IBCConfig
+    config: IBCConfig
+
+    def _build(self, feature_size: int) -> None:
+        config = self.config
+        n_inputs = config.n_obs_steps * feature_size + config.horizon * self.features.action_size
+        self.net = ResidualMLP(n_inputs, 1, config.hidden_size, config.n_blocks, config.activation)
+
+    def energy(self, condition: Tensor, chunks: Tensor) -> Tensor:
+        """(B, O, F) and (B, S, H, A) -> (B, S)."""
+        seen = condition.flatten(1)[:, None].expand(-1, chunks.shape[1], -1)
+        return cast("Tensor", self.net(torch.cat([seen, chunks.flatten(2)], dim=-1)).squeeze(-1))
+
+    def loss(
+        self, obs: TensorObservation, actions: Tensor, *, valid: Tensor | None = None, generator: torch.Generator
+    ) -> Tensor:
+        """Return InfoNCE: the cross-entropy of telling the demonstrated chunk from uniform ones, see `Policy.loss`."""
+        shown = self.action_normalizer.normalize(actions)[:, None]
+        shape = (len(actions), self.config.n_negatives, *actions.shape[1:])
+        negatives = BOX * (2 * torch.rand(shape, generator=generator, device=actions.device) - 1)
+        chunks = torch.cat([shown, negatives], dim=1)
+        if valid is not None:  # what only fills up is the same in all of them
+            chunks = chunks * valid[:, None, :, None]
+        condition = self.condition(obs, generator if self.training else None)
+        return -(-self.energy(condition, chunks)).log_softmax(-1)[:, 0].mean()
+
+    @torch.no_grad()
+    def sample(
+        self, obs: TensorObservation, *, generator: torch.Generator | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """Search for low energy and draw among what was found; at temperature 0 the lowest. See `Policy.sample`."""
+        condition = self.condition(self.checked(obs))
+        shape = (len(condition), self.config.n_candidates, self.config.horizon, self.features.action_size)
+        source = condition.device if generator is None else generator.device
+        chunks = BOX * (2 * torch.rand(shape, generator=generator, device=source).to(condition.device) - 1)
+        search = self._derivative_free if self.config.inference == "derivative_free" else self._langevin
+        chunks = search(condition, chunks, generator)
+        picked = draw_category(-self.energy(condition, chunks), temperature, generator)
+        return self.action_normalizer.unnormalize(chunks[torch.arange(len(picked)), picked])
+
+    def _derivative_free(self, condition: Tensor, chunks: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Algorithm 1 of the paper: resample in proportion to exp(-energy), disturb, shrink."""
+        std = self.config.search_std
+        rows = torch.arange(len(chunks), device=chunks.device)[:, None]
+        for _ in range(self.config.n_iterations):
+            weights = (-self.energy(condition, chunks)).softmax(-1)
+            if generator is not None and generator.device != weights.device:
+                weights = weights.to(generator.device)
+            picked = torch.multinomial(weights, chunks.shape[1], replacement=True, generator=generator)
+            chunks = chunks[rows, picked.to(chunks.device)]
+            chunks = (chunks + std * _noise_like(chunks, generator)).clamp(-BOX, BOX)
+            std /= 2
+        return chunks
+
+    def _langevin(self, condition: Tensor, chunks: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Stochastic gradient Langevin dynamics with a decaying step, appendix B.3."""
+        n, first = self.config.langevin_steps, self.config.langevin_step_size
+        for i in range(n):
+            size = max(first * (1 - i / max(n - 1, 1)) ** 2, 1e-5 * first)
+            with torch.enable_grad():
+                chunks.requires_grad_(True)
+                (gradient,) = torch.autograd.grad(self.energy(condition, chunks).sum(), chunks)
+            noise = _noise_like(chunks, generator)
+            chunks = (chunks.detach() - size * (0.5 * gradient - noise * 0.1)).clamp(-BOX, BOX)
+        return chunks
+
+
+def _noise_like(values: Tensor, generator: torch.Generator | None) -> Tensor:
+    source = values.device if generator is None else generator.device
+    return torch.randn(values.shape, generator=generator, device=source).to(values.device)

@@ -1,0 +1,128 @@
+"""Study `multimodal`: which policies keep both ways round the disc of `Avoid-v0` (arXiv:2303.04137, figure 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dprl.envs import avoid
+from dprl.experiments import plots
+from dprl.experiments.policies import ALL, slug, with_chunks
+from dprl.experiments.runs import CollectConfig, PretrainConfig
+from dprl.experiments.studies import (
+    Cell,
+    Look,
+    Outcome,
+    StudyConfig,
+    grouped,
+    mean_interval,
+    paths_of,
+    run_cells,
+    shown,
+    write_table,
+)
+
+LOOK = "default"
+HORIZON, EXECUTED = 8, 4
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Of one policy's episodes, over all seeds, those that passed on either side."""
+
+    left: int
+    right: int
+    none: int
+
+    def of_passed(self, side: int) -> float:
+        """Share of `side` among the episodes that passed the disc."""
+        passed = self.left + self.right
+        return side / passed if passed else 0.0
+
+
+def cells(config: StudyConfig) -> list[Cell]:
+    """Every policy on every seed's 100 demonstrations."""
+    return [
+        Cell(
+            f"{slug(name)}-seed{seed}",
+            CollectConfig(avoid.STATE_ID, noise=0.1, episodes=100, seed=seed),
+            PretrainConfig("", policy=with_chunks(policy, HORIZON, EXECUTED), steps=6_000, seed=seed),
+            (Look(LOOK, episodes=config.episodes, keep_paths=True),),
+        )
+        for name, policy in ALL.items()
+        for seed in config.seeds
+    ]
+
+
+def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
+    """Run the study; write ``multimodal.md``, ``.csv`` and ``.png`` and return the first."""
+    todo = cells(config)
+    outcomes = run_cells(todo, config, progress_bar=progress_bar)
+    by_name = {slug(name): name for name in ALL}
+    rows = []
+    paths: dict[str, list[np.ndarray]] = {}
+    for key, group in grouped(outcomes, lambda o: o.cell.rsplit("-seed", 1)[0]).items():
+        own = [cell for cell in todo if cell.name.rsplit("-seed", 1)[0] == key]
+        played = [path for cell in own for path in paths_of(config, cell, LOOK)]
+        shares = count_modes(played)
+        paths[by_name[key]] = paths_of(config, own[0], LOOK)
+        rows.append(
+            [
+                by_name[key],
+                shown(*mean_interval([o.success for o in group], config.episodes)),
+                f"{shares.of_passed(shares.left):.2f}",
+                f"{shares.of_passed(shares.right):.2f}",
+                f"{shares.none / len(played):.2f}",
+                f"{np.mean([o.latency_ms for o in group]):.1f}",
+            ]
+        )
+    draw(paths, config.out / "multimodal.png")
+    return write_table(
+        config.out,
+        "multimodal",
+        "Both ways round",
+        ["policy", "success (95 %)", "left of those that passed", "right", "passed neither side", "ms per decision"],
+        rows,
+        _notes(config, outcomes),
+    )
+
+
+def count_modes(paths: Sequence[np.ndarray]) -> Shares:
+    """Count the sides on which trajectories (T+1, 2) passed the disc."""
+    sides = [avoid.mode(path) for path in paths]
+    return Shares(sides.count("left"), sides.count("right"), sides.count("none"))
+
+
+def draw(paths: dict[str, list[np.ndarray]], file: Path) -> None:
+    """Draw every policy's trajectories around the disc."""
+    columns = 4
+    rows = -(-len(paths) // columns)
+    figure = plots.new_figure(figsize=(2.6 * columns, 2.7 * rows))
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axis in axes.flat[len(paths) :]:
+        axis.axis("off")
+    for axis, (name, played) in zip(axes.flat, paths.items(), strict=False):
+        angle = np.linspace(0, 2 * np.pi, 100)
+        axis.fill(avoid.RADIUS * np.cos(angle), avoid.RADIUS * np.sin(angle), color="0.8")
+        axis.axhline(avoid.FINISH, color="C2", lw=1)
+        for path in played:
+            axis.plot(*path.T, lw=0.6, alpha=0.6, color="C0" if path[-1, 1] >= avoid.FINISH else "C3")
+        axis.set_title(name, fontsize=8)
+        axis.set_xlim(-1, 1)
+        axis.set_ylim(-1, 1)
+        axis.set_aspect("equal")
+    figure.savefig(file, dpi=120)
+
+
+def _notes(config: StudyConfig, outcomes: list[Outcome]) -> list[str]:
+    minutes = sum(o.train_s for o in outcomes) / 60
+    return [
+        f"`{avoid.STATE_ID}`, 100 scripted demonstrations with action noise 0.1, half of them on either side; "
+        f"{6_000 * config.scale:,.0f} gradient steps, chunks of {HORIZON} actions of which {EXECUTED} are executed "
+        f"(the LSTM: one). Seeds {', '.join(map(str, config.seeds))}; {config.episodes} held-out episodes each, the trained "
+        "policy as it is after the last step. Blue in the figure: reached the line; red: did not. Shares are of the "
+        f"episodes that came past the disc. {minutes:.0f} minutes of training on one core each.",
+    ]

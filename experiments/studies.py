@@ -1,0 +1,236 @@
+"""Studies: many trainings and evaluations, each done once, then a table and a figure.
+
+A study is a list of cells. A cell trains one policy and evaluates it in some ways; its result is a JSON file, and a
+cell whose file exists is not run again. So an interrupted study goes on where it was, inside a training too.
+
+    OUT/data/           demonstrations, one folder for each task and seed
+    OUT/runs/CELL/      the training
+    OUT/cells/CELL.json its evaluations
+    OUT/NAME.md, .csv, .png
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dprl import checkpoint
+from dprl.experiments import runs
+from dprl.experiments.runs import CollectConfig, PretrainConfig
+from dprl.policy import InferenceConfig, Policy
+from dprl.rollout import evaluate
+from dprl.rollout.evaluation import record, wilson
+from dprl.rollout.recording import Trajectory
+from dprl.spec import resolve
+from dprl.training.progress import ProgressBar
+from dprl.training.run import RUN_FILE
+
+# Evaluations use start states that neither demonstrations nor training of the same seed have.
+HELD_OUT = 2_000_000
+
+
+@dataclass(frozen=True)
+class Look:
+    """One way to evaluate a trained policy."""
+
+    name: str
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    n_action_steps: int | None = None
+    episodes: int = 100
+    keep_paths: bool = False
+    """Also keep every trajectory's states."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training and its evaluations."""
+
+    name: str
+    collect: CollectConfig
+    pretrain: PretrainConfig
+    looks: tuple[Look, ...] = (Look("default"),)
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """How much of a study to run, and where."""
+
+    out: Path
+    """Folder; one that exists is continued."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Of demonstrations, training and evaluation."""
+    episodes: int = 100
+    """Held-out episodes of each evaluation."""
+    scale: float = 1.0
+    """Multiplies the gradient steps; 0.01 shows that all runs."""
+    jobs: int = 1
+    """Cells at a time, each on a thread of its own."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one look at one cell found."""
+
+    cell: str
+    look: str
+    success: float
+    episodes: int
+    latency_ms: float
+    train_s: float
+    """Seconds of training."""
+    parameters: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the success."""
+        return wilson(round(self.success * self.episodes), self.episodes)
+
+
+def run_cells(cells: Sequence[Cell], config: StudyConfig, *, progress_bar: bool = True) -> list[Outcome]:
+    """Run what has no result yet and return all outcomes, in the order of `cells` and their looks."""
+    for collect in dict.fromkeys(cell.collect for cell in cells):
+        folder = _data_folder(config, collect)
+        if not folder.exists():
+            runs.collect(collect, folder, progress_bar=progress_bar)
+    todo = [cell for cell in cells if not _result_file(config, cell).exists()]
+    with ProgressBar("cells", len(cells), len(cells) - len(todo), shown=progress_bar) as bar:
+        if config.jobs == 1:
+            for cell in todo:
+                _run_cell(cell, config)
+                bar.advance(1)
+        else:
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(config.jobs, mp_context=context) as executor:
+                for done in as_completed([executor.submit(_run_cell, cell, config) for cell in todo]):
+                    done.result()
+                    bar.advance(1)
+    outcomes = []
+    for cell in cells:
+        data = checkpoint.read_json(_result_file(config, cell))
+        outcomes += [Outcome(**data["looks"][look.name]) for look in cell.looks]
+    return outcomes
+
+
+def paths_of(config: StudyConfig, cell: Cell, look: str) -> list[np.ndarray[Any, Any]]:
+    """Return the states (T+1, D) of every episode of a look that keeps them."""
+    with np.load(config.out / "cells" / f"{cell.name}.{look}.npz") as data:
+        return [data[name] for name in data.files]
+
+
+def policy_folder(config: StudyConfig, cell: Cell) -> Path:
+    """Return the run folder of a cell's training."""
+    return config.out / "runs" / cell.name
+
+
+def _run_cell(cell: Cell, config: StudyConfig) -> None:
+    torch.set_num_threads(1)
+    pretrain = replace(
+        cell.pretrain,
+        data=str(_data_folder(config, cell.collect).resolve()),
+        steps=max(1, round(cell.pretrain.steps * config.scale)),
+    )
+    folder = policy_folder(config, cell)
+    start = time.perf_counter()
+    if (folder / RUN_FILE).exists():
+        runs.resume(folder, progress_bar=False)
+    else:
+        runs.pretrain(pretrain, folder, progress_bar=False)
+    seconds = _training_seconds(folder, time.perf_counter() - start)
+    spec = resolve(cell.collect.env, cell.collect.options)
+    looks = {}
+    for look in cell.looks:
+        policy = Policy.from_pretrained(folder)
+        if look.n_action_steps is not None:
+            policy.set_n_action_steps(look.n_action_steps)
+        seed = HELD_OUT + pretrain.seed
+        result = evaluate(policy, spec, look.episodes, seed, inference=look.inference)
+        if look.keep_paths:
+            _save_paths(config, cell, look, record(policy, spec, look.episodes, seed, inference=look.inference))
+        assert result.success_rate is not None
+        looks[look.name] = vars(
+            Outcome(
+                cell.name,
+                look.name,
+                result.success_rate,
+                look.episodes,
+                result.policy_latency_ms_p50,
+                seconds,
+                sum(p.numel() for p in policy.parameters()),
+            )
+        )
+    file = _result_file(config, cell)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(file, {"looks": looks})
+
+
+def _training_seconds(folder: Path, fallback: float) -> float:
+    from dprl.log import read_metrics
+
+    rows = read_metrics(folder)
+    return float(rows[-1].get("time/elapsed_s", fallback)) if rows else fallback
+
+
+def _save_paths(config: StudyConfig, cell: Cell, look: Look, trajectories: list[Trajectory]) -> None:
+    file = config.out / "cells" / f"{cell.name}.{look.name}.npz"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(file, *[t.states() for t in trajectories])
+
+
+def _data_folder(config: StudyConfig, collect: CollectConfig) -> Path:
+    return config.out / "data" / f"{collect.env.replace('/', '-')}-{collect.episodes}-seed{collect.seed}"
+
+
+def _result_file(config: StudyConfig, cell: Cell) -> Path:
+    return config.out / "cells" / f"{cell.name}.json"
+
+
+# ------------------------------------------------------------------------------------------------- tables
+
+
+def mean_interval(rates: Sequence[float], episodes: int) -> tuple[float, float, float]:
+    """Mean of the success rates of several seeds, and Wilson's 95 % interval of all their episodes together."""
+    total = episodes * len(rates)
+    mean = float(np.mean(rates))
+    return (mean, *wilson(round(mean * total), total))
+
+
+def write_table(
+    out: Path, name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]
+) -> Path:
+    """Write ``name.md`` and ``name.csv``; return the former."""
+    with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([columns, *rows])
+    lines = [f"# {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["", *notes, ""]
+    file = out / f"{name}.md"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return file
+
+
+def shown(mean: float, low: float, high: float) -> str:
+    """``0.87 (0.80 to 0.92)``."""
+    return f"{mean:.2f} ({low:.2f} to {high:.2f})"
+
+
+def grouped(outcomes: Sequence[Outcome], key: Callable[[Outcome], str]) -> dict[str, list[Outcome]]:
+    """Collect outcomes by `key`, in order of first appearance."""
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault(key(outcome), []).append(outcome)
+    return groups
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Standard error of a mean; 0 of a single value."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
