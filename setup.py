@@ -16,10 +16,11 @@ packages = [
 ]
 
 extras = {
-    "envs": ["gymnasium[mujoco]>=1.0,<2", "mujoco>=3.3.0,<3.9", "metaworld>=3.1", "h5py>=3.10",
+    "envs": ["gymnasium[mujoco]>=1.0,<2", "mujoco>=3.3.0,<3.9", "metaworld>=3.1", "h5py>=3.10", "pillow>=10",
              'envpool>=1.2; sys_platform == "linux"'],
     "plots": ["matplotlib>=3.8", "pillow>=10"],
     "tensorboard": ["tensorboard>=2.16"],
+    "pusht": ["gym-pusht>=0.1.8"],
     "ray": ["ray>=2.60,<2.61", "pyarrow<26"],
     "wandb": ["wandb>=0.25"],
 }  # fmt: skip
@@ -27,7 +28,7 @@ extras["demo"] = [*extras["envs"], *extras["plots"], *extras["tensorboard"]]
 extras["all"] = sorted({requirement for group in extras.values() for requirement in group})
 extras["dev"] = [
     *extras["all"],
-    "hypothesis>=6", "minari>=0.5", "mypy>=2", "pytest>=8", "pytest-cov>=5", "pytest-timeout>=2",
+    "diffusers>=0.35", "hypothesis>=6", "minari>=0.5", "mypy>=2", "pytest>=8", "pytest-cov>=5", "pytest-timeout>=2",
     "ruff>=0.17", "setuptools>=77", "stable-baselines3>=2.3", "wheel",
 ]  # fmt: skip
 

@@ -89,6 +89,7 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
 
     name = "bc"
     policy: AnyPolicy
+    config: BCConfig
 
     def __init__(self, policy: AnyPolicy, config: BCConfig | None = None, *, seed: int = 0) -> None:
         if isinstance(policy, DiffusionPolicy):
@@ -130,9 +131,10 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
         )
         if sizes != ours:
             raise DatasetError(f"the data have {sizes} observation and action numbers, the policy has {ours}")
-        cameras, expected = {n: i.shape[1:] for n, i in data.images.items()}, {c.name: c for c in features.cameras}
-        if cameras != {n: (c.height, c.width, c.channels) for n, c in expected.items()}:
-            raise DatasetError(f"the data have the cameras {cameras}, the policy has {list(features.cameras)}")
+        cameras = {name: tuple(images.shape[1:]) for name, images in data.images.items()}
+        expected = {camera.name: camera.shape for camera in features.cameras}
+        if cameras != expected:
+            raise DatasetError(f"the data have the cameras {cameras}, the policy has {expected}")
         held_out: Episodes | None = None
         if self.config.validation_share:
             data, held_out = data.split(self.config.validation_share, self.seed)
@@ -202,7 +204,7 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
 
     def _ema_decay(self) -> float:
         power, decay = self.config.ema_power, self.config.ema_decay
-        return decay if power is None else min(decay, 1 - self.timesteps**-power)
+        return decay if power is None else min(decay, 1 - float(self.timesteps) ** -power)
 
     @torch.no_grad()
     def _validate(self, held_out: ChunkBatches) -> dict[str, float]:

@@ -103,7 +103,12 @@ def _names(what: str) -> list[tuple[str, str]]:
     if what == "envs":
         from dprl.envs.catalogue import METAWORLD, MUJOCO
 
-        rows = [(name, "Meta-World v3, 39 numbers, 4 actions, success, 200 steps") for name in METAWORLD]
+        rows = [
+            ("Avoid-v0", "a point round a disc, left or right; 2 numbers, 2 actions, success, 100 steps"),
+            ("AvoidPixels-v0", "the same, disc and goal elsewhere each time; 2 numbers and two 48-pixel images"),
+            ("metaworld/TASK-v3-pixels", "any Meta-World task through a camera: 4 numbers, an 84-pixel image; renders"),
+        ]
+        rows += [(name, "Meta-World v3, 39 numbers, 4 actions, success, 200 steps") for name in METAWORLD]
         rows += [(name, "Gymnasium MuJoCo, dense reward") for name in MUJOCO]
         return [*rows, ("any other Gymnasium id", "with a Box action space, e.g. your_module:YourEnv-v0")]
     if what == "experts":

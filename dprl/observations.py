@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,43 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dprl.config import validate
+from dprl.errors import check
+
 STATE = "observation.state"
 IMAGES = "observation.images."
 
 Array = npt.NDArray[Any]
 Observation = Array | Mapping[str, Array]
 TensorObservation = Tensor | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Camera:
+    """One camera of a task: every observation has its image, uint8 (height, width, channels)."""
+
+    name: str
+    """Letters, digits, ``_`` and ``-``."""
+    height: int
+    width: int
+    channels: int = 3
+    """3: red, green, blue. 1: grey."""
+
+    def __post_init__(self) -> None:
+        validate(self, at_least={"height": 1, "width": 1})
+        check(re.fullmatch(r"[A-Za-z0-9_-]+", self.name) is not None, "name", self.name,
+              "must be of letters, digits, _ and -")  # fmt: skip
+        check(self.channels in (1, 3), "channels", self.channels, "must be 1 or 3")
+
+    @property
+    def part(self) -> str:
+        """Its name in an observation."""
+        return IMAGES + self.name
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        return self.height, self.width, self.channels
 
 
 def map_parts(function: Callable[..., Any], first: Any, *others: Any) -> Any:

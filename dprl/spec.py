@@ -10,7 +10,6 @@ written (..., D) is an array for a task without cameras; with cameras it is a di
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, cast
@@ -20,7 +19,7 @@ import numpy.typing as npt
 
 from dprl.config import validate
 from dprl.errors import EnvError, check
-from dprl.observations import IMAGES, STATE, Observation
+from dprl.observations import STATE, Camera, Observation
 from dprl.seeding import derive_seed
 
 FloatArray = npt.NDArray[np.float32]
@@ -31,34 +30,6 @@ MAX_EPISODE_STEPS = 1_000_000
 
 RewardKind = Literal["sparse", "dense"]
 Backend = Literal["auto", "envpool", "gymnasium"]
-
-
-@dataclass(frozen=True)
-class Camera:
-    """One camera of a task: every observation has its image, uint8 (height, width, channels)."""
-
-    name: str
-    """Letters, digits, ``_`` and ``-``."""
-    height: int
-    width: int
-    channels: int = 3
-    """3: red, green, blue. 1: grey."""
-
-    def __post_init__(self) -> None:
-        validate(self, at_least={"height": 1, "width": 1})
-        check(re.fullmatch(r"[A-Za-z0-9_-]+", self.name) is not None, "name", self.name,
-              "must be of letters, digits, _ and -")  # fmt: skip
-        check(self.channels in (1, 3), "channels", self.channels, "must be 1 or 3")
-
-    @property
-    def part(self) -> str:
-        """Its name in an observation."""
-        return IMAGES + self.name
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(height, width, channels)."""
-        return self.height, self.width, self.channels
 
 
 @dataclass(frozen=True)

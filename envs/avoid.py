@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dprl.envs.chunked import ChunkedEnv, SimulatorStep
-from dprl.observations import STATE, Observation
+from dprl.observations import STATE, Camera, Observation
 from dprl.seeding import numpy_generator
-from dprl.spec import Camera, EnvOptions, EnvSpec, FloatArray, IntArray
+from dprl.spec import EnvOptions, EnvSpec, FloatArray, IntArray
 
 STATE_ID, PIXELS_ID = IDS = ("Avoid-v0", "AvoidPixels-v0")
 

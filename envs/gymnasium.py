@@ -15,9 +15,9 @@ import numpy as np
 
 from dprl.envs.chunked import ChunkedEnv, SimulatorStep
 from dprl.errors import EnvError, MissingDependencyError
-from dprl.observations import STATE, Observation, camera_name, state_of, take
+from dprl.observations import STATE, Camera, Observation, camera_name, state_of, take
 from dprl.seeding import derive_seed
-from dprl.spec import Camera, EnvSpec, FloatArray, IntArray, load
+from dprl.spec import EnvSpec, FloatArray, IntArray, load
 
 try:
     import gymnasium

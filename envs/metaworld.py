@@ -13,7 +13,7 @@ import gymnasium
 import numpy as np
 import numpy.typing as npt
 
-from dprl import spec
+from dprl import observations
 from dprl.envs import rendering
 from dprl.errors import EnvError, MissingDependencyError
 from dprl.observations import STATE
@@ -26,7 +26,7 @@ HAND = slice(0, 3)
 OBJECT = slice(4, 7)
 GOAL = slice(36, 39)
 HAND_SIZE = 4  # the hand's position and how open its gripper is
-PIXELS = spec.Camera("corner2", 84, 84)
+PIXELS = observations.Camera("corner2", 84, 84)
 RENDERED, TOP, LEFT = 126, 34, 12  # pixels of the square that is rendered, and where the table is cut out of it
 
 # (task as Meta-World calls it, without its -v3; EnvPool's name follows from it)

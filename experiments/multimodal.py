@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from dprl.experiments.studies import (
     write_table,
 )
 
+Path2D = np.ndarray[Any, Any]
 LOOK = "default"
 HORIZON, EXECUTED = 8, 4
 
@@ -63,7 +65,7 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
     outcomes = run_cells(todo, config, progress_bar=progress_bar)
     by_name = {slug(name): name for name in ALL}
     rows = []
-    paths: dict[str, list[np.ndarray]] = {}
+    paths: dict[str, list[Path2D]] = {}
     for key, group in grouped(outcomes, lambda o: o.cell.rsplit("-seed", 1)[0]).items():
         own = [cell for cell in todo if cell.name.rsplit("-seed", 1)[0] == key]
         played = [path for cell in own for path in paths_of(config, cell, LOOK)]
@@ -90,13 +92,13 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
     )
 
 
-def count_modes(paths: Sequence[np.ndarray]) -> Shares:
+def count_modes(paths: Sequence[Path2D]) -> Shares:
     """Count the sides on which trajectories (T+1, 2) passed the disc."""
     sides = [avoid.mode(path) for path in paths]
     return Shares(sides.count("left"), sides.count("right"), sides.count("none"))
 
 
-def draw(paths: dict[str, list[np.ndarray]], file: Path) -> None:
+def draw(paths: dict[str, list[Path2D]], file: Path) -> None:
     """Draw every policy's trajectories around the disc."""
     columns = 4
     rows = -(-len(paths) // columns)
@@ -122,7 +124,7 @@ def _notes(config: StudyConfig, outcomes: list[Outcome]) -> list[str]:
     return [
         f"`{avoid.STATE_ID}`, 100 scripted demonstrations with action noise 0.1, half of them on either side; "
         f"{6_000 * config.scale:,.0f} gradient steps, chunks of {HORIZON} actions of which {EXECUTED} are executed "
-        f"(the LSTM: one). Seeds {', '.join(map(str, config.seeds))}; {config.episodes} held-out episodes each, the trained "
-        "policy as it is after the last step. Blue in the figure: reached the line; red: did not. Shares are of the "
-        f"episodes that came past the disc. {minutes:.0f} minutes of training on one core each.",
+        f"(the LSTM: one). Seeds {', '.join(map(str, config.seeds))}; {config.episodes} held-out episodes each, the "
+        "trained policy as it is after the last step. Blue in the figure: reached the line; red: did not. Shares are "
+        f"of the episodes that came past the disc. {minutes:.0f} minutes of training on one core each.",
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dprl.diffusion import SolverConfig
+from dprl.experiments.runs import PolicyChoice
 from dprl.networks import MLPConfig, TransformerConfig, UNetConfig
 from dprl.policy import (
     BeTConfig,
@@ -15,7 +16,6 @@ from dprl.policy import (
     IBCConfig,
     LSTMGMMConfig,
     MSEConfig,
-    PolicyConfig,
 )
 
 MLP = DiffusionConfig(num_train_timesteps=50, sampling=SolverConfig("ddim", 10), denoiser=MLPConfig(n_blocks=2))
@@ -35,7 +35,7 @@ DIFFUSION: dict[str, DiffusionConfig] = {
     ),
 }
 
-COMPETITORS: dict[str, PolicyConfig] = {
+COMPETITORS: dict[str, PolicyChoice] = {
     "MSE": MSEConfig(),
     "Gaussian": GaussianConfig(),
     "GMM": GMMConfig(),
@@ -45,10 +45,10 @@ COMPETITORS: dict[str, PolicyConfig] = {
     "IBC": IBCConfig(),
 }
 
-ALL: dict[str, PolicyConfig] = {**DIFFUSION, **COMPETITORS}
+ALL: dict[str, PolicyChoice] = {**DIFFUSION, **COMPETITORS}
 
 
-def with_chunks(config: PolicyConfig, horizon: int, n_action_steps: int) -> PolicyConfig:
+def with_chunks(config: PolicyChoice, horizon: int, n_action_steps: int) -> PolicyChoice:
     """Return `config` with these chunks; an LSTM keeps its single steps, as in robomimic."""
     if isinstance(config, LSTMGMMConfig):
         return config

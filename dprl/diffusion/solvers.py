@@ -167,7 +167,7 @@ def _ddim_step(t: int, signal: float, noise: float, signal_next: float, noise_ne
         one = np.float32(1)
         variance = (one - alpha_bar_next) / (one - alpha_bar) * (one - alpha_bar / alpha_bar_next)
         std = eta * float(np.sqrt(variance))
-        remaining = math.sqrt(max(one - alpha_bar_next - np.float32(std) ** 2, 0.0))
+        remaining = math.sqrt(max(float(one - alpha_bar_next - np.float32(std) ** 2), 0.0))
     noisy = remaining / noise
     return Step(t, noisy, signal_next - noisy * signal, 0.0, std)
 

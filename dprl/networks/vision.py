@@ -18,24 +18,7 @@ from dprl.errors import ConfigError, check, did_you_mean
 from dprl.networks.augment import center_crop, random_crop, random_shift
 from dprl.networks.resnet import ResNetConfig, ResNetEncoder
 from dprl.networks.vit import MIN_PIXELS, SpatialEmbedding, ViT, ViTConfig, n_patches
-
-
-@dataclass(frozen=True)
-class CameraConfig:
-    """One camera's images: (height, width, channels)."""
-
-    name: str
-    """Its key in the observation."""
-    height: int
-    """Pixels."""
-    width: int
-    """Pixels."""
-    channels: int = 3
-    """Colours, times the observation steps where those are stacked."""
-
-    def __post_init__(self) -> None:
-        check(bool(self.name), "name", self.name, "a camera needs a name")
-        validate(self, at_least={"height": 1, "width": 1, "channels": 1})
+from dprl.observations import Camera
 
 
 @dataclass(frozen=True)
@@ -67,7 +50,7 @@ class VisionConfig:
         """The backbone's config."""
         return self.vit if self.backbone == "vit" else self.resnet
 
-    def input_size(self, camera: CameraConfig) -> tuple[int, int]:
+    def input_size(self, camera: Camera) -> tuple[int, int]:
         """Return the height and width in pixels that the backbone sees."""
         return (camera.height, camera.width) if self.crop_size is None else (self.crop_size, self.crop_size)
 
@@ -89,7 +72,7 @@ class ImageEncoder(nn.Module):
         ConfigError: no camera, two of one name, an image too small, or cameras too different to share a backbone.
     """
 
-    def __init__(self, cameras: tuple[CameraConfig, ...], state_size: int, config: VisionConfig) -> None:
+    def __init__(self, cameras: tuple[Camera, ...], state_size: int, config: VisionConfig) -> None:
         super().__init__()
         names = [camera.name for camera in cameras]
         check(len(names) == len(set(names)) > 0, "cameras", names, "must be at least one, with different names")
@@ -173,13 +156,13 @@ class ImageEncoder(nn.Module):
             raise ConfigError(f"state = {found}: the ViT's spatial embedding expected a tensor {size}")
 
 
-def _encoder(camera: CameraConfig, config: VisionConfig) -> nn.Module:
+def _encoder(camera: Camera, config: VisionConfig) -> nn.Module:
     if config.backbone == "resnet":
         return ResNetEncoder(camera.channels, config.resnet)
     return ViT(camera.channels, *config.input_size(camera), config.vit)
 
 
-def _check_camera(camera: CameraConfig, first: CameraConfig, config: VisionConfig) -> None:
+def _check_camera(camera: Camera, first: Camera, config: VisionConfig) -> None:
     """Raise ConfigError where `camera` does not suit `config`; `first` is whose backbone it would share."""
     size, is_vit = config.input_size(camera), config.backbone == "vit"
     shape, first_shape = ((c.height, c.width, c.channels) for c in (camera, first))

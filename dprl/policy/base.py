@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from dprl import checkpoint
 from dprl.config import from_json, to_json, validate
 from dprl.errors import CheckpointError, ConfigError, check
-from dprl.networks.vision import CameraConfig as Camera
 from dprl.networks.vision import ImageEncoder, VisionConfig
-from dprl.observations import IMAGES, STATE, TensorObservation, batch_size, map_parts
+from dprl.observations import STATE, Camera, TensorObservation, batch_size, map_parts
 from dprl.policy.control import InferenceConfig, PredictState, RecedingHorizon
 from dprl.policy.normalize import MinMaxNormalizer
 from dprl.seeding import seeded_init
@@ -183,7 +182,7 @@ class Policy(nn.Module, ABC):
         if self.encoder is None:
             assert state is not None
             return state
-        images = {camera.name: parts[IMAGES + camera.name] for camera in self.features.cameras}
+        images = {camera.name: parts[camera.part] for camera in self.features.cameras}
         batch, steps = next(iter(images.values())).shape[:2]
         flat = {name: image.flatten(0, 1) for name, image in images.items()}
         seen = self.encoder(flat, None if state is None else state.flatten(0, 1), generator)
@@ -288,7 +287,7 @@ class Policy(nn.Module, ABC):
         shapes: dict[str, tuple[int, ...]] = {}
         if self.features.observation_size:
             shapes[STATE] = (self.features.observation_size,)
-        return shapes | {IMAGES + c.name: (c.height, c.width, c.channels) for c in self.features.cameras}
+        return shapes | {camera.part: camera.shape for camera in self.features.cameras}
 
     def blank_observation(self, n: int) -> TensorObservation:
         """Return `n` observations that are all zero, of the right shapes: (n, O, D), or named parts."""

@@ -8,7 +8,7 @@ Shapes: B samples, O observation steps, H actions of a chunk, A action size, C b
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +65,9 @@ class CategoricalPolicy(_Explicit):
         return self._chunk_size * self.config.n_bins
 
     def _logits(self, obs: TensorObservation, generator: torch.Generator | None = None) -> Tensor:
-        return self._outputs(obs, generator).unflatten(
-            -1, (self.config.horizon, self.features.action_size, self.config.n_bins)
-        )
+        shape = (self.config.horizon, self.features.action_size, self.config.n_bins)
+        logits: Tensor = self._outputs(obs, generator).unflatten(-1, shape)
+        return logits
 
     def loss(
         self, obs: TensorObservation, actions: Tensor, *, valid: Tensor | None = None, generator: torch.Generator
@@ -162,4 +162,4 @@ def kmeans(points: Tensor, n_clusters: int, generator: torch.Generator) -> Tenso
         if moved.equal(centers):
             break
         centers = moved
-    return cast("Tensor", centers)
+    return centers

@@ -92,8 +92,10 @@ class DiffusionPolicy(Policy):
         if isinstance(denoiser, str):
             known = denoiser in DENOISERS
             check(known, "denoiser", denoiser, f"must be one of {list(DENOISERS)}.{did_you_mean(denoiser, DENOISERS)}")
-            denoiser = DENOISERS[denoiser].config()
-        return super().for_dataset(data, replace(config, denoiser=denoiser or config.denoiser), seed=seed)
+            config = replace(config, denoiser=DENOISERS[denoiser].config())
+        elif denoiser is not None:
+            config = replace(config, denoiser=denoiser)
+        return super().for_dataset(data, config, seed=seed)
 
     def denoiser_at(self, timestep: int) -> nn.Module:
         """Return the network that the training timestep belongs to."""

@@ -89,8 +89,8 @@ class LSTMGMMConfig(GMMConfig):
 class _Explicit(Policy):
     """A trunk from observations to `n_outputs` numbers."""
 
-    name = "explicit"
     config: ExplicitConfig
+    net: nn.Module
 
     def _build(self, feature_size: int) -> None:
         config = self.config
@@ -111,7 +111,8 @@ class _Explicit(Policy):
 
     def _chunk(self, values: Tensor) -> Tensor:
         """(..., H·A) -> (..., H, A)."""
-        return values.unflatten(-1, (self.config.horizon, self.features.action_size))
+        chunk: Tensor = values.unflatten(-1, (self.config.horizon, self.features.action_size))
+        return chunk
 
 
 class MSEPolicy(_Explicit):
@@ -138,20 +139,12 @@ class MSEPolicy(_Explicit):
         return self.action_normalizer.unnormalize(self._chunk(self._outputs(self.checked(obs))))
 
 
-class GMMPolicy(_Explicit):
+class _Mixture(_Explicit):
     """Outputs logits, means and standard deviations of M modes."""
 
-    name = "gmm"
-    config_class = GMMConfig
-    config: GMMConfig
-
-    @property
-    def _n_modes(self) -> int:
-        return self.config.n_modes
-
-    @property
-    def _low_noise(self) -> bool:
-        return self.config.low_noise_sampling
+    config: GaussianConfig
+    _n_modes = 1
+    _low_noise = False
 
     def _n_outputs(self) -> int:
         return self._n_modes * (1 + 2 * self._chunk_size)
@@ -194,20 +187,23 @@ class GMMPolicy(_Explicit):
         return self.action_normalizer.unnormalize(chunk)
 
 
-class GaussianPolicy(GMMPolicy):
-    """One mode, always sampled with its spread."""
+class GaussianPolicy(_Mixture):
+    """One mode, sampled with its spread."""
 
     name = "gaussian"
     config_class = GaussianConfig
-    config: GaussianConfig  # type: ignore[assignment]
 
-    @property
-    def _n_modes(self) -> int:
-        return 1
 
-    @property
-    def _low_noise(self) -> bool:
-        return False
+class GMMPolicy(_Mixture):
+    """M modes."""
+
+    name = "gmm"
+    config_class = GMMConfig
+    config: GMMConfig
+
+    def _build(self, feature_size: int) -> None:
+        self._n_modes, self._low_noise = self.config.n_modes, self.config.low_noise_sampling
+        super()._build(feature_size)
 
 
 class LSTMGMMPolicy(GMMPolicy):
@@ -219,6 +215,7 @@ class LSTMGMMPolicy(GMMPolicy):
 
     def _build(self, feature_size: int) -> None:
         config = self.config
+        self._n_modes, self._low_noise = config.n_modes, config.low_noise_sampling
         self.lstm = nn.LSTM(feature_size, config.hidden_size, config.n_layers, batch_first=True)
         self.net = nn.Linear(config.hidden_size, self._n_outputs())
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dprl.observations import map_parts, put, take
-from dprl.spec import BatchedEnv, ChunkStep, EnvSpec, EnvState, FloatArray, IntArray, Observation
+from dprl.observations import Observation, map_parts, put, take
+from dprl.spec import BatchedEnv, ChunkStep, EnvSpec, EnvState, FloatArray, IntArray
 
 
 @dataclass

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from dprl.agents import DPPO, DPPOConfig
 from dprl.mdp import DenoisingMDP
-from dprl.policy import DiffusionPolicy, PolicyConfig
+from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
 from dprl.rollout import InProcessPool
 from dprl.seeding import torch_generator
 from dprl.spec import build, env_seeds, resolve
@@ -39,8 +39,8 @@ class ThroughputConfig:
 def main(config: ThroughputConfig) -> None:
     """Print the table."""
     spec = resolve(config.env)
-    policy = DiffusionPolicy(PolicyConfig(spec.observation_size, spec.action_size, num_train_timesteps=10))
-    steps = config.n_envs * config.n_steps * policy.config.n_action_steps
+    policy = DiffusionPolicy(Features(spec.observation_size, spec.action_size), DiffusionConfig(num_train_timesteps=10))
+    steps = config.n_envs * config.n_steps * policy.n_action_steps
     rng = np.random.default_rng(0)
     table = Table("what", "seconds", "environment steps/s", "times the simulator alone", title=config.env, box=None)
 
@@ -53,7 +53,7 @@ def main(config: ThroughputConfig) -> None:
 
     env = build(spec, env_seeds(0, config.n_envs))
     env.reset()
-    shape = (config.n_envs, policy.config.n_action_steps, spec.action_size)
+    shape = (config.n_envs, policy.n_action_steps, spec.action_size)
 
     def simulate() -> None:
         for _ in range(config.n_steps):
@@ -75,7 +75,7 @@ def main(config: ThroughputConfig) -> None:
 
 
 def _infer(mdp: DenoisingMDP, config: ThroughputConfig) -> None:
-    obs = torch.zeros(config.n_envs, 1, mdp.policy.config.observation_size)
+    obs = torch.zeros(config.n_envs, 1, mdp.policy.features.observation_size)
     generator = torch_generator(0, "benchmark")
     for _ in range(config.n_steps):
         mdp.sample(obs, generator)

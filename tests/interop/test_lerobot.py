@@ -12,7 +12,8 @@ from dprl.checkpoint import load_tensors
 from dprl.errors import CheckpointError
 from dprl.interop.lerobot import foreign_rgb_encoder_state, resnet_state, rgb_encoder_state
 from dprl.networks.resnet import ResNet18, ResNetConfig, ResNetEncoder
-from dprl.networks.vision import CameraConfig, ImageEncoder, VisionConfig
+from dprl.networks.vision import ImageEncoder, VisionConfig
+from dprl.observations import Camera
 
 ARCHIVE = Path(__file__).resolve().parents[3] / "shared/fixtures/checkpoints/lerobot_image.tar.xz"
 SMALL = ResNetConfig(n_keypoints=4, base_channels=16)
@@ -63,7 +64,7 @@ def test_same_condition_as_a_lerobot_policy(tmp_path):
     vision = VisionConfig("resnet", augmentation="crop", crop_size=size, resnet=backbone)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        encoder = ImageEncoder((CameraConfig("image", height, width, channels),), 0, vision)
+        encoder = ImageEncoder((Camera("image", height, width, channels),), 0, vision)
     weights = load_tensors(folder / "model.safetensors")
     encoder.encoders[0].load_state_dict(rgb_encoder_state(weights, "diffusion.rgb_encoder."))
 

@@ -8,13 +8,14 @@ import torch
 from dprl.config import from_json, to_json
 from dprl.errors import ConfigError
 from dprl.networks.resnet import ResNetConfig
-from dprl.networks.vision import CameraConfig, ImageEncoder, VisionConfig
+from dprl.networks.vision import ImageEncoder, VisionConfig
 from dprl.networks.vit import ViTConfig
+from dprl.observations import Camera
 
 RESNET = ResNetConfig(n_keypoints=3, max_stride=8, base_channels=16)
 VIT = ViTConfig(embedding_size=16, n_layers=1, n_heads=2, spatial_size=6)
 BACKBONES = [RESNET, VIT]
-FRONT, WRIST = CameraConfig("front", 26, 32), CameraConfig("wrist", 26, 32)
+FRONT, WRIST = Camera("front", 26, 32), Camera("wrist", 26, 32)
 B, S = 5, 4
 
 
@@ -135,12 +136,12 @@ def test_the_state_reaches_the_vit():
 
 
 def test_cameras_of_different_sizes():
-    small = CameraConfig("wrist", 24, 24, channels=1)
+    small = Camera("wrist", 24, 24, channels=1)
     for backbone in BACKBONES:
         assert make(backbone, (FRONT, small), shared=False)(*observe(FRONT, small)).shape == (B, 12)
     with pytest.raises(ConfigError, match=r"camera 'wrist' has images \(24, 24, 1\).*shared = False"):
         make(RESNET, (FRONT, small))
-    colour = CameraConfig("wrist", 24, 24)
+    colour = Camera("wrist", 24, 24)
     assert make(RESNET, (FRONT, colour))(*observe(FRONT, colour)).shape == (B, 12)
     with pytest.raises(ConfigError, match=r"camera 'wrist' has images \(24, 24, 3\).*shared = False"):
         make(VIT, (FRONT, colour))
@@ -182,7 +183,7 @@ def test_a_wrong_state_is_refused(state):
     [
         ((), {}, "cameras = "),
         ((FRONT, FRONT), {}, "cameras = .'front', 'front'"),
-        ((CameraConfig("front", 48, 20),), {}, r"camera 'front' gives a ViT \(48, 20\) pixels"),
+        ((Camera("front", 48, 20),), {}, r"camera 'front' gives a ViT \(48, 20\) pixels"),
         ((FRONT,), {"augmentation": "crop", "crop_size": 20}, r"camera 'front' gives a ViT \(20, 20\) pixels"),
         ((FRONT,), {"augmentation": "crop", "crop_size": 28}, r"crop_size = 28: camera 'front'.*\(26, 32, 3\)"),
     ],
@@ -210,7 +211,7 @@ def test_a_wrong_setting_is_refused_by_name(settings, message):
 @pytest.mark.parametrize("camera", [{"name": ""}, {"height": 0}, {"width": -1}, {"channels": 0}])
 def test_a_wrong_camera_is_refused_by_name(camera):
     with pytest.raises(ConfigError, match=f"{next(iter(camera))} = "):
-        CameraConfig(**({"name": "front", "height": 26, "width": 32} | camera))
+        Camera(**({"name": "front", "height": 26, "width": 32} | camera))
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -221,7 +222,7 @@ def test_the_config_survives_json(backbone):
 
 def test_a_map_of_one_pixel_is_worth_a_warning():
     with pytest.warns(UserWarning, match="camera 'front': max_stride = 32 leaves one pixel"):
-        make(ResNetConfig(base_channels=16), (CameraConfig("front", 32, 32),))
+        make(ResNetConfig(base_channels=16), (Camera("front", 32, 32),))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make(RESNET)
