@@ -17,7 +17,7 @@ if (_checkout / "setup.py").is_file() and (_checkout / "agents").is_dir():
     __path__.append(str(_checkout))
 
 from dprl.mdp import Chain, DenoisingMDP  # noqa: E402
-from dprl.policy import DiffusionPolicy, PolicyConfig  # noqa: E402
+from dprl.policy import DiffusionConfig, DiffusionPolicy, Features, Policy  # noqa: E402
 
 if TYPE_CHECKING:
     from dprl.data import Episodes, load_dataset
@@ -34,9 +34,11 @@ _LAZY = {
 __all__ = [
     "Chain",
     "DenoisingMDP",
+    "DiffusionConfig",
     "DiffusionPolicy",
     "Episodes",
-    "PolicyConfig",
+    "Features",
+    "Policy",
     "RayPool",
     "load_dataset",
     "make",

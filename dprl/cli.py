@@ -69,7 +69,7 @@ def demo(
 
 @app.command
 def experiment(
-    name: tyro.conf.Positional[Literal["multimodal", "imitation", "horizons", "solvers"]],
+    name: tyro.conf.Positional[Literal["multimodal", "imitation", "horizons", "solvers", "vision", "score-field"]],
     config: Annotated[StudyConfig, Flat],
     *,
     quiet: Quiet = False,

@@ -7,6 +7,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, TypeVar, cast
 
 from dprl.errors import ConfigError, check, did_you_mean
@@ -37,7 +38,7 @@ def from_json(cls: type[T], data: Any, where: str) -> T:
     for key in data:
         if key not in fields:
             raise ConfigError(f"{where}: unknown key '{key}' for {cls.__name__}.{did_you_mean(key, fields)}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     values = {key: _convert(hints[key], value, f"{where}: {key}") for key, value in data.items()}
     missing = [
         name
@@ -65,7 +66,7 @@ def validate(
     Raises:
         ConfigError: naming field, value and what would be right.
     """
-    for name, hint in typing.get_type_hints(type(config)).items():
+    for name, hint in _hints(type(config)).items():
         value = getattr(config, name)
         _convert(hint, value, name)
         if isinstance(value, float):
@@ -75,6 +76,12 @@ def validate(
         check(value is None or value >= bound, name, value, f"must be at least {bound}")
     for name, bound in (above or {}).items():
         check(getattr(config, name) > bound, name, getattr(config, name), f"must be above {bound}")
+
+
+@lru_cache
+def _hints(cls: type) -> dict[str, Any]:
+    """Types of a dataclass's fields. Cached: configs are also made while a policy acts."""
+    return typing.get_type_hints(cls)
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

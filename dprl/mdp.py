@@ -105,12 +105,12 @@ class DenoisingMDP:
         draws = torch.randn(shape, generator=generator, device=generator.device).to(policy.device)
         draws[1:] = draws[1:].clamp(-explore.noise_clip, explore.noise_clip)
         x, chain = draws[0], []
+        known = iter(policy.prepare_steps([step.timestep for step in reversed(self._grid)], condition))
         for k in reversed(range(len(self._grid))):
             step = self._grid[k]
             if k == self.tuned_steps - 1:
                 chain.append(x)
-            t = policy.schedule.timesteps[step.timestep : step.timestep + 1]
-            prediction = policy.denoiser_at(step.timestep)(x, t, condition)
+            prediction = policy.denoiser_at(step.timestep).denoise(x, next(known))
             clean = policy.schedule.predict_clean(x, prediction, step.timestep, policy.config.clip_sample)
             std = max(step.std, explore.min_sampling_std)
             x = torch.add(step.noisy * x, clean, alpha=step.clean).add_(draws[-1 - k], alpha=std)

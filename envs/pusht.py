@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dprl.errors import EnvError, MissingDependencyError
-from dprl.observations import STATE
-from dprl.spec import Camera, EnvOptions, EnvSpec, FloatArray
+from dprl.observations import STATE, Camera
+from dprl.spec import EnvOptions, EnvSpec, FloatArray
 
 STATE_ID, KEYPOINTS_ID, PIXELS_ID = IDS = ("pusht/state", "pusht/keypoints", "pusht/pixels")
 OBSERVATION_SIZES = {STATE_ID: 5, KEYPOINTS_ID: 18, PIXELS_ID: 2}
@@ -172,8 +172,9 @@ SLOP, RECOVERY = 0.1, 0.0612  # Chipmunk pushes overlapping bodies apart by 6.12
 
 FOLLOWING, FOLLOWING_LENGTHS = 60, 4  # second pushes that are looked at after each first one
 KEPT = 150  # first pushes that are looked at
-FAN, FAN_ANGLE, FAN_EVERY = 24, 1.3, 3  # pushes from where the disc is now, and how far from the block they turn
+FAN, FAN_ANGLE, FAN_EVERY = 24, 1.3, 4  # pushes from where the disc is now, and how far from the block they turn
 FAN_REACH = 14.0  # how near the block it must be
+AIMS = 7.5, 20.0  # distance and spacing of the points around the block for which more of them make
 
 ROUTE_DISTANCE = 24.0  # of the way around the block from its outline
 MARGIN = 3.0  # that the disc keeps on its way
@@ -209,6 +210,7 @@ class PushingExpert:
         self._between = _ways(self._corner, self._corner)  # (W, W)
         self._to_start = _ways(self._corner, self._start)  # (W, P)
 
+        self._aims = _offset_outline(*AIMS)[0]
         second = np.arange(FOLLOWING) * len(self._start) // FOLLOWING
         stops = np.geomspace(3, len(self._length), FOLLOWING_LENGTHS).astype(np.int64) - 1
         scaled = self._motion[second][:, stops] * (1, 1, GYRATION)
@@ -253,7 +255,7 @@ class PushingExpert:
         # Pushes from where the disc is.
         ends = self._start[:0]
         if _clearance(disc) < DISC_RADIUS + FAN_REACH:
-            motion, way, ends = _fan(disc, goal, far=error > CLOSE, smallest=min(smallest, 1.0))
+            motion, way, ends = _fan(disc, self._aims, goal, far=error > CLOSE, smallest=min(smallest, 1.0))
             motions.append(motion)
             costs.append(way)
             near.append(np.full(len(way), ((self._start - disc) ** 2).sum(axis=1).argmin()))
@@ -370,17 +372,22 @@ def push(start: Array, direction: Array, step: float, n: int) -> Array:
     return motion.transpose(2, 0, 1)
 
 
-def _fan(disc: Array, goal: Array, *, far: bool, smallest: float) -> tuple[Array, Array, Array]:
-    """Return motions (M, 3), ways (M,) and ends (M, 2) of pushes from `disc`, of few lengths and of the best."""
+def _fan(disc: Array, aims: Array, goal: Array, *, far: bool, smallest: float) -> tuple[Array, Array, Array]:
+    """Return motions (M, 3), ways (M,) and ends (M, 2) of pushes from `disc`, of few lengths and of the best.
+
+    Directions that are regular around the disc are others after its next step; those to points that stand still, `aims`
+    (n, 2), let it go on as it began.
+    """
     step, n = (3.0, 40) if far else (2.0, 24)
     x, y = _to_block(disc)
-    angle = np.arctan2(y, x) + np.linspace(-FAN_ANGLE, FAN_ANGLE, FAN)
+    around = np.arctan2(y, x) + np.linspace(-FAN_ANGLE, FAN_ANGLE, FAN)
+    angle = np.concatenate([around, np.arctan2(*(aims - disc).T[::-1])])
     direction = np.column_stack([np.cos(angle), np.sin(angle)])
-    motion = push(np.tile(disc, (FAN, 1)), direction, step, n)
-    way = np.broadcast_to(step * np.arange(1, n + 1), (FAN, n))
-    wanted = np.zeros((FAN, n), np.bool_)
+    motion = push(np.tile(disc, (len(angle), 1)), direction, step, n)
+    way = np.broadcast_to(step * np.arange(1, n + 1), motion.shape[:2])
+    wanted = np.zeros(motion.shape[:2], np.bool_)
     wanted[:, FAN_EVERY - 1 :: FAN_EVERY] = True
-    wanted[np.arange(FAN), (way + _cost_to_go(_size(motion - goal))).argmin(axis=1)] = True
+    wanted[np.arange(len(angle)), (way + _cost_to_go(_size(motion - goal))).argmin(axis=1)] = True
     wanted &= _size(motion) >= smallest
     ends = disc + direction[:, None] * way[..., None]
     return motion[wanted], way[wanted], ends[wanted]

@@ -62,6 +62,8 @@ STUDIES = {
         "dprl.experiments.horizons",
         "success against executed actions, closed to open loop, and horizon",
     ),
+    "vision": ("dprl.experiments.vision", "image encoders where disc and goal must be seen, and blindfolded"),
+    "score-field": ("dprl.experiments.score_field", "what a denoiser learns of a 2-D distribution, drawn"),
     "solvers": ("dprl.experiments.solvers", "success and latency against solver and number of steps"),
 }
 

@@ -22,7 +22,7 @@ MLP = DiffusionConfig(num_train_timesteps=50, sampling=SolverConfig("ddim", 10),
 
 DIFFUSION: dict[str, DiffusionConfig] = {
     "diffusion, MLP": MLP,
-    "diffusion, U-Net": replace(MLP, denoiser=UNetConfig(down_dims=(32, 64), time_size=16)),
+    "diffusion, U-Net": replace(MLP, denoiser=UNetConfig(down_dims=(24, 48), time_size=16)),
     "diffusion, transformer": replace(
         MLP, denoiser=TransformerConfig(n_layers=2, embedding_size=64, attention_dropout=0.1)
     ),

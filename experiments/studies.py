@@ -49,6 +49,8 @@ class Look:
     episodes: int = 100
     keep_paths: bool = False
     """Also keep every trajectory's states."""
+    blind: bool = False
+    """Show the policy black images."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,8 @@ def _run_cell(cell: Cell, config: StudyConfig) -> None:
         policy = Policy.from_pretrained(folder)
         if look.n_action_steps is not None:
             policy.set_n_action_steps(look.n_action_steps)
+        if look.blind:
+            _blindfold(policy)
         seed = HELD_OUT + pretrain.seed
         result = evaluate(policy, spec, look.episodes, seed, inference=look.inference)
         if look.keep_paths:
@@ -171,6 +175,17 @@ def _run_cell(cell: Cell, config: StudyConfig) -> None:
     file = _result_file(config, cell)
     file.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(file, {"looks": looks})
+
+
+def _blindfold(policy: Policy) -> None:
+    """Let the encoder see black images from now on."""
+    assert policy.encoder is not None
+
+    def blacken(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        images, *rest = inputs
+        return ({name: torch.zeros_like(image) for name, image in images.items()}, *rest)
+
+    policy.encoder.register_forward_pre_hook(blacken)
 
 
 def _training_seconds(folder: Path, fallback: float) -> float:

@@ -109,6 +109,7 @@ class NoiseSchedule(nn.Module):
         }
         for name, table in tables.items():
             self.register_buffer(name, table.float() if table.is_floating_point() else table, persistent=False)
+        self._inverse = list(zip(*(table.float().tolist() for table in inverse), strict=True))
 
     def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return x_t = signal_t x_0 + noise_t ε: (B, H, A) and (B,) -> (B, H, A)."""
@@ -122,9 +123,13 @@ class NoiseSchedule(nn.Module):
 
     def predict_clean(self, noisy: Tensor, prediction: Tensor, t: Tensor | int, clip: float | None) -> Tensor:
         """Return the x_0 that `prediction` implies, clamped to ±`clip`: (B, H, A), t (B,) or one -> (B, H, A)."""
-        clean = torch.addcmul(self._at("from_noisy", t) * noisy, self._at("from_prediction", t), prediction)
+        if isinstance(t, int):  # one level for all, as in sampling: plain numbers, which are faster
+            from_noisy, from_prediction = self._inverse[t]
+            clean = torch.add(from_noisy * noisy, prediction, alpha=from_prediction)
+        else:
+            clean = self._at("from_noisy", t) * noisy + self._at("from_prediction", t) * prediction
         return clean if clip is None else clean.clamp(-clip, clip)
 
-    def _at(self, table: str, t: Tensor | int) -> Tensor:
+    def _at(self, table: str, t: Tensor) -> Tensor:
         values: Tensor = getattr(self, table)
-        return values[t] if isinstance(t, int) else values[t][:, None, None]
+        return values[t][:, None, None]

@@ -1,5 +1,6 @@
 """Networks: denoisers, image encoders, critics, and the one Polyak average."""
 
+from dprl.networks.denoiser import Denoiser
 from dprl.networks.denoisers import DENOISERS, DenoiserConfig, build_denoiser
 from dprl.networks.mlp import DenoisingMLP, MLPConfig, ResidualMLP, ValueNet
 from dprl.networks.optim import weight_decay_groups
@@ -11,6 +12,7 @@ from dprl.networks.vision import ImageEncoder, VisionConfig
 __all__ = [
     "DENOISERS",
     "ConditionalUNet1D",
+    "Denoiser",
     "DenoiserConfig",
     "DenoisingMLP",
     "DenoisingTransformer",

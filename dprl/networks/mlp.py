@@ -7,8 +7,10 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from dprl.config import validate
+from dprl.networks.denoiser import Denoiser
 from dprl.networks.timestep import TimestepEmbedding, check_time_size
 
 Activation = Literal["relu", "mish"]
@@ -54,8 +56,8 @@ class ResidualMLP(nn.Sequential):
         super().__init__(nn.Linear(n_inputs, hidden), *blocks, nn.Linear(hidden, n_outputs))
 
 
-class DenoisingMLP(nn.Module):
-    """Predicts the noise in a chunk from [flattened chunk, timestep embedding, condition]."""
+class DenoisingMLP(Denoiser):
+    """Predicts from [flattened chunk, timestep embedding, condition]."""
 
     def __init__(self, horizon: int, action_size: int, n_obs_steps: int, feature_size: int, config: MLPConfig) -> None:
         super().__init__()
@@ -63,11 +65,21 @@ class DenoisingMLP(nn.Module):
         self.time = TimestepEmbedding(config.time_size, 2 * config.time_size)
         self.net = ResidualMLP(n_inputs, horizon * action_size, config.hidden_size, config.n_blocks, config.activation)
 
-    def forward(self, noisy_actions: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
-        """(B, H, A), (B,) or (1,) for one timestep for all, (B, O, F) -> (B, H, A)."""
-        time = self.time(timestep).expand(len(noisy_actions), -1)
-        prediction = self.net(torch.cat([noisy_actions.flatten(1), time, condition.flatten(1)], dim=-1))
-        return cast("Tensor", prediction.view_as(noisy_actions))
+    def prepare(self, timestep: Tensor, condition: Tensor) -> Tensor:
+        """What timestep and condition add to the first layer: (B,) or (1,), (B, O, F) -> (B, hidden)."""
+        first = self.net[0]
+        time = self.time(timestep).expand(len(condition), -1)
+        known = torch.cat([time, condition.flatten(1)], dim=-1)
+        return linear(known, first.weight[:, -known.shape[1] :], first.bias)
+
+    def denoise(self, noisy_actions: Tensor, prepared: Tensor) -> Tensor:
+        """See `Denoiser.denoise`."""
+        first, *rest = self.net
+        flat = noisy_actions.flatten(1)
+        x = torch.addmm(prepared, flat, first.weight[:, : flat.shape[1]].t())
+        for layer in rest:
+            x = layer(x)
+        return cast("Tensor", x.view_as(noisy_actions))
 
 
 class ValueNet(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dprl.config import validate
 from dprl.errors import check
+from dprl.networks.denoiser import Denoiser
 from dprl.networks.timestep import SinusoidalEmbedding, check_time_size
 
 
@@ -30,7 +31,10 @@ class TransformerConfig:
     attention_dropout: float = 0.3
     """Dropout within the layers: of attention weights, and of what each sub-layer adds."""
     causal: bool = True
-    """Whether an action sees no later action, and no later observation, than itself."""
+    """Whether an action sees no later action than itself."""
+    masks_observations: bool = False
+    """Whether action t sees only observations 0 to t, as in Diffusion Policy's code, whose chunks begin at the first
+    observation. Chunks here begin at the latest one, so every action may see all of them."""
 
     def __post_init__(self) -> None:
         validate(self, at_least={"n_layers": 1, "n_heads": 1, "n_condition_layers": 0})
@@ -54,7 +58,7 @@ def memory_mask(horizon: int, n_obs_steps: int) -> Tensor:
     return torch.full((horizon, 1 + n_obs_steps), -torch.inf).triu(2)
 
 
-class DenoisingTransformer(nn.Module):
+class DenoisingTransformer(Denoiser):
     """Predicts the noise in a chunk with a pre-norm transformer decoder over its actions.
 
     Args:
@@ -95,7 +99,7 @@ class DenoisingTransformer(nn.Module):
         self.ln_f = nn.LayerNorm(size)
         self.head = nn.Linear(size, action_size)
         self.register_buffer("mask", causal_mask(horizon) if config.causal else None, persistent=False)
-        visible = memory_mask(horizon, n_obs_steps) if config.causal else None
+        visible = memory_mask(horizon, n_obs_steps) if config.masks_observations else None
         self.register_buffer("memory_mask", visible, persistent=False)
         self._initialise()
 
@@ -107,11 +111,14 @@ class DenoisingTransformer(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, noisy_actions: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
-        """(B, H, A), (B,) or (1,) for one timestep for all, (B, O, F) -> (B, H, A)."""
-        time = self.time_emb(timestep).expand(len(noisy_actions), -1)[:, None]  # (B, 1, size)
-        tokens = torch.cat([time, self.cond_obs_emb(condition)], dim=1) + self.cond_pos_emb  # (B, 1 + O, size)
-        memory = self.encoder(self.dropout(tokens))
+    def prepare(self, timestep: Tensor, condition: Tensor) -> Tensor:
+        """The condition's tokens, encoded: (B,) or (1,), (B, O, F) -> (B, 1 + O, size)."""
+        time = self.time_emb(timestep).expand(len(condition), -1)[:, None]
+        tokens = torch.cat([time, self.cond_obs_emb(condition)], dim=1) + self.cond_pos_emb
+        return cast("Tensor", self.encoder(self.dropout(tokens)))
+
+    def denoise(self, noisy_actions: Tensor, prepared: Tensor) -> Tensor:
+        """See `Denoiser.denoise`."""
         x = self.dropout(self.input_emb(noisy_actions) + self.pos_emb)  # (B, H, size)
-        x = self.decoder(x, memory, self.mask, self.memory_mask, tgt_is_causal=self.mask is not None)
+        x = self.decoder(x, prepared, self.mask, self.memory_mask, tgt_is_causal=self.mask is not None)
         return cast("Tensor", self.head(self.ln_f(x)))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dprl.config import validate
 from dprl.errors import check
+from dprl.networks.denoiser import Denoiser
 from dprl.networks.timestep import TimestepEmbedding, check_time_size
 
 
@@ -89,7 +90,7 @@ class Level(nn.ModuleList):
         return x
 
 
-class ConditionalUNet1D(nn.Module):
+class ConditionalUNet1D(Denoiser):
     """Predicts the noise in a chunk with convolutions over time.
 
     Any horizon works: one that is not a multiple of 2 ** (levels - 1) has its last action repeated up to the next
@@ -130,12 +131,14 @@ class ConditionalUNet1D(nn.Module):
             nn.Conv1d(dims[0], action_size, 1),
         )
 
-    def forward(self, noisy_actions: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
-        """(B, H, A), (B,) or (1,) for one timestep for all, (B, O, F) -> (B, H, A)."""
-        batch, horizon, _ = noisy_actions.shape
-        condition = torch.cat([self.time(timestep).expand(batch, -1), condition.flatten(1)], dim=1)
-        if self.activates:
-            condition = F.mish(condition)
+    def prepare(self, timestep: Tensor, condition: Tensor) -> Tensor:
+        """[timestep embedding, condition], activated where the blocks expect it: (B, time + O·F)."""
+        known = torch.cat([self.time(timestep).expand(len(condition), -1), condition.flatten(1)], dim=1)
+        return F.mish(known) if self.activates else known
+
+    def denoise(self, noisy_actions: Tensor, prepared: Tensor) -> Tensor:
+        """See `Denoiser.denoise`."""
+        horizon, condition = noisy_actions.shape[1], prepared
         x = pad_to_multiple(noisy_actions.transpose(1, 2), self.multiple)  # (B, A, L)
         skips = []
         for level, downsample in zip(self.down, self.downsample, strict=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -17,7 +18,7 @@ from dprl.config import validate
 from dprl.diffusion import NoiseSchedule, ScheduleConfig, SolverConfig, Step, n_draws, solve, solver_steps
 from dprl.diffusion.solvers import SolverName, Spacing
 from dprl.errors import CheckpointError, check, did_you_mean
-from dprl.networks import DENOISERS, DenoiserConfig, MLPConfig, build_denoiser
+from dprl.networks import DENOISERS, Denoiser, DenoiserConfig, MLPConfig, build_denoiser
 from dprl.observations import TensorObservation, batch_size
 from dprl.policy.base import CONFIG_FILE, Policy, PolicyConfig, masked_mean
 from dprl.policy.control import InferenceConfig
@@ -68,7 +69,7 @@ class DiffusionPolicy(Policy):
         self.base = build_denoiser(
             config.denoiser, config.horizon, self.features.action_size, config.n_obs_steps, feature_size
         )
-        self.tuned: nn.Module | None = None
+        self.tuned: Denoiser | None = None
         self.tuned_below = 0
 
     @classmethod
@@ -97,7 +98,7 @@ class DiffusionPolicy(Policy):
             config = replace(config, denoiser=denoiser)
         return super().for_dataset(data, config, seed=seed)
 
-    def denoiser_at(self, timestep: int) -> nn.Module:
+    def denoiser_at(self, timestep: int) -> Denoiser:
         """Return the network that the training timestep belongs to."""
         return self.tuned if self.tuned is not None and timestep < self.tuned_below else self.base
 
@@ -161,7 +162,7 @@ class DiffusionPolicy(Policy):
             ConfigError: unknown solver, or a shape that does not fit.
         """
         obs = self.checked(obs)
-        steps = self._steps(SolverConfig(solver, num_inference_steps, eta, timestep_spacing))
+        steps = self._steps(_solver_config(solver, num_inference_steps, eta, timestep_spacing))
         shape = (n_draws(steps), batch_size(obs), *self._chunk_shape)
         draws = self._noise(shape, generator) if noise is None else noise
         check(draws.shape == shape, "noise", tuple(draws.shape), f"must have the shape {shape}")
@@ -207,15 +208,27 @@ class DiffusionPolicy(Policy):
         condition, clip = self.condition(obs), self.config.clip_sample
         schedule = self.schedule
 
+        known = iter(self.prepare_steps([step.timestep for step in steps], condition))
+
         def predict(noisy: Tensor, timestep: int) -> Tensor:
-            t = schedule.timesteps[timestep : timestep + 1]
-            return schedule.predict_clean(noisy, self.denoiser_at(timestep)(noisy, t, condition), timestep, clip)
+            prediction = self.denoiser_at(timestep).denoise(noisy, next(known))
+            return schedule.predict_clean(noisy, prediction, timestep, clip)
 
         return self.action_normalizer.unnormalize(solve(steps, predict, x, draws, temperature))
 
+    def prepare_steps(self, timesteps: list[int], condition: Tensor) -> list[Tensor]:
+        """Let the networks prepare what is the same at every step, for descending `timesteps`: n tensors (B, ...)."""
+        n_base = sum(self.denoiser_at(t) is self.base for t in timesteps)
+        grid = self.schedule.timesteps[timesteps]
+        prepared: list[Tensor] = []
+        for network, part in ((self.base, grid[:n_base]), (self.tuned, grid[n_base:])):
+            if network is not None and len(part):
+                prepared += network.prepare_steps(part, condition)
+        return prepared
+
     def _steps(self, solver: SolverConfig) -> tuple[Step, ...]:
         """The solver's steps; the policy's own way where nothing is asked for."""
-        return solver_steps(self.schedule.config, solver.over(self.config.sampling))
+        return _resolved(self.schedule.config, self.config.sampling, solver)
 
     def _noise(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
         source = self.device if generator is None else generator.device
@@ -234,6 +247,15 @@ class DiffusionPolicy(Policy):
             raise CheckpointError(f"{CONFIG_FILE}: tuned_below = {tuned_below!r}: must be 0 to {steps}")
         if tuned_below:
             self.tune_below(tuned_below)
+
+
+# Both are cached because a policy decides many times a second.
+_solver_config = lru_cache(maxsize=256)(SolverConfig)
+
+
+@lru_cache(maxsize=256)
+def _resolved(schedule: ScheduleConfig, own: SolverConfig, asked: SolverConfig) -> tuple[Step, ...]:
+    return solver_steps(schedule, asked.over(own))
 
 
 def denoising_loss(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,16 +13,22 @@ class MinMaxNormalizer(nn.Module):
 
     low: Tensor
     high: Tensor
+    _middle: Tensor
+    _half: Tensor
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.register_buffer("low", -torch.ones(size))
         self.register_buffer("high", torch.ones(size))
+        self.register_buffer("_middle", torch.zeros(size), persistent=False)
+        self.register_buffer("_half", torch.ones(size), persistent=False)
+        self.register_load_state_dict_post_hook(self._refresh)
 
     def fit(self, values: Tensor) -> None:
         """Take the range of `values` (n, size)."""
         self.low.copy_(values.amin(0))
         self.high.copy_(values.amax(0))
+        self._refresh()
 
     def normalize(self, values: Tensor) -> Tensor:
         """(..., size) -> (..., size)."""
@@ -30,11 +38,8 @@ class MinMaxNormalizer(nn.Module):
         """The inverse of `normalize`."""
         return values * self._half + self._middle
 
-    @property
-    def _middle(self) -> Tensor:
-        return (self.high + self.low) / 2
-
-    @property
-    def _half(self) -> Tensor:
+    def _refresh(self, *_: Any) -> None:
+        """Compute what follows from the range, once and not at every decision."""
         half = (self.high - self.low) / 2
-        return torch.where(half < 1e-6, torch.ones_like(half), half)
+        self._middle.copy_((self.high + self.low) / 2)
+        self._half.copy_(torch.where(half < 1e-6, torch.ones_like(half), half))

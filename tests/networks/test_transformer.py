@@ -44,6 +44,7 @@ def authors() -> tuple[DenoisingTransformer, dict[str, Tensor]]:
         embedding_dropout=s["p_drop_emb"],
         attention_dropout=s["p_drop_attn"],
         causal=s["causal_attn"],
+        masks_observations=s["causal_attn"],
     )
     network = DenoisingTransformer(s["horizon"], s["input_dim"], s["n_obs_steps"], s["cond_dim"], config)
     theirs = {name: tensor for name, tensor in data.items() if not name.startswith("in.") and name != "out"}
@@ -83,14 +84,24 @@ def test_a_causal_action_sees_no_later_action(step: int, n_condition_layers: int
     assert ((before - after)[:, step:].abs().amax(dim=(0, 2)) > 1e-4).all()
 
 
-def test_a_causal_action_sees_no_later_observation() -> None:
-    network = build().eval()
+def test_masked_observations_are_seen_from_their_own_step_on() -> None:
+    network = build(masks_observations=True).eval()
     noisy, timestep, condition = inputs()
     changed = condition.clone()
     changed[:, 2] += 1
     before, after = network(noisy, timestep, condition), network(noisy, timestep, changed)
     torch.testing.assert_close(before[:, :2], after[:, :2])
     assert ((before - after)[:, 2:].abs().amax(dim=(0, 2)) > 1e-4).all()
+
+
+def test_every_action_sees_the_latest_observation() -> None:
+    """Chunks begin at the latest observation, so hiding it from the first action would make the policy act blindly."""
+    network = build().eval()
+    noisy, timestep, condition = inputs()
+    changed = condition.clone()
+    changed[:, -1] += 1
+    difference = network(noisy, timestep, condition) - network(noisy, timestep, changed)
+    assert (difference.abs().amax(dim=(0, 2)) > 1e-4).all()
 
 
 def test_without_the_masks_everything_is_seen() -> None:

@@ -1,0 +1,394 @@
+"""Studies: every cell once, whatever happens in between; tables that say what was run."""
+
+import csv
+import importlib
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dprl.agents import BCConfig
+from dprl.errors import ConfigError
+from dprl.experiments import horizons, imitation, multimodal, plots, policies, solvers, studies
+from dprl.experiments.catalogue import STUDIES
+from dprl.experiments.policies import ALL, COMPETITORS, DIFFUSION, slug, with_chunks
+from dprl.experiments.runs import CollectConfig, PretrainConfig
+from dprl.experiments.studies import (
+    Cell,
+    Look,
+    Outcome,
+    StudyConfig,
+    grouped,
+    mean_interval,
+    paths_of,
+    policy_folder,
+    run_cells,
+    shown,
+    standard_error,
+    write_table,
+)
+from dprl.log import read_metrics
+from dprl.policy import Features, GMMConfig, InferenceConfig, LSTMGMMConfig, MSEConfig, Policy
+from dprl.rollout.evaluation import wilson
+from dprl.spec import EnvOptions, load
+from tests.policy.small import KINDS, small_config
+
+ENV, OPTIONS = "Avoid-v0", EnvOptions(max_episode_steps=12)
+STUDY_MODULES = [importlib.import_module(module) for module, _ in STUDIES.values()]
+OF_CELLS = [module for module in STUDY_MODULES if hasattr(module, "cells")]
+
+
+def short_name(module: object) -> str:
+    return module.__name__.rsplit(".", 1)[1]
+
+
+def cell(name: str, policy: object = None, seed: int = 0, looks: tuple[Look, ...] | None = None) -> Cell:
+    """A training of ten gradient steps in two iterations."""
+    bc = BCConfig(batch_size=8, steps_per_iteration=5)
+    policy = policy or MSEConfig(horizon=2, hidden_size=8, n_blocks=1)
+    return Cell(
+        name,
+        CollectConfig(ENV, episodes=3, seed=seed, options=OPTIONS),
+        PretrainConfig("", policy=policy, steps=10, bc=bc, checkpoint_every=1, seed=seed),
+        looks or (Look("default", episodes=3),),
+    )
+
+
+GMM = GMMConfig(horizon=2, hidden_size=8, n_blocks=1, n_modes=2)
+CELLS = [cell("one"), cell("two", GMM, looks=(Look("a", episodes=3), Look("b", n_action_steps=1, episodes=2)))]
+
+
+def run(cells: list[Cell], out: Path, **changes: object) -> list[Outcome]:
+    return run_cells(cells, StudyConfig(out, **changes), progress_bar=False)
+
+
+def timeless(outcomes: list[Outcome]) -> list[Outcome]:
+    return [replace(o, latency_ms=0.0, train_s=0.0) for o in outcomes]
+
+
+def changed_at(out: Path) -> dict[Path, int]:
+    """Every file but what torch or the loop touches without writing anew."""
+    return {file: file.stat().st_mtime_ns for file in sorted(out.rglob("*")) if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Outcome]]:
+    out = tmp_path_factory.mktemp("study")
+    return out, run(CELLS, out)
+
+
+# ------------------------------------------------------------------------------------------------------------- cells
+
+
+def test_outcomes_come_in_the_order_of_cells_and_looks(done: tuple[Path, list[Outcome]]) -> None:
+    out, outcomes = done
+    assert [(o.cell, o.look, o.episodes) for o in outcomes] == [("one", "default", 3), ("two", "a", 3), ("two", "b", 2)]
+    for outcome in outcomes:
+        assert 0 <= outcome.success <= 1
+        assert outcome.interval == wilson(round(outcome.success * outcome.episodes), outcome.episodes)
+        assert outcome.latency_ms > 0
+        assert outcome.train_s > 0
+        policy = Policy.from_pretrained(out / "runs" / outcome.cell)
+        assert outcome.parameters == sum(p.numel() for p in policy.parameters())
+    assert policy_folder(StudyConfig(out), CELLS[1]) == out / "runs" / "two"
+    assert len(list((out / "data").iterdir())) == 1, "cells that collect the same share the data"
+
+
+def test_what_is_done_is_not_done_again(done: tuple[Path, list[Outcome]]) -> None:
+    out, outcomes = done
+    before = changed_at(out)
+    assert run(CELLS, out) == outcomes, "timings and all"
+    assert changed_at(out) == before
+
+
+def test_a_lost_result_is_evaluated_anew_without_training(done: tuple[Path, list[Outcome]], tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    shutil.copytree(done[0], out, symlinks=True)
+    (out / "cells" / "two.json").unlink()
+    before = {path: at for path, at in changed_at(out).items() if "checkpoints" in path.parts or "one" in path.name}
+    assert timeless(run(CELLS, out)) == timeless(done[1])
+    assert before.items() <= changed_at(out).items()
+
+
+def test_more_cells_add_to_a_study(done: tuple[Path, list[Outcome]], tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    shutil.copytree(done[0], out, symlinks=True)
+    third = cell("three", seed=1)
+    outcomes = run([third, *CELLS], out)
+    assert outcomes[1:] == done[1]
+    assert outcomes[0].cell == "three"
+    assert len(list((out / "data").iterdir())) == 2, "another seed has demonstrations of its own"
+
+
+def test_an_interrupted_training_goes_on(
+    done: tuple[Path, list[Outcome]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the first of two iterations, it is as if nothing had happened."""
+    from dprl.training import run as run_module
+
+    out, save, saved = tmp_path / "study", run_module.RunFolder.save, []
+
+    def dies(self: object, agent: object, iteration: int, **options: object) -> None:
+        save(self, agent, iteration, **options)
+        saved.append(iteration)
+        if iteration == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.RunFolder, "save", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(CELLS, out)
+    assert saved == [0, 1]
+    assert not (out / "cells" / "one.json").exists()
+    assert timeless(run(CELLS, out)) == timeless(done[1])
+    assert [row["iteration"] for row in read_metrics(out / "runs" / "one")] == [0, 1, 2]
+    for name in ("one", "two"):
+        ours, theirs = (Policy.from_pretrained(folder / "runs" / name).state_dict() for folder in (out, done[0]))
+        assert all(ours[key].equal(theirs[key]) for key in ours)
+
+
+@pytest.mark.full
+def test_cells_side_by_side_give_the_same(done: tuple[Path, list[Outcome]], tmp_path: Path) -> None:
+    assert timeless(run(CELLS, tmp_path / "study", jobs=2)) == timeless(done[1])
+
+
+def test_scale_multiplies_the_gradient_steps(tmp_path: Path) -> None:
+    run([cell("half"), cell("least")], tmp_path / "a", scale=0.5)
+    assert json.loads((tmp_path / "a" / "runs" / "half" / "run.json").read_text())["config"]["steps"] == 5
+    run([cell("least")], tmp_path / "b", scale=0.001)
+    assert json.loads((tmp_path / "b" / "runs" / "least" / "run.json").read_text())["config"]["steps"] == 1
+
+
+def test_a_look_keeps_its_paths(tmp_path: Path) -> None:
+    """And evaluates the episodes they are of."""
+    kept = cell("kept", looks=(Look("seen", episodes=4, keep_paths=True),))
+    config = StudyConfig(tmp_path)
+    (outcome,) = run([kept], tmp_path)
+    paths = paths_of(config, kept, "seen")
+    assert len(paths) == 4
+    assert all(path.ndim == 2 and path.shape[1] == 2 and 2 <= len(path) <= 13 for path in paths)
+    assert np.mean([path[-1, 1] >= 0.8 for path in paths]) == outcome.success
+
+
+def test_results_of_other_settings_are_not_taken_for_these(done: tuple[Path, list[Outcome]], tmp_path: Path) -> None:
+    """The table would state numbers of episodes and gradient steps that nobody played or took."""
+    out = tmp_path / "study"
+    shutil.copytree(done[0], out, symlinks=True)
+    more = [replace(c, looks=tuple(replace(look, episodes=5) for look in c.looks)) for c in CELLS]
+    try:
+        outcomes = run(more, out)
+    except ConfigError:
+        return
+    assert [o.episodes for o in outcomes] == [5, 5, 5]
+
+
+def test_gradient_steps_of_another_scale_are_not_taken_for_these(
+    done: tuple[Path, list[Outcome]], tmp_path: Path
+) -> None:
+    out = tmp_path / "study"
+    shutil.copytree(done[0], out, symlinks=True)
+    with pytest.raises(ConfigError, match="scale|steps"):
+        run(CELLS, out, scale=2.0)
+
+
+def test_demonstrations_of_other_noise_are_not_taken_for_these(tmp_path: Path) -> None:
+    """Everything that makes a data set another one is in its folder's name."""
+    clean, noisy = cell("clean"), cell("noisy")
+    noisy = replace(noisy, collect=replace(noisy.collect, noise=0.5))
+    run([clean, noisy], tmp_path)
+    assert len(list((tmp_path / "data").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seeds": ()}, {"seeds": (-1,)}, {"episodes": 0}, {"jobs": 0}, {"scale": 0.0}, {"scale": -1.0}],
+    ids=str,
+)
+def test_a_wrong_study_is_refused_before_anything_is_run(changes: dict[str, object], tmp_path: Path) -> None:
+    (name,) = changes
+    with pytest.raises(ConfigError, match=name):
+        StudyConfig(tmp_path, **changes)
+
+
+# ----------------------------------------------------------------------------------------------------------- numbers
+
+
+def test_mean_interval_is_wilsons_of_all_episodes() -> None:
+    assert mean_interval([0.5, 0.7], 50) == pytest.approx((0.6, *wilson(60, 100)))
+    assert mean_interval([1.0], 20) == pytest.approx((1.0, *wilson(20, 20)))
+    mean, low, high = mean_interval([0.0, 0.0, 0.0], 10)
+    assert (mean, low) == (0.0, 0.0)
+    assert high == pytest.approx(0.1135, abs=1e-4), "z² / (30 + z²)"
+
+
+def test_standard_error() -> None:
+    assert standard_error([0.3]) == 0
+    assert standard_error([1.0, 3.0]) == pytest.approx(1.0)
+    assert shown(0.866, 0.8, 0.925) == "0.87 (0.80 to 0.93)"
+
+
+def test_outcomes_are_grouped_in_order() -> None:
+    outcomes = [Outcome(name, "x", 0.0, 1, 0.0, 0.0, 0) for name in ("b.1", "a.1", "b.2")]
+    groups = grouped(outcomes, lambda o: o.cell.split(".")[0])
+    assert {key: [o.cell for o in group] for key, group in groups.items()} == {"b": ["b.1", "b.2"], "a": ["a.1"]}
+    assert list(groups) == ["b", "a"]
+
+
+def test_relative_gain_by_hand() -> None:
+    """Push: 0.9 against 0.6, half as much again; pick-place: half; peg: none, against 0.01 at least."""
+    success = {(task, name): (0.1, 0.0, 1.0) for task in imitation.TASKS for name in ALL}
+    diffusion = next(iter(DIFFUSION))
+    best = list(COMPETITORS)[2]
+    success["push", best], success["push", diffusion] = (0.6, 0, 1), (0.9, 0, 1)
+    success["pick-place", best], success["pick-place", diffusion] = (0.4, 0, 1), (0.2, 0, 1)
+    for name in ALL:
+        success["peg-insert-side", name] = (0.0, 0, 1)
+    success["peg-insert-side", diffusion] = (0.02, 0, 1)
+    assert imitation.relative_gain(success, diffusion) == pytest.approx((0.5 - 0.5 + 2.0) / 3)
+
+
+def test_modes_are_counted_where_the_disc_was_passed() -> None:
+    left, right = ([(0.0, -0.8), (x, -0.1), (x, 0.1), (-x, 0.9)] for x in (-0.5, 0.5))
+    stopped = [(0.0, -0.8), (0.0, -0.3)]
+    shares = multimodal.count_modes([np.array(path) for path in (left, left, right, stopped)])
+    assert shares == multimodal.Shares(left=2, right=1, none=1)
+    assert shares.of_passed(shares.left) == pytest.approx(2 / 3)
+    assert multimodal.Shares(0, 0, 3).of_passed(0) == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+def test_a_table_is_markdown_and_csv(tmp_path: Path) -> None:
+    rows = [["a, b", "0.5 (0.4 to 0.6)"], ["c", "1"]]
+    file = write_table(tmp_path, "name", "Title", ["policy", "success"], rows, ["A note.", "Another."])
+    assert file == tmp_path / "name.md"
+    assert file.read_text().splitlines() == [
+        "# Title", "", "| policy | success |", "|---|---|", "| a, b | 0.5 (0.4 to 0.6) |", "| c | 1 |", "",
+        "A note.", "Another.",
+    ]  # fmt: skip
+    with (tmp_path / "name.csv").open(newline="") as stream:
+        assert list(csv.reader(stream)) == [["policy", "success"], *rows]
+
+
+# ----------------------------------------------------------------------------------------------------------- studies
+
+
+@pytest.mark.parametrize("module", OF_CELLS, ids=short_name)
+def test_cells_of_a_study_have_names_and_folders_of_their_own(module: object, tmp_path: Path) -> None:
+    cells = module.cells(StudyConfig(tmp_path, seeds=(0, 1, 2), episodes=7))
+    names = [c.name for c in cells]
+    assert len(set(names)) == len(names)
+    assert all(os.path.basename(name) == name for name in names)
+    folders: dict[Path, CollectConfig] = {}
+    for c in cells:
+        folder = studies._data_folder(StudyConfig(tmp_path), c.collect)
+        assert folders.setdefault(folder, c.collect) == c.collect, "two data sets in one folder"
+        looks = [look.name for look in c.looks]
+        assert len(set(looks)) == len(looks) > 0
+        assert {look.episodes for look in c.looks} == {7}
+        assert c.collect.seed == c.pretrain.seed
+        assert c.pretrain.policy.horizon >= max(look.n_action_steps or 1 for look in c.looks)
+    assert {c.pretrain.seed for c in cells} == {0, 1, 2}
+
+
+def test_looks_fit_their_policies() -> None:
+    """A setting that does not fit is an error after hours of training."""
+    for module in OF_CELLS:
+        for c in module.cells(StudyConfig(Path("unused"), seeds=(0,))):
+            kind = next(k for k in KINDS if Policy.kinds[k].config_class is type(c.pretrain.policy))
+            policy = Policy.kinds[kind](Features(2, 2), c.pretrain.policy)
+            for look in c.looks:
+                policy.check_inference(look.inference)
+                if look.n_action_steps is not None:
+                    policy.set_n_action_steps(look.n_action_steps)
+
+
+def test_every_study_of_the_catalogue_can_be_run() -> None:
+    for reference, summary in STUDIES.values():
+        assert callable(load(f"{reference}:run"))
+        assert summary
+    assert {multimodal, imitation, horizons, solvers} <= set(OF_CELLS)
+
+
+def test_slugs_name_every_policy_and_its_files() -> None:
+    assert slug("diffusion, U-Net") == "diffusion-u-net"
+    slugs = [slug(name) for name in ALL]
+    assert len(set(slugs)) == len(ALL) == len(DIFFUSION) + len(COMPETITORS)
+    assert all(word.replace("-", "").isalnum() and "." not in word for word in slugs)
+
+
+def test_every_kind_is_compared() -> None:
+    assert {type(config) for config in ALL.values()} == {kind.config_class for kind in Policy.kinds.values()}
+
+
+def test_an_lstm_keeps_its_single_steps() -> None:
+    assert with_chunks(LSTMGMMConfig(), 8, 4) == LSTMGMMConfig()
+    for name, config in ALL.items():
+        chunked = with_chunks(config, 8, 4)
+        assert type(chunked) is type(config)
+        if name != "LSTM-GMM":
+            assert (chunked.horizon, chunked.n_action_steps) == (8, 4)
+            assert replace(chunked, horizon=config.horizon, n_action_steps=config.n_action_steps) == config
+
+
+@pytest.mark.parametrize("module", OF_CELLS, ids=short_name)
+def test_a_study_writes_table_and_figure(module: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From invented outcomes: what is under test is what becomes of them."""
+    config = StudyConfig(tmp_path, seeds=(0, 1), episodes=10, scale=0.5)
+    cells = module.cells(config)
+
+    def invented(todo: list[Cell], config: StudyConfig, *, progress_bar: bool = True) -> list[Outcome]:
+        assert [c.name for c in todo] == [c.name for c in cells]
+        return [Outcome(c.name, look.name, 0.5, 10, 2.0, 60.0, 1_000_000) for c in todo for look in c.looks]
+
+    path = np.array([(0.0, -0.8), (-0.5, 0.1), (0.0, 0.9)])
+    monkeypatch.setattr(module, "run_cells", invented)
+    monkeypatch.setattr(multimodal, "paths_of", lambda config, cell, look: [path] * 10)
+    name = short_name(module)
+    file = module.run(config, progress_bar=False)
+    assert file == tmp_path / f"{name}.md"
+    lines = file.read_text().splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    width = table[0].count("|")
+    assert all(line.count("|") == width for line in table), "a cell breaks the table"
+    with (tmp_path / f"{name}.csv").open(newline="") as stream:
+        rows = list(csv.reader(stream))
+    assert len(rows) == len(table) - 1
+    assert {len(row) for row in rows} == {width - 1}
+    expected = {"multimodal": len(ALL), "imitation": len(ALL), "horizons": 5 + 5, "solvers": 6 * len(solvers.STEPS)}
+    assert len(rows) - 1 == expected.get(name, len(rows) - 1) > 0
+    assert "0.50 (0.30 to 0.70)" in file.read_text(), "two seeds of ten episodes"
+    assert "Seeds 0, 1" in file.read_text()
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.full
+def test_a_whole_study_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind of policy on Avoid-v0."""
+    tiny = {kind: small_config(kind) for kind in KINDS}
+    for module in (policies, multimodal):
+        monkeypatch.setattr(module, "ALL", tiny)
+    monkeypatch.setattr(multimodal, "with_chunks", lambda config, horizon, executed: config)
+    config = StudyConfig(tmp_path, seeds=(0,), episodes=3, scale=0.001)
+    file = multimodal.run(config, progress_bar=False)
+    assert all(kind in file.read_text() for kind in KINDS)
+    assert plots.new_figure()
+
+
+def test_inference_of_a_look_is_used(tmp_path: Path) -> None:
+    """Temperature 0 of a mixture is another policy."""
+    policy = replace(GMM, low_noise_sampling=False)
+    looks = tuple(
+        Look(name, InferenceConfig(temperature=t), episodes=3, keep_paths=True)
+        for name, t in (("cold", 0.0), ("warm", 1.0))
+    )
+    found = cell("looks", policy, looks=looks)
+    run([found], tmp_path)
+    cold, warm = (paths_of(StudyConfig(tmp_path), found, name) for name in ("cold", "warm"))
+    np.testing.assert_array_equal(cold[0][0], warm[0][0])
+    assert not np.array_equal(cold[0][1], warm[0][1])
