@@ -6,7 +6,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import lru_cache
 from typing import Any, TypeVar, cast
 
@@ -38,7 +38,7 @@ def from_json(cls: type[T], data: Any, where: str) -> T:
     for key in data:
         if key not in fields:
             raise ConfigError(f"{where}: unknown key '{key}' for {cls.__name__}.{did_you_mean(key, fields)}")
-    hints = _hints(cls)
+    hints = _hints(cast("Any", cls))
     values = {key: _convert(hints[key], value, f"{where}: {key}") for key, value in data.items()}
     missing = [
         name
@@ -66,7 +66,7 @@ def validate(
     Raises:
         ConfigError: naming field, value and what would be right.
     """
-    for name, hint in _hints(type(config)).items():
+    for name, hint in _hints(cast("Any", type(config))).items():
         value = getattr(config, name)
         _convert(hint, value, name)
         if isinstance(value, float):
@@ -79,7 +79,7 @@ def validate(
 
 
 @lru_cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Hashable) -> dict[str, Any]:
     """Types of a dataclass's fields. Cached: configs are also made while a policy acts."""
     return typing.get_type_hints(cls)
 

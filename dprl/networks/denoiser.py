@@ -35,7 +35,8 @@ class Denoiser(nn.Module, ABC):
         """Prepare n timesteps at once: (n,), (B, O, F) -> (n, B, ...)."""
         n, batch = len(timesteps), len(condition)
         every = condition.expand(n, *condition.shape).flatten(0, 1)
-        return self.prepare(timesteps.repeat_interleave(batch), every).unflatten(0, (n, batch))
+        prepared: Tensor = self.prepare(timesteps.repeat_interleave(batch), every).unflatten(0, (n, batch))
+        return prepared
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile `denoise` with torch.compile, in place."""

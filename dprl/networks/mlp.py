@@ -67,7 +67,7 @@ class DenoisingMLP(Denoiser):
 
     def prepare(self, timestep: Tensor, condition: Tensor) -> Tensor:
         """What timestep and condition add to the first layer: (B,) or (1,), (B, O, F) -> (B, hidden)."""
-        first = self.net[0]
+        first = cast("nn.Linear", self.net[0])
         time = self.time(timestep).expand(len(condition), -1)
         known = torch.cat([time, condition.flatten(1)], dim=-1)
         return linear(known, first.weight[:, -known.shape[1] :], first.bias)
@@ -75,11 +75,11 @@ class DenoisingMLP(Denoiser):
     def denoise(self, noisy_actions: Tensor, prepared: Tensor) -> Tensor:
         """See `Denoiser.denoise`."""
         first, *rest = self.net
-        flat = noisy_actions.flatten(1)
-        x = torch.addmm(prepared, flat, first.weight[:, : flat.shape[1]].t())
+        flat, weight = noisy_actions.flatten(1), cast("nn.Linear", first).weight
+        x = torch.addmm(prepared, flat, weight[:, : flat.shape[1]].t())
         for layer in rest:
             x = layer(x)
-        return cast("Tensor", x.view_as(noisy_actions))
+        return x.view_as(noisy_actions)
 
 
 class ValueNet(nn.Module):

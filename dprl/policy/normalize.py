@@ -22,7 +22,7 @@ class MinMaxNormalizer(nn.Module):
         self.register_buffer("high", torch.ones(size))
         self.register_buffer("_middle", torch.zeros(size), persistent=False)
         self.register_buffer("_half", torch.ones(size), persistent=False)
-        self.register_load_state_dict_post_hook(self._refresh)
+        self.register_load_state_dict_post_hook(self._refresh)  # type: ignore[no-untyped-call]
 
     def fit(self, values: Tensor) -> None:
         """Take the range of `values` (n, size)."""
