@@ -106,6 +106,9 @@ def _names(what: str) -> list[tuple[str, str]]:
         rows = [
             ("Avoid-v0", "a point round a disc, left or right; 2 numbers, 2 actions, success, 100 steps"),
             ("AvoidPixels-v0", "the same, disc and goal elsewhere each time; 2 numbers and two 48-pixel images"),
+            ("pusht/state", "gym-pusht: push the T into its outline; 5 numbers, 2 actions, success, 300 steps"),
+            ("pusht/keypoints", "the same, the T's corners instead of its angle: 18 numbers"),
+            ("pusht/pixels", "the same, the disc's position and a 96-pixel image"),
             ("metaworld/TASK-v3-pixels", "any Meta-World task through a camera: 4 numbers, an 84-pixel image; renders"),
         ]
         rows += [(name, "Meta-World v3, 39 numbers, 4 actions, success, 200 steps") for name in METAWORLD]

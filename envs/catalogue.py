@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dprl.envs import avoid, envpool, metaworld
+from dprl.envs import avoid, envpool, metaworld, pusht
 from dprl.errors import EnvError, MissingDependencyError, check, did_you_mean
 from dprl.spec import EnvOptions, EnvSpec
 
@@ -20,7 +20,7 @@ MUJOCO = (
 )  # fmt: skip
 METAWORLD = tuple(f"metaworld/{task}-v3" for task in metaworld.TASKS)
 METAWORLD_PIXELS = tuple(f"{name}-pixels" for name in METAWORLD)
-NAMES = avoid.IDS + METAWORLD + MUJOCO + METAWORLD_PIXELS
+NAMES = avoid.IDS + pusht.IDS + METAWORLD + MUJOCO + METAWORLD_PIXELS
 
 
 def resolve(name: str, options: EnvOptions) -> EnvSpec:
@@ -30,9 +30,11 @@ def resolve(name: str, options: EnvOptions) -> EnvSpec:
         EnvError: unknown; the message offers the nearest names. Or its spaces do not suit.
         ConfigError: an option that the task cannot have.
     """
-    if name in avoid.IDS or name in METAWORLD_PIXELS:
+    own = {**dict.fromkeys(avoid.IDS, avoid.make_spec), **dict.fromkeys(pusht.IDS, pusht.make_spec)}
+    own |= dict.fromkeys(METAWORLD_PIXELS, _metaworld_pixels)
+    if name in own:
         check(options.backend != "envpool", "backend", options.backend, f"EnvPool here has no '{name}'")
-        return avoid.make_spec(name, options) if name in avoid.IDS else _metaworld_pixels(name, options)
+        return own[name](name, options)
     if name in METAWORLD:
         return _metaworld(name, options)
     return _gymnasium(name, options)

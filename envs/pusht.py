@@ -3,12 +3,12 @@
 An action is the point (x, y) that the disc makes for, in pixels from 0 to 512, as in the published data sets; an
 environment step is 0.1 s. Success is a block that covers more than 95% of the drawn T. What is observed:
 
-    pusht/state      the disc's x and y, the block's x and y and its angle in [0, 2 pi), which jumps near the goal's
-    pusht/keypoints  the disc's x and y, x and y of 8 corners of the block: as LeRobot's ``pusht_keypoints``, and smooth
+    pusht/state      the disc's x and y, the block's x and y and its angle in [0, 2 pi)
+    pusht/keypoints  the disc's x and y, x and y of 8 corners of the block, as LeRobot's ``pusht_keypoints``
     pusht/pixels     the disc's x and y, and the image that gym-pusht draws, 96 x 96
 
-A policy imitates best from keypoints, or pixels. The physics has no memory beyond an episode, so that the same seed and
-actions give the same observations, rewards and images to the bit (see `PushT`).
+The goal's angle is pi / 4, and the block's jumps by 2 pi where it passes 0: the keypoints have no such jump. The same
+seed and actions give the same observations, rewards and images to the bit (see `PushT`).
 """
 
 from __future__ import annotations

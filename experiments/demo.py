@@ -43,8 +43,8 @@ class Row:
 # Networks for two cores and chunks of four actions.
 NETWORKS: dict[str, DenoiserConfig] = {
     "mlp": MLPConfig(),
-    "unet": UNetConfig(down_dims=(32, 64), time_size=16),
-    "transformer": TransformerConfig(n_layers=2, embedding_size=64, attention_dropout=0.0),
+    "unet": UNetConfig(down_dims=(16, 32), time_size=16),
+    "transformer": TransformerConfig(n_layers=2, embedding_size=48, attention_dropout=0.0),
 }
 
 

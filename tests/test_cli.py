@@ -13,8 +13,9 @@ import torch
 
 from dprl.cli import main
 from dprl.data import Episodes, save_dataset
-from dprl.networks import MLPConfig
-from dprl.policy import DiffusionPolicy, PolicyConfig
+from dprl.experiments.catalogue import STUDIES
+from dprl.networks import MLPConfig, TransformerConfig, UNetConfig
+from dprl.policy import DiffusionConfig, DiffusionPolicy, Features, GMMConfig, GMMPolicy, Policy
 from dprl.spec import EnvSpec
 
 PENDULUM = "InvertedPendulum-v5"
@@ -23,8 +24,8 @@ SHORT = "--options.max-episode-steps 8"
 
 
 def save_policy(path, observation_size, action_size):
-    config = PolicyConfig(observation_size, action_size, num_train_timesteps=4, denoiser=MLPConfig(8, time_size=4))
-    DiffusionPolicy(config).save_pretrained(path)
+    config = DiffusionConfig(num_train_timesteps=4, denoiser=MLPConfig(8, time_size=4))
+    DiffusionPolicy(Features(observation_size, action_size), config).save_pretrained(path)
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,7 @@ def folder(tmp_path_factory):
     save_policy(folder / "policy", 4, 1)
     save_policy(folder / "other", 5, 1)
     save_policy(folder / "push", 39, 4)
+    GMMPolicy(Features(4, 1), GMMConfig(hidden_size=8, n_blocks=1)).save_pretrained(folder / "gmm")
     random = np.random.default_rng(0)
     data = Episodes(
         observations=random.normal(size=(16, 4)).astype(np.float32),
@@ -94,10 +96,53 @@ ERRORS = {
     "unknown list": ("list env", "env"),
     "wrong type": (f"{PRETRAIN} --steps many", "--steps", "many"),
     "missing option": ("evaluate policy", "--env"),
-    "too many executed (pretrain)": (f"{PRETRAIN} --n-action-steps 5", "n_action_steps = 5", "horizon"),
+    "too many executed (pretrain)": (f"{PRETRAIN} mlp --policy.n-action-steps 5", "n_action_steps = 5", "horizon"),
+    "too many executed (evaluate)": (f"{EVALUATE} --n-action-steps 5", "n_action_steps = 5", "horizon"),
     "too many executed (finetune)": (f"{FINETUNE} --n-action-steps 5", "n_action_steps = 5", "horizon"),
     "too many tuned": (f"{FINETUNE} --dppo.tuned-steps 5", "tuned_steps = 5", "denoising steps, which are 4"),
-    "horizon beyond episodes": (f"{PRETRAIN} --horizon 9", "horizon of 9", "8 steps"),
+    "horizon beyond episodes": (
+        f"{PRETRAIN} --bc.pad-after 0 mse --policy.horizon 9",
+        "horizon of 9",
+        "8 steps",
+    ),
+    "unknown policy": (f"{PRETRAIN} gnm", "gnm", "gmm"),
+    "option of another policy": (f"{PRETRAIN} mse --policy.n-modes 3", "--policy.n-modes"),
+    "option of another network": (f"{PRETRAIN} mlp --policy.denoiser.down-dims 8 16", "--policy.denoiser.down-dims"),
+    "wrong option of a policy": (f"{PRETRAIN} gmm --policy.n-modes 0", "n_modes = 0", "at least 1"),
+    "too many bins": (f"{PRETRAIN} bet --policy.n-bins 50", "make no 50 bins"),
+    "augmentation": (f"{PRETRAIN} mse --policy.vision.augmentation crop", "crop_size = None", "crop"),
+    "flow by another solver": (f"{PRETRAIN} flow --policy.sampling.solver ddim", "solver = 'ddim'", "euler"),
+    "flow of another schedule": (f"{PRETRAIN} flow --policy.schedule linear", "velocity"),
+    "solver of no diffusion policy (pretrain)": (
+        f"{PRETRAIN} --inference.solver ddim gmm",
+        "solver = 'ddim': a gmm policy has none",
+    ),
+    "solver of no diffusion policy (evaluate)": (
+        f"evaluate gmm --env {PENDULUM} --solver ddim",
+        "solver = 'ddim': a gmm policy has none",
+    ),
+    "unknown solver": (f"{EVALUATE} --solver dpm", "--solver", "dpmsolver++"),
+    "solver of the other family": (f"{EVALUATE} --solver euler", "solver = 'euler'", "squaredcos_cap_v2"),
+    "eta without ddim": (f"{EVALUATE} --eta 0.5", "eta = 0.5", "ddim"),
+    "too many steps": (f"{EVALUATE} --num-inference-steps 5", "num_inference_steps = 5", "which are 4"),
+    "too many steps (demo)": (
+        "demo smoke --solver ddim --num-inference-steps 11 --out new",
+        "num_inference_steps = 11",
+    ),
+    "warm start and ensembling": (f"{EVALUATE} --warm-start-steps 1 --temporal-ensembling 0", "warm_start_steps = 1"),
+    "warm start of too many steps": (f"{EVALUATE} --warm-start-steps 5", "warm_start_steps = 5", "which are 4"),
+    "negative temperature": (f"{EVALUATE} --temperature -1", "temperature = -1.0"),
+    "not a diffusion policy to tune": (f"finetune gmm --env {PENDULUM} --out new", "gmm policy", "diffusion"),
+    "dpmsolver to tune": (
+        f"{FINETUNE} --dppo.solver.solver dpmsolver++",
+        "solver = 'dpmsolver++'",
+        "ddpm, ddim or euler",
+    ),
+    "unknown study": ("experiment imitatoin --out new", "imitatoin", "imitation"),
+    "no seeds": ("experiment multimodal --out new --seeds", "seeds"),
+    "no episodes (experiment)": ("experiment multimodal --out new --quiet --episodes 0", "episodes = 0"),
+    "no jobs": ("experiment multimodal --out new --quiet --jobs 0", "jobs = 0"),
+    "validation of everything": (f"{PRETRAIN} --bc.validation-share 1", "validation_share = 1"),
     "missing data": ("pretrain nowhere --out new", "nowhere", "main_data.hdf5"),
     "corrupt data": ("pretrain corrupt --out new", "main_data.hdf5", "damaged"),
     "cut data": ("pretrain cut --out new", "main_data.hdf5", "damaged"),
@@ -162,7 +207,7 @@ def test_an_error_is_one_message_exit_code_2_and_no_files(folder, monkeypatch, c
     [
         ("envs", [PUSH, "Hopper-v5"]),
         ("experts", ["scripted"]),
-        ("experiments", ["push", "pick-place", "smoke"]),
+        ("experiments", ["dprl"]),
         ("agents", ["bc", "dppo"]),
     ],
 )
@@ -170,6 +215,13 @@ def test_list_shows_every_kind_of_name(capsys, what, names):
     assert run(f"list {what}") == 0
     first_words = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert set(names) <= first_words
+
+
+def test_list_experiments_shows_the_commands(capsys):
+    assert run("list experiments") == 0
+    text = capsys.readouterr().out
+    for command in ("demo push", "demo pick-place", "demo smoke", *(f"experiment {name}" for name in STUDIES)):
+        assert f"dprl {command} " in text
 
 
 def test_doctor_names_packages_and_exits_0(capsys):
@@ -184,7 +236,17 @@ def test_python_m_dprl_shows_help(tmp_path):
         [sys.executable, "-m", "dprl", "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    for command in ("demo", "collect", "pretrain", "finetune", "resume", "evaluate", "doctor", "list"):
+    for command in (
+        "demo",
+        "experiment",
+        "collect",
+        "pretrain",
+        "finetune",
+        "resume",
+        "evaluate",
+        "doctor",
+        "list",
+    ):
         assert command in result.stdout
 
 
@@ -225,13 +287,106 @@ def test_evaluate_shows_a_table_and_another_seed_differs(folder, monkeypatch, ca
     monkeypatch.chdir(folder)
     assert run(EVALUATE) == 0
     assert "return_mean" in capsys.readouterr().out
+    assert evaluate_json(capsys, f"evaluate gmm --env {PENDULUM} {SHORT} --episodes 2 --json")["episodes"] == 2
     results = [evaluate_json(capsys, f"{EVALUATE} --episodes 3 --seed {seed} --json") for seed in (0, 1)]
     assert results[0]["return_mean"] != results[1]["return_mean"]
 
 
-@pytest.mark.parametrize("command", [f"{PRETRAIN} --steps 2 --num-train-timesteps 2", COLLECT])
+@pytest.mark.parametrize("command", [f"{PRETRAIN} --steps 2 mlp --policy.num-train-timesteps 2", COLLECT])
 def test_an_empty_folder_may_be_written_to(folder, monkeypatch, tmp_path, command):
     """As the help of --out says."""
     monkeypatch.chdir(folder)
     assert run(command.replace("--out new", f"--out {tmp_path}")) == 0
     assert list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------ the new options
+
+SMALL = {
+    "mlp": "--policy.denoiser.hidden-size 8",
+    "unet": "--policy.denoiser.down-dims 8 16 --policy.denoiser.n-groups 4 --policy.denoiser.time-size 4",
+    "transformer": "--policy.denoiser.embedding-size 8 --policy.denoiser.n-layers 1 --policy.denoiser.n-heads 2",
+    "flow": "--policy.denoiser.hidden-size 8",
+    "bet": "--policy.hidden-size 8 --policy.n-bins 3",
+}
+KINDS = {
+    "mlp": "diffusion", "unet": "diffusion", "transformer": "diffusion", "flow": "diffusion", "mse": "mse",
+    "gaussian": "gaussian", "gmm": "gmm", "lstm-gmm": "lstm_gmm", "categorical": "categorical", "bet": "bet",
+    "ibc": "ibc",
+}  # fmt: skip
+DENOISERS = {"mlp": MLPConfig, "unet": UNetConfig, "transformer": TransformerConfig, "flow": MLPConfig}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_policy_can_be_chosen_by_name(folder, monkeypatch, tmp_path, name):
+    monkeypatch.chdir(folder)
+    chunks = "--policy.horizon 3 --policy.n-action-steps 2 --policy.n-obs-steps 2"
+    sizes = SMALL.get(name, "--policy.hidden-size 8")
+    assert (
+        run(f"pretrain data --out {tmp_path / 'run'} --quiet --steps 1 --bc.batch-size 4 {name} {chunks} {sizes}") == 0
+    )
+    policy = Policy.from_pretrained(tmp_path / "run")
+    assert policy.name == KINDS[name]
+    assert (policy.config.horizon, policy.config.n_action_steps, policy.config.n_obs_steps) == (3, 2, 2)
+    if name in DENOISERS:
+        assert type(policy.config.denoiser) is DENOISERS[name]
+        assert policy.schedule.config.is_flow == (name == "flow")
+
+
+def test_all_kinds_have_a_name_on_the_command_line():
+    assert set(KINDS.values()) == set(Policy.kinds)
+
+
+def test_without_a_name_the_policy_is_diffusion_with_an_mlp(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(folder)
+    assert run(f"pretrain data --out {tmp_path / 'run'} --quiet --steps 1") == 0
+    assert Policy.from_pretrained(tmp_path / "run").config == DiffusionConfig(num_train_timesteps=10)
+
+
+def test_options_of_behaviour_cloning_reach_the_run(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(folder)
+    options = (
+        "--bc.warmup-steps 3 --bc.ema-power 0.75 --bc.max-grad-norm 1 --bc.validation-share 0.5 --bc.precision "
+        "bfloat16 --bc.pad-after 2 --bc.num-workers 1 --memory-map --bc.weight-decay 0.1"
+    )
+    assert run(f"pretrain data --out {tmp_path / 'run'} --quiet --steps 1 {options} mse") == 0
+    config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    assert config["memory_map"] is True
+    expected = {"warmup_steps": 3, "ema_power": 0.75, "max_grad_norm": 1.0, "validation_share": 0.5, "pad_after": 2,
+                "precision": "bfloat16", "num_workers": 1, "weight_decay": 0.1}  # fmt: skip
+    assert expected.items() <= config["bc"].items()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--solver ddim --num-inference-steps 2 --eta 0.5",
+        "--solver dpmsolver++ --num-inference-steps 2 --timestep-spacing trailing",
+        "--temperature 0",
+        "--n-action-steps 1",
+        "--temporal-ensembling 0.5",
+        "--warm-start-steps 2",
+    ],
+)
+def test_how_a_policy_acts_is_chosen_when_it_acts(folder, monkeypatch, capsys, options):
+    monkeypatch.chdir(folder)
+    command = f"{EVALUATE} --episodes 3 --json"
+    usual, first, again = (evaluate_json(capsys, c) for c in (command, f"{command} {options}", f"{command} {options}"))
+    for result in (usual, first, again):
+        result.pop("policy_latency_ms_p50")
+    assert first == again
+    assert first != usual, "it makes a difference"
+
+
+def test_the_solvers_of_demo_and_evaluate_are_the_same(capsys):
+    for command in ("demo", "evaluate"):
+        assert run(f"{command} --help") == 0
+        text = re.sub(r"\s+", "", capsys.readouterr().out)
+        for solver in ("ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++", "euler"):
+            assert solver in text
+
+
+def test_every_study_is_on_the_command_line(capsys):
+    assert run("experiment --help") == 0
+    text = capsys.readouterr().out
+    assert [name for name in STUDIES if name not in text] == []

@@ -11,7 +11,7 @@ from torch import Tensor
 from dprl.diffusion import SolverConfig, n_draws, solve, solver_steps
 from dprl.errors import ConfigError
 from dprl.mdp import DenoisingMDP, ExplorationConfig
-from dprl.networks import MLPConfig
+from dprl.networks import Denoiser, MLPConfig
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
 from tests.toys import toy_policy
 
@@ -140,6 +140,18 @@ def test_without_floors_it_samples_as_the_policy_does() -> None:
     torch.testing.assert_close(chain.actions, sampled, atol=1e-6, rtol=1e-6)
 
 
+def record_timesteps(network: Denoiser, to: list[int]) -> None:
+    """Let a network predict nothing, but write down the timestep of each prediction."""
+
+    def denoise(noisy: Tensor, prepared: Tensor) -> Tensor:
+        assert (prepared == prepared[0]).all()
+        to.append(int(prepared[0]))
+        return torch.zeros_like(noisy)
+
+    network.prepare = lambda timestep, condition: timestep[:, None]
+    network.denoise = denoise
+
+
 @pytest.mark.parametrize("name", MARKOV)
 @pytest.mark.parametrize("tuned", [1, 2])
 def test_tuned_steps_are_those_of_the_solvers_grid(name: str, tuned: int) -> None:
@@ -150,7 +162,7 @@ def test_tuned_steps_are_those_of_the_solvers_grid(name: str, tuned: int) -> Non
     mdp = DenoisingMDP(policy, tuned, ExplorationConfig(), solver)
     assert policy.tuned_below == grid[-tuned] + 1
     for which, timesteps in seen.items():
-        getattr(policy, which).register_forward_hook(lambda _, args, __, to=timesteps: to.append(int(args[1][0])))
+        record_timesteps(getattr(policy, which), timesteps)
     mdp.sample(torch.zeros(2, 1, 2), torch.Generator().manual_seed(0))
     assert seen == {"base": grid[:-tuned], "tuned": grid[-tuned:]}
 

@@ -17,6 +17,7 @@ from dprl.networks import MLPConfig, TransformerConfig, UNetConfig
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
 from dprl.rollout import InProcessPool
 from dprl.spec import EnvOptions
+from tests.test_mdp import record_timesteps
 from tests.toys import PaysForEver, make_toy, reach_spec, toy_policy
 
 SMALL = DPPOConfig(tuned_steps=3, n_steps=6, n_epochs=2, batch_size=40, critic_hidden_size=16)
@@ -81,7 +82,7 @@ def test_each_step_is_evaluated_by_the_one_network_it_belongs_to() -> None:
     mdp = DenoisingMDP(policy, 3, ExplorationConfig())
     seen: dict[str, list[int]] = {"base": [], "tuned": []}
     for name, timesteps in seen.items():
-        getattr(policy, name).register_forward_hook(lambda _, args, __, to=timesteps: to.append(int(args[1][0])))
+        record_timesteps(getattr(policy, name), timesteps)
     mdp.sample(torch.zeros(2, 1, 2), torch.Generator().manual_seed(0))
     assert seen == {"base": [7, 6, 5, 4, 3], "tuned": [2, 1, 0]}
 

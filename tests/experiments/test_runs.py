@@ -1,0 +1,182 @@
+"""The three kinds of work, for every kind of policy: what is checked before anything is written, and what is stored."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dprl.agents import BCConfig
+from dprl.config import from_json, to_json
+from dprl.data import load_dataset, save_dataset
+from dprl.errors import CheckpointError, ConfigError, DatasetError, DprlError, EnvError
+from dprl.experiments import runs
+from dprl.experiments.runs import FLOW, CollectConfig, FinetuneConfig, PretrainConfig
+from dprl.log import read_metrics
+from dprl.observations import Camera
+from dprl.policy import Features, GMMConfig, InferenceConfig, MSEConfig, Policy
+from dprl.spec import EnvOptions, EnvSpec, resolve
+from tests.policy.small import KINDS, VIT, random_episodes, small_config
+
+ENV = "Avoid-v0"
+BC = BCConfig(batch_size=8, steps_per_iteration=2)
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three short episodes of Avoid-v0."""
+    folder = tmp_path_factory.mktemp("runs") / "data"
+    runs.collect(CollectConfig(ENV, episodes=3, options=EnvOptions(max_episode_steps=12)), folder, progress_bar=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four episodes with images."""
+    folder = tmp_path_factory.mktemp("runs") / "seen"
+    features = Features(3, 2, (Camera("top", 24, 24),))
+    spec = EnvSpec("some/env", "", "", 3, (-1.0,) * 2, (1.0,) * 2, 10, cameras=features.cameras)
+    save_dataset(replace(random_episodes(features), env_id=None), folder, spec)
+    return folder
+
+
+def config_of(kind: str, data: Path, **changes: object) -> PretrainConfig:
+    return PretrainConfig(str(data), policy=small_config(kind), **({"steps": 6, "bc": BC, "checkpoint_every": 1} | changes))
+
+
+def timeless(folder: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_metrics(folder)]
+
+
+@every_kind
+def test_every_kind_is_pretrained_evaluated_and_resumed(kind: str, data: Path, tmp_path: Path) -> None:
+    """The config in run.json is of the exact class; a run cut back to its first checkpoint ends as the whole one."""
+    config = config_of(kind, data, eval_every=3, eval_episodes=2)
+    run = runs.pretrain(config, tmp_path / "whole", progress_bar=False)
+    about = json.loads((run.path / "run.json").read_text())
+    stored = from_json(PretrainConfig, about["config"], "run.json")
+    assert stored == replace(config, data=str(data))
+    assert type(stored.policy) is type(config.policy)
+    rows = timeless(run.path)
+    assert [row["iteration"] for row in rows] == [0, 1, 2, 3]
+    assert "eval/success_rate" in rows[-1]
+    policy = Policy.from_pretrained(run.path)
+    assert policy.features == Features(2, 2, (), ENV)
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "run.json").write_text((run.path / "run.json").read_text())
+    runs.resume(cut, progress_bar=False)
+    assert timeless(cut) == rows
+    ours, theirs = (Policy.from_pretrained(folder).state_dict() for folder in (run.path, cut))
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def test_images_are_learned_from_on_disk(seen: Path, tmp_path: Path) -> None:
+    config = config_of("mse", seen, steps=2)
+    config = replace(config, policy=replace(config.policy, vision=VIT))
+    mapped = replace(config, memory_map=True, bc=replace(BC, num_workers=1))
+    weights = []
+    for name, which in (("memory", config), ("disk", mapped)):
+        runs.pretrain(which, tmp_path / name, progress_bar=False)
+        policy = Policy.from_pretrained(tmp_path / name)
+        assert policy.features == Features(3, 2, (Camera("top", 24, 24),), "some/env")
+        weights.append(policy.state_dict())
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
+
+
+def test_the_first_episodes_only(data: Path, tmp_path: Path) -> None:
+    """Ranges are of these episodes too."""
+    first = load_dataset(data).select([0])
+    run = runs.pretrain(config_of("mse", data, episodes=1, steps=1), tmp_path / "run", progress_bar=False)
+    policy = Policy.from_pretrained(run.path)
+    np.testing.assert_array_equal(policy.observation_normalizer.high, first.observations.max(0))
+    np.testing.assert_array_equal(policy.action_normalizer.low, first.actions.min(0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "error", "message"),
+    [
+        ("gmm", {"inference": InferenceConfig(solver="ddim")}, ConfigError, "solver = 'ddim': a gmm policy has none"),
+        ("diffusion", {"inference": InferenceConfig(solver="euler")}, ConfigError, "solver = 'euler'"),
+        ("diffusion", {"inference": InferenceConfig(num_inference_steps=5)}, ConfigError, "num_inference_steps = 5"),
+        ("mse", {"episodes": 4}, ConfigError, "episodes = 4: the data set has 3"),
+        ("bet", {"policy": small_config("bet", n_bins=500)}, DatasetError, "chunks of 3 actions make no 500 bins"),
+        ("mse", {"device": "warp"}, ConfigError, "device = 'warp'"),
+        ("mse", {"bc": replace(BC, validation_share=0.5), "episodes": 1}, DatasetError, "single episode"),
+        ("mse", {"bc": replace(BC, pad_after=0), "policy": MSEConfig(horizon=50)}, DatasetError, "horizon of 50"),
+    ],
+    ids=["solver", "other family", "solver steps", "episodes", "bins", "device", "validation", "horizon"],
+)
+def test_what_cannot_work_is_refused_before_a_folder_is_made(
+    kind: str, changes: dict[str, object], error: type[DprlError], message: str, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        runs.pretrain(replace(config_of(kind, data), **changes), tmp_path / "run", progress_bar=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluations_need_an_environment_that_fits(data: Path, seen: Path, tmp_path: Path) -> None:
+    with pytest.raises(EnvError, match="some/env"):
+        runs.pretrain(config_of("mse", seen, eval_every=1), tmp_path / "run", progress_bar=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "diffusion"])
+def test_only_a_diffusion_policy_is_fine_tuned(kind: str, data: Path, tmp_path: Path) -> None:
+    run = runs.pretrain(config_of(kind, data, steps=1), tmp_path / "cloned", progress_bar=False)
+    with pytest.raises(CheckpointError, match=f"describes a {kind} policy, not one of type diffusion"):
+        runs.finetune(FinetuneConfig(str(run.path), ENV, n_envs=2), tmp_path / "tuned", progress_bar=False)
+    assert not (tmp_path / "tuned").exists()
+
+
+def test_the_flow_of_the_command_line_is_one(data: Path, tmp_path: Path) -> None:
+    config = replace(config_of("diffusion", data, steps=1), policy=FLOW)
+    policy = Policy.from_pretrained(runs.pretrain(config, tmp_path / "flow", progress_bar=False).path)
+    assert policy.config == FLOW
+    policy.check_inference(InferenceConfig("euler", 3))
+    with pytest.raises(ConfigError, match="solver = 'ddpm'"):
+        policy.check_inference(InferenceConfig("ddpm"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps = 0"),
+        ({"episodes": 0}, "episodes = 0"),
+        ({"eval_every": -1}, "eval_every = -1"),
+        ({"seed": -1}, "seed = -1"),
+        ({"policy": "gmm"}, "policy = 'gmm'|policy: "),
+    ],
+    ids=str,
+)
+def test_a_wrong_config_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PretrainConfig("data", **changes)
+
+
+def test_a_key_that_a_policy_does_not_have_is_named() -> None:
+    """For the class that has the others."""
+    stored = json.loads(json.dumps(to_json(PretrainConfig("data", policy=GMMConfig()))))
+    stored["policy"]["n_mods"] = stored["policy"].pop("n_modes")
+    with pytest.raises(ConfigError, match="unknown key 'n_mods' for GMMConfig.*Did you mean n_modes"):
+        from_json(PretrainConfig, stored, "run.json")
+
+
+def test_a_config_that_lacks_a_new_field_is_still_of_its_class() -> None:
+    """Runs that were stored before a field existed can be resumed."""
+    for kind in KINDS:
+        config = small_config(kind)
+        whole = json.loads(json.dumps(to_json(PretrainConfig("data", policy=config))))
+        for name in ("vision", "n_obs_steps"):
+            stored = whole | {"policy": {k: v for k, v in whole["policy"].items() if k != name}}
+            assert type(from_json(PretrainConfig, stored, "run.json").policy) is type(config)
+    assert GMMConfig() == from_json(PretrainConfig, {"data": "x", "policy": {"n_modes": 5}}, "run.json").policy
+
+
+def test_collected_data_are_of_the_environment_that_was_asked_for(data: Path) -> None:
+    spec = resolve(ENV)
+    policy = Policy.kinds["mse"].for_dataset(load_dataset(data), small_config("mse"))
+    assert policy.features == Features(spec.observation_size, spec.action_size, (), ENV)
