@@ -129,6 +129,8 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         counts = ("steps", "episodes", "checkpoint_every", "eval_episodes")
         validate(self, at_least={**dict.fromkeys(counts, 1), "eval_every": 0, "seed": 0})
+        read_by_workers = not self.memory_map or self.bc.num_workers > 0
+        check(read_by_workers, "bc.num_workers", 0, "must be at least 1 with memory_map: workers read what is on disk")
 
 
 @dataclass(frozen=True)

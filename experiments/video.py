@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dprl.envs import metaworld, rendering
+from dprl.envs.catalogue import METAWORLD
 from dprl.errors import EnvError, MissingDependencyError
 from dprl.policy import DiffusionPolicy, PredictState
 from dprl.seeding import derive_seed, torch_generator
@@ -52,7 +53,7 @@ def record(policies: dict[str, DiffusionPolicy], spec: EnvSpec, seed: int, file:
         EnvError: not a Meta-World task.
         MissingDependencyError: the `metaworld` package or Pillow is not installed.
     """
-    if not spec.id.startswith("metaworld/"):
+    if spec.id not in METAWORLD:
         raise EnvError(f"videos are made of Meta-World tasks only so far, not of '{spec.id}'")
     render = rendering.find_backend() is not None
     camera = metaworld.Camera(*RENDER_SIZE) if render else None

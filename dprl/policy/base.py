@@ -274,7 +274,8 @@ class Policy(nn.Module, ABC):
         single = np.ndim(parts[name]) == len(shapes[name])
         tensors = {}
         for key, shape in shapes.items():
-            array = np.asarray(parts[key], np.float32 if key == STATE else np.uint8)
+            array = np.asarray(parts[key], np.float32 if key == STATE else None)
+            check(key == STATE or array.dtype == np.uint8, key, str(array.dtype), "images must be uint8")
             array = array[None] if single else array
             fits = array.ndim == 1 + len(shape) and array.shape[1:] == shape
             label, sizes = ("observation" if key == STATE else key), ", ".join(map(str, shape))
