@@ -21,7 +21,7 @@ from dprl.data.loader import Batch, ChunkBatches
 from dprl.errors import DatasetError, check
 from dprl.networks import polyak_update, weight_decay_groups
 from dprl.policy import DiffusionPolicy, InferenceConfig, Policy, masked_mean
-from dprl.seeding import torch_generator
+from dprl.seeding import seeded_init, torch_generator
 from dprl.training import Agent, LoopConfig, train
 
 VALIDATION_CHUNKS = 1_024
@@ -182,7 +182,8 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
         config, device = self.config, self.policy.device
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate()
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        dropout = seeded_init(self.seed, "dropout", self.timesteps, device=device)
+        with dropout, torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             loss = self._online.loss(batch.obs, batch.actions, valid=batch.valid, generator=self._generator)
         self._optimizer.zero_grad()
         loss.backward()

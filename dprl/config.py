@@ -107,11 +107,12 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _foreign_keys(cls: Any, value: Mapping[str, Any]) -> int:
-    """How many keys `value` and the dataclass `cls` do not share."""
+def _misfit(cls: Any, value: Mapping[str, Any]) -> tuple[int, int]:
+    """How many keys of `value` the dataclass `cls` does not know, and how many of its own are missing."""
     if not dataclasses.is_dataclass(cls):
-        return len(value) + 1000
-    return len({f.name for f in dataclasses.fields(cls)} ^ value.keys())
+        return len(value) + 1, 0
+    known = {f.name for f in dataclasses.fields(cls)}
+    return len(value.keys() - known), len(known - value.keys())
 
 
 def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -119,7 +120,7 @@ def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in args:
         return None
     if isinstance(value, Mapping):
-        args = tuple(sorted(args, key=lambda arg: _foreign_keys(arg, value)))[:1]
+        args = tuple(sorted(args, key=lambda arg: _misfit(arg, value)))[:1]
     errors: list[str] = []
     for arg in args:
         if arg is type(None):

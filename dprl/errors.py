@@ -35,6 +35,10 @@ class MissingDependencyError(DprlError, ImportError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs the package '{package}'; in dprl's checkout: pip install '.[{extra}]'")
+        self._made_of = (package, extra, purpose)
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), self._made_of
 
 
 def did_you_mean(word: str, known: Iterable[str], n: int = 3) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dprl.config import validate
-from dprl.diffusion import SolverConfig, solver_steps
+from dprl.diffusion import SolverConfig, posterior_steps, solver_steps
 from dprl.errors import check
 from dprl.observations import TensorObservation
 from dprl.policy import DiffusionPolicy
@@ -72,15 +72,22 @@ class DenoisingMDP:
         Raises:
             ConfigError: more tuned steps than denoising steps, or a solver whose steps are not Markovian.
         """
-        solver = (solver or SolverConfig()).over(policy.config.sampling)
-        grid = solver_steps(policy.schedule.config, solver)
+        schedule = policy.schedule.config
+        solver = (solver or SolverConfig()).over(policy.config.sampling, schedule)
+        grid = solver_steps(schedule, solver)
+        if solver.solver == "ddpm" and len(grid) == schedule.num_train_timesteps:
+            grid = posterior_steps(schedule)
         markov = not any(step.previous for step in grid)
         check(markov, "solver", solver.solver, "cannot be tuned: its steps look back; use ddpm, ddim or euler")
         fits = 1 <= tuned_steps <= len(grid)
         check(
             fits, "tuned_steps", tuned_steps, f"must be from 1 to the policy's denoising steps, which are {len(grid)}"
         )
-        policy.tune_below(grid[-tuned_steps].timestep + 1)
+        below = grid[-tuned_steps].timestep + 1
+        agrees = policy.tuned is None or policy.tuned_below == below
+        already = sum(step.timestep < policy.tuned_below for step in grid)
+        check(agrees, "tuned_steps", tuned_steps, f"must be {already}: this policy is already tuned in its last steps")
+        policy.tune_below(below)
         self.policy = policy
         self.tuned_steps = tuned_steps
         self.exploration = exploration

@@ -31,8 +31,14 @@ def numpy_generator(seed: int, *names: str | int) -> np.random.Generator:
 
 
 @contextmanager
-def seeded_init(seed: int, *names: str | int) -> Iterator[None]:
-    """Initialise modules from the stream `names` of `seed`, leaving torch's global generator as it was."""
-    with torch.random.fork_rng(devices=[]):
+def seeded_init(seed: int, *names: str | int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Let torch's global generators, of the CPU and `device`, be the stream `names` of `seed`; restore them afterwards.
+
+    For what takes no generator: the initial weights of modules, and dropout.
+    """
+    cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(derive_seed(seed, *names))
+        if cuda:
+            torch.cuda.manual_seed(derive_seed(seed, *names))
         yield

@@ -30,11 +30,14 @@ def resolve(name: str, options: EnvOptions) -> EnvSpec:
         EnvError: unknown; the message offers the nearest names. Or its spaces do not suit.
         ConfigError: an option that the task cannot have.
     """
-    own = {**dict.fromkeys(avoid.IDS, avoid.make_spec), **dict.fromkeys(pusht.IDS, pusht.make_spec)}
-    own |= dict.fromkeys(METAWORLD_PIXELS, _metaworld_pixels)
-    if name in own:
-        check(options.backend != "envpool", "backend", options.backend, f"EnvPool here has no '{name}'")
-        return own[name](name, options)
+    for names, make_spec in (
+        (avoid.IDS, avoid.make_spec),
+        (pusht.IDS, pusht.make_spec),
+        (METAWORLD_PIXELS, _metaworld_pixels),
+    ):
+        if name in names:
+            check(options.backend != "envpool", "backend", options.backend, f"EnvPool here has no '{name}'")
+            return make_spec(name, options)
     if name in METAWORLD:
         return _metaworld(name, options)
     return _gymnasium(name, options)

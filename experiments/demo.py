@@ -67,8 +67,17 @@ def with_solver(experiment: Experiment, solver: SolverName, num_inference_steps:
     """
     policy = experiment.pretrain.policy
     assert isinstance(policy, DiffusionConfig)
+    if solver == "euler":
+        flow = runs.FLOW
+        num_inference_steps = num_inference_steps or flow.sampling.num_inference_steps
+        policy = replace(
+            policy,
+            num_train_timesteps=flow.num_train_timesteps,
+            schedule=flow.schedule,
+            prediction_type=flow.prediction_type,
+        )
     sampling = SolverConfig(solver, num_inference_steps)
-    policy = replace(runs.FLOW if solver == "euler" else policy, denoiser=policy.denoiser, sampling=sampling)
+    policy = replace(policy, sampling=sampling)
     tuned = SolverConfig("ddpm") if solver.endswith("dpmsolver++") else sampling
     tuned = replace(tuned, eta=1.0) if solver == "ddim" else tuned
     steps = len(solver_steps(policy.noise, tuned))

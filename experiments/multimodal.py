@@ -128,7 +128,7 @@ def _notes(config: StudyConfig, outcomes: list[Outcome]) -> list[str]:
         f"`{avoid.STATE_ID}`, 100 scripted demonstrations with action noise 0.1, half of them on either side; "
         f"{STEPS * config.scale:,.0f} gradient steps (U-Net, transformer and LSTM: half), chunks of {HORIZON} actions "
         f"of which {EXECUTED} are executed (the LSTM: one). Seeds {', '.join(map(str, config.seeds))}; "
-        f"{config.episodes} held-out episodes each, the trained policy as it is after the last step. Blue in the figure: "
-        "reached the line; red: did not. Shares are of the episodes that came past the disc. "
+        f"{config.episodes} held-out episodes each, the trained policy as it is after the last step. Blue in the "
+        "figure: reached the line; red: did not. Shares are of the episodes that came past the disc. "
         f"{minutes:.0f} minutes of training on one core each.",
     ]

@@ -244,8 +244,8 @@ def last_timesteps(run: RunFolder) -> int:
 class _Pretraining:
     """What behaviour cloning starts from."""
 
-    data: Episodes
-    policy: Policy
+    agent: BC[Policy]
+    """With its data."""
     spec: EnvSpec | None
     """Where to evaluate, if at all."""
 
@@ -268,26 +268,26 @@ def _prepare_pretrain(config: PretrainConfig) -> _Pretraining:
     kind = next(kind for kind in Policy.kinds.values() if kind.config_class is type(config.policy))
     policy = kind.for_dataset(data, config.policy, seed=config.seed).to(config.device)
     policy.check_inference(config.inference)
+    agent = BC(policy, config.bc, seed=config.seed)
+    agent.set_data(data, config.steps)
     if not config.eval_every:
-        return _Pretraining(data, policy, None)
+        return _Pretraining(agent, None)
     if data.env_id is None:
         raise ConfigError("eval_every: the data set does not say which environment it is from; set it to 0")
     spec = resolve(data.env_id)
     require_fit(policy, spec)
-    return _Pretraining(data, policy, spec)
+    return _Pretraining(agent, spec)
 
 
 def _pretrain(
     config: PretrainConfig, run: RunFolder, prepared: _Pretraining, *, resume: bool, progress_bar: bool
 ) -> None:
-    policy, spec = prepared.policy, prepared.spec
-    agent = BC(policy, config.bc, seed=config.seed)
-    agent.set_data(prepared.data, config.steps)
+    agent, spec = prepared.agent, prepared.spec
     train(
         agent,
         LoopConfig(config.steps, config.eval_every, config.checkpoint_every),
         run=run,
-        evaluate=None if spec is None else lambda: _score(policy, spec, config),
+        evaluate=None if spec is None else lambda: _score(agent.policy, spec, config),
         resume=resume,
         wandb_project=config.wandb,
         progress_bar=progress_bar,

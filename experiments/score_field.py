@@ -1,7 +1,7 @@
 """Study `score-field`: what a denoiser learns of a 2-D distribution, drawn, next to the truth.
 
-The data are a mixture of Gaussians, so the noised data are one too, and their score ∇ log p_t(x) is known. The policy's is
--ε̂ / noise_t (arXiv:2011.13456).
+The data are a mixture of Gaussians, so the noised data are one too, and their score ∇ log p_t(x) is known. The policy's
+is -ε̂ / noise_t (arXiv:2011.13456).
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
         rows,
         [
             f"Three Gaussians of standard deviation {STD}, {N_POINTS:,} points; an MLP, 50 timesteps, "
-            f"{STEPS * config.scale:,.0f} gradient steps. Errors over points drawn from the noised data: root mean squared "
-            "difference over root mean squared score."
+            f"{STEPS * config.scale:,.0f} gradient steps. Errors over points drawn from the noised data: root mean "
+            "squared difference over root mean squared score."
         ],
     )
 

@@ -12,6 +12,8 @@ cell whose file exists is not run again. So an interrupted study goes on where i
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import math
 import multiprocessing
 import time
@@ -25,11 +27,14 @@ import numpy as np
 import torch
 
 from dprl import checkpoint
+from dprl.config import to_json
+from dprl.errors import check
 from dprl.experiments import runs
 from dprl.experiments.runs import CollectConfig, PretrainConfig
 from dprl.policy import InferenceConfig, Policy
 from dprl.rollout import evaluate
 from dprl.rollout.evaluation import record, wilson
+from dprl.rollout.pool import one_thread
 from dprl.rollout.recording import Trajectory
 from dprl.spec import resolve
 from dprl.training.progress import ProgressBar
@@ -78,6 +83,13 @@ class StudyConfig:
     jobs: int = 1
     """Cells at a time, each on a thread of its own."""
 
+    def __post_init__(self) -> None:
+        check(self.episodes >= 1, "episodes", self.episodes, "must be at least 1")
+        check(self.jobs >= 1, "jobs", self.jobs, "must be at least 1")
+        check(math.isfinite(self.scale) and self.scale > 0, "scale", self.scale, "must be a number above 0")
+        fits = len(self.seeds) > 0 and all(seed >= 0 for seed in self.seeds)
+        check(fits, "seeds", self.seeds, "must be at least one, of at least 0")
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -99,7 +111,14 @@ class Outcome:
 
 
 def run_cells(cells: Sequence[Cell], config: StudyConfig, *, progress_bar: bool = True) -> list[Outcome]:
-    """Run what has no result yet and return all outcomes, in the order of `cells` and their looks."""
+    """Run what has no result yet and return all outcomes, in the order of `cells` and their looks.
+
+    Raises:
+        ConfigError: the folder holds a result or a training of the same name with other settings.
+    """
+    cells = [_scaled(cell, config) for cell in cells]
+    for cell in cells:
+        _require_same(cell, config)
     for collect in dict.fromkeys(cell.collect for cell in cells):
         folder = _data_folder(config, collect)
         if not folder.exists():
@@ -134,13 +153,42 @@ def policy_folder(config: StudyConfig, cell: Cell) -> Path:
     return config.out / "runs" / cell.name
 
 
+def _scaled(cell: Cell, config: StudyConfig) -> Cell:
+    """The cell with its data's folder and as many gradient steps as the study's scale makes of them."""
+    steps = max(1, round(cell.pretrain.steps * config.scale))
+    data = str(_data_folder(config, cell.collect).resolve())
+    return replace(cell, pretrain=replace(cell.pretrain, data=data, steps=steps))
+
+
+def _settings(cell: Cell) -> Any:
+    """What a cell's result depends on, as it reads in JSON; not where the data lie."""
+    data = to_json(cell)
+    del data["pretrain"]["data"]
+    return json.loads(json.dumps(data))
+
+
+def _require_same(cell: Cell, config: StudyConfig) -> None:
+    """Raise ConfigError if what is there for `cell` was made with other settings."""
+    file, run = _result_file(config, cell), policy_folder(config, cell) / RUN_FILE
+    remedy = f"choose another folder than '{config.out}', or the settings (scale, episodes) it was made with"
+    if file.exists():
+        same = checkpoint.read_json(file).get("settings") == _settings(cell)
+        check(same, "out", str(config.out), f"'{file}' is the result of other settings: {remedy}")
+    elif run.exists():
+        stored = checkpoint.read_json(run)["config"]
+        differing = [
+            key for key in ("steps", "seed", "policy", "bc") if stored[key] != _settings(cell)["pretrain"][key]
+        ]
+        check(not differing, "out", str(config.out), f"'{run}' is a training with other {differing}: {remedy}")
+
+
 def _run_cell(cell: Cell, config: StudyConfig) -> None:
-    torch.set_num_threads(1)
-    pretrain = replace(
-        cell.pretrain,
-        data=str(_data_folder(config, cell.collect).resolve()),
-        steps=max(1, round(cell.pretrain.steps * config.scale)),
-    )
+    with one_thread():
+        _train_and_look(cell, config)
+
+
+def _train_and_look(cell: Cell, config: StudyConfig) -> None:
+    pretrain = cell.pretrain
     folder = policy_folder(config, cell)
     start = time.perf_counter()
     if (folder / RUN_FILE).exists():
@@ -174,7 +222,7 @@ def _run_cell(cell: Cell, config: StudyConfig) -> None:
         )
     file = _result_file(config, cell)
     file.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(file, {"looks": looks})
+    checkpoint.write_json(file, {"settings": _settings(cell), "looks": looks})
 
 
 def _blindfold(policy: Policy) -> None:
@@ -202,7 +250,8 @@ def _save_paths(config: StudyConfig, cell: Cell, look: Look, trajectories: list[
 
 
 def _data_folder(config: StudyConfig, collect: CollectConfig) -> Path:
-    return config.out / "data" / f"{collect.env.replace('/', '-')}-{collect.episodes}-seed{collect.seed}"
+    digest = hashlib.sha256(json.dumps(to_json(collect), sort_keys=True).encode()).hexdigest()[:8]
+    return config.out / "data" / f"{collect.env.replace('/', '-')}-seed{collect.seed}-{digest}"
 
 
 def _result_file(config: StudyConfig, cell: Cell) -> Path:

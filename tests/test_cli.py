@@ -13,6 +13,7 @@ import torch
 
 from dprl.cli import main
 from dprl.data import Episodes, save_dataset
+from dprl.experiments import plots
 from dprl.experiments.catalogue import STUDIES
 from dprl.networks import MLPConfig, TransformerConfig, UNetConfig
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Features, GMMConfig, GMMPolicy, Policy
@@ -140,7 +141,7 @@ ERRORS = {
     ),
     "unknown study": ("experiment imitatoin --out new", "imitatoin", "imitation"),
     "no seeds": ("experiment multimodal --out new --seeds", "seeds"),
-    "no episodes (experiment)": ("experiment multimodal --out new --quiet --episodes 0", "episodes = 0"),
+    "no episodes (experiment)": ("experiment multimodal --out new --quiet --scale 0.0001 --episodes 0", "episodes = 0"),
     "no jobs": ("experiment multimodal --out new --quiet --jobs 0", "jobs = 0"),
     "validation of everything": (f"{PRETRAIN} --bc.validation-share 1", "validation_share = 1"),
     "missing data": ("pretrain nowhere --out new", "nowhere", "main_data.hdf5"),
@@ -320,6 +321,7 @@ DENOISERS = {"mlp": MLPConfig, "unet": UNetConfig, "transformer": TransformerCon
 @pytest.mark.parametrize("name", KINDS)
 def test_every_policy_can_be_chosen_by_name(folder, monkeypatch, tmp_path, name):
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(plots, "training_curves", lambda run: None)  # which takes longer than the rest
     chunks = "--policy.horizon 3 --policy.n-action-steps 2 --policy.n-obs-steps 2"
     sizes = SMALL.get(name, "--policy.hidden-size 8")
     assert (
@@ -370,7 +372,7 @@ def test_options_of_behaviour_cloning_reach_the_run(folder, monkeypatch, tmp_pat
 )
 def test_how_a_policy_acts_is_chosen_when_it_acts(folder, monkeypatch, capsys, options):
     monkeypatch.chdir(folder)
-    command = f"{EVALUATE} --episodes 3 --json"
+    command = f"evaluate push --env {PUSH} --options.reward dense --episodes 2 --json {SHORT}"
     usual, first, again = (evaluate_json(capsys, c) for c in (command, f"{command} {options}", f"{command} {options}"))
     for result in (usual, first, again):
         result.pop("policy_latency_ms_p50")

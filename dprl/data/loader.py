@@ -59,6 +59,7 @@ class ChunkBatches:
             batch_sampler=picks.tolist(),
             num_workers=self._num_workers,
             collate_fn=_collate,
+            generator=torch.Generator(),  # or it would draw its workers' seeds from the global one
             pin_memory=self.device.type == "cuda",
         )
         for obs, actions, valid in loader:
@@ -71,7 +72,8 @@ class ChunkBatches:
         return Batch(obs, self._actions[action_rows], valid if self._padded else None)
 
     def _moved(self, array: Any) -> Tensor:
-        return torch.as_tensor(np.ascontiguousarray(array), device=self.device)
+        array = np.ascontiguousarray(array)
+        return torch.as_tensor(array if array.flags.writeable else array.copy(), device=self.device)
 
 
 class ChunkRows(Dataset[Any]):

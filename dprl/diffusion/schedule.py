@@ -39,7 +39,7 @@ class ScheduleConfig:
     predicts its `velocity`, x_0 - ε."""
     beta_start: float = 1e-4
     """First β of the linear schedules. They are not rescaled to K: with few timesteps they leave much of the signal, so
-    sampling from pure noise starts off their marginal (1 - ᾱ is 0.64 at K = 100, above 0.9999 at K = 1000)."""
+    sampling from pure noise starts off their marginal (linear: 1 - ᾱ is 0.64 at K = 100, above 0.9999 at K = 1000)."""
     beta_end: float = 0.02
     """Last β of the linear schedules."""
 
@@ -59,12 +59,12 @@ class ScheduleConfig:
         return self.schedule == "rectified_flow"
 
     def betas(self) -> Tensor:
-        """β (K,) of a diffusion schedule, float64."""
+        """β (K,) of a diffusion schedule, of the precision that diffusers computes each with."""
         k, start, end = self.num_train_timesteps, self.beta_start, self.beta_end
         if self.schedule == "linear":  # arXiv:2006.11239
-            return torch.linspace(start, end, k, dtype=torch.float64)
+            return torch.linspace(start, end, k)
         if self.schedule == "scaled_linear":  # arXiv:2112.10752
-            return torch.linspace(math.sqrt(start), math.sqrt(end), k, dtype=torch.float64) ** 2
+            return torch.linspace(math.sqrt(start), math.sqrt(end), k) ** 2
         # β_t = 1 - f(t+1)/f(t), f(t) = cos²((t/K + s)/(1 + s) · π/2), arXiv:2102.09672 eq. 17.
         t = torch.arange(k + 1, dtype=torch.float64) / k
         f = torch.cos((t + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2) ** 2

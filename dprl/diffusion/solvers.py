@@ -20,9 +20,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,18 +64,24 @@ class SolverConfig:
     def __post_init__(self) -> None:
         validate(self, at_least={"num_inference_steps": 1, "eta": 0})
         check(self.eta <= 1, "eta", self.eta, "must be from 0 to 1")
-        check(self.eta == 0 or self.solver == "ddim", "eta", self.eta, "only the solver ddim has it")
+        check(self.eta == 0 or self.solver == "ddim", "eta", self.eta, "must be 0: only the solver ddim has it")
 
-    def over(self, default: SolverConfig) -> SolverConfig:
-        """Return `default` with what is set here. Another solver does not inherit steps, eta or spacing."""
-        if self.solver not in (None, default.solver):
+    def over(self, own: SolverConfig, schedule: ScheduleConfig) -> SolverConfig:
+        """Return a policy's `own` way with what is set here. Another solver does not inherit steps, eta or spacing."""
+        usual = own.solver or default_solver(schedule)
+        if self.solver not in (None, usual):
             return SolverConfig(self.solver, self.num_inference_steps, self.eta, self.timestep_spacing)
         return SolverConfig(
-            default.solver,
-            self.num_inference_steps or default.num_inference_steps,
-            default.eta if self.solver is None else self.eta,
-            self.timestep_spacing or default.timestep_spacing,
+            usual,
+            self.num_inference_steps or own.num_inference_steps,
+            own.eta if self.solver is None else self.eta,
+            self.timestep_spacing or own.timestep_spacing,
         )
+
+
+def default_solver(schedule: ScheduleConfig) -> SolverName:
+    """Return euler for a rectified flow, else ddpm."""
+    return "euler" if schedule.is_flow else "ddpm"
 
 
 @lru_cache(maxsize=256)
@@ -85,7 +91,7 @@ def solver_steps(schedule: ScheduleConfig, config: SolverConfig) -> tuple[Step, 
     Raises:
         ConfigError: a solver of the other family, or more steps than training timesteps.
     """
-    solver = config.solver or ("euler" if schedule.is_flow else "ddpm")
+    solver = config.solver or default_solver(schedule)
     fits = (solver == "euler") == schedule.is_flow
     allowed = "euler" if schedule.is_flow else "ddpm, ddim, dpmsolver++ or sde-dpmsolver++"
     check(fits, "solver", solver, f"must be {allowed} for a policy with the schedule {schedule.schedule}")
@@ -97,8 +103,8 @@ def solver_steps(schedule: ScheduleConfig, config: SolverConfig) -> tuple[Step, 
     if solver.endswith("dpmsolver++"):
         return _dpmsolver(grid, levels, stochastic=solver.startswith("sde"))
     if solver == "ddpm":
-        return _ddpm(grid, levels, schedule.betas().float().tolist())
-    return tuple(_ddim_step(t, *levels[i], *levels[i + 1], config.eta) for i, t in enumerate(grid))
+        return _ddpm(grid, levels)
+    return _ddim(grid, levels, config.eta)
 
 
 def n_draws(steps: tuple[Step, ...]) -> int:
@@ -124,8 +130,8 @@ def solve(steps: tuple[Step, ...], predict: PredictClean, x: Tensor, draws: Tens
     for step in steps:
         clean = predict(x, step.timestep)
         x = torch.add(step.noisy * x, clean, alpha=step.clean) if step.noisy else step.clean * clean
-        if step.previous and before is not None:
-            x = torch.add(x, before, alpha=step.previous)
+        if step.previous:  # the first of the last steps alone knows of none before it: first order
+            x = torch.add(x, clean if before is None else before, alpha=step.previous)
         if step.std > 0:
             x = torch.add(x, next(remaining), alpha=temperature * step.std)
         before = clean
@@ -148,28 +154,59 @@ def _grid(solver: str, spacing: Spacing | None, n: int, k: int) -> list[int]:
     return sorted(set(grid), reverse=True)  # rounding may visit one twice where n is close to k
 
 
-def _ddpm(grid: list[int], levels: list[tuple[float, float]], betas: list[float]) -> tuple[Step, ...]:
-    """The posterior q(x_next | x, x_0), with the β that leads from one visited timestep to the other."""
+def posterior_steps(schedule: ScheduleConfig) -> tuple[Step, ...]:
+    """Return ddpm's steps through every timestep with β from the schedule's table (arXiv:2006.11239 eq. 7).
+
+    `solver_steps` takes β from the ratio of two ᾱ instead, as diffusers does: the same but for float32's rounding, on
+    which densities of steps depend. DPPO's authors used the table.
+    """
+    signal, noise = schedule.levels()
+    signal_next, noise_next = signal.roll(1), noise.roll(1)
+    signal_next[0], noise_next[0] = 1.0, 0.0
+    betas = schedule.betas().float().double()
+    noisy = (1 - betas).sqrt() * (noise_next / noise) ** 2
+    clean = betas * signal_next / noise**2
+    std = betas.sqrt() * noise_next / noise
+    rows = zip(noisy.tolist(), clean.tolist(), std.tolist(), strict=True)
+    return tuple(Step(t, a, b, 0.0, c) for t, (a, b, c) in reversed(list(enumerate(rows))))
+
+
+def _ddpm(grid: list[int], levels: list[tuple[float, float]]) -> tuple[Step, ...]:
+    """The posterior q(x_next | x, x_0) between visited timesteps.
+
+    In float32 and operation by operation as diffusers: at little noise 1 - ᾱ has few digits, and checkpoints were made
+    with those.
+    """
+    alphas_bar = _alphas_bar(levels)
     steps = []
-    for i, (t, following) in enumerate(zip(grid, [*grid[1:], -1], strict=True)):
-        (signal, noise), (signal_next, noise_next) = levels[i], levels[i + 1]
-        beta = betas[t] if following == t - 1 else 1 - (signal / signal_next) ** 2
-        noisy = math.sqrt(1 - beta) * noise_next**2 / noise**2
-        steps.append(Step(t, noisy, beta * signal_next / noise**2, 0.0, math.sqrt(beta) * noise_next / noise))
+    for t, (now, following) in zip(grid, pairwise(alphas_bar), strict=True):
+        alpha = now / following
+        clean = following**0.5 * (1 - alpha) / (1 - now)
+        noisy = alpha**0.5 * (1 - following) / (1 - now)
+        variance = (1 - following) / (1 - now) * (1 - alpha)
+        steps.append(Step(t, float(noisy), float(clean), 0.0, float(variance**0.5)))
     return tuple(steps)
 
 
-def _ddim_step(t: int, signal: float, noise: float, signal_next: float, noise_next: float, eta: float) -> Step:
-    """X' = s' x̂_0 + √(n'² - σ²) ε̂ + σ z with the ε̂ that x̂_0, clamped or not, implies."""
-    std, remaining = 0.0, noise_next
-    if eta > 0:  # in float32, where 1 - ᾱ - σ² loses digits, as those did by whose code checkpoints were tuned
-        alpha_bar, alpha_bar_next = np.float32(signal**2), np.float32(signal_next**2)
-        one = np.float32(1)
-        variance = (one - alpha_bar_next) / (one - alpha_bar) * (one - alpha_bar / alpha_bar_next)
-        std = eta * float(np.sqrt(variance))
-        remaining = math.sqrt(max(float(one - alpha_bar_next - np.float32(std) ** 2), 0.0))
-    noisy = remaining / noise
-    return Step(t, noisy, signal_next - noisy * signal, 0.0, std)
+def _ddim(grid: list[int], levels: list[tuple[float, float]], eta: float) -> tuple[Step, ...]:
+    """X' = s' x̂_0 + √(n'² - σ²) ε̂ + σ z with the ε̂ that x̂_0, clamped or not, implies; also Euler's step of a flow."""
+    stds, remaining = [0.0] * len(grid), [noise for _, noise in levels[1:]]
+    if eta > 0:  # in float32, as in diffusers, because 1 - ᾱ - σ² loses digits
+        alphas_bar = _alphas_bar(levels)
+        for i, (now, following) in enumerate(pairwise(alphas_bar)):
+            std = eta * ((1 - following) / (1 - now) * (1 - now / following)) ** 0.5
+            stds[i], remaining[i] = float(std), float((1 - following - std**2).clamp(min=0) ** 0.5)
+    steps = []
+    for i, t in enumerate(grid):
+        (signal, noise), (signal_next, _) = levels[i], levels[i + 1]
+        noisy = remaining[i] / noise
+        steps.append(Step(t, noisy, signal_next - noisy * signal, 0.0, stds[i]))
+    return tuple(steps)
+
+
+def _alphas_bar(levels: list[tuple[float, float]]) -> list[Tensor]:
+    """ᾱ of each level as a float32 number."""
+    return [torch.tensor(signal**2, dtype=torch.float32) for signal, _ in levels]
 
 
 def _dpmsolver(grid: list[int], levels: list[tuple[float, float]], *, stochastic: bool) -> tuple[Step, ...]:

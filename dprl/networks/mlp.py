@@ -55,6 +55,12 @@ class ResidualMLP(nn.Sequential):
         blocks = [ResidualBlock(hidden, activation) for _ in range(n_blocks)]
         super().__init__(nn.Linear(n_inputs, hidden), *blocks, nn.Linear(hidden, n_outputs))
 
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, n_inputs) -> (B, n_outputs). Of its own, because torch.compile leaves Sequential's as it is."""
+        for layer in self:
+            x = layer(x)
+        return x
+
 
 class DenoisingMLP(Denoiser):
     """Predicts from [flattened chunk, timestep embedding, condition]."""

@@ -16,7 +16,7 @@ _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weig
 def weight_decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return two parameter groups for `torch.optim.AdamW` (arXiv:1711.05101): what decays, and what does not.
 
-    Matrices and kernels of linear layers and convolutions and the projections of attention decay; biases, norms,
+    Matrices and kernels of linear and recurrent layers, convolutions and attention decay; biases, norms,
     embeddings and positions do not. Every parameter is in one group, once, in the order of `module.parameters()`, so
     that an optimizer's state, kept by index, fits a module built again.
 
@@ -29,6 +29,8 @@ def weight_decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str
     for layer in module.modules():
         if isinstance(layer, nn.MultiheadAttention):
             decays |= {id(getattr(layer, name)) for name in _PROJECTIONS}  # those unused are None
+        if isinstance(layer, nn.RNNBase):
+            decays |= {id(p) for name, p in layer.named_parameters() if name.startswith("weight")}
     parameters = list(module.parameters())
     return [
         {"params": [p for p in parameters if id(p) in decays], "weight_decay": weight_decay},

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
@@ -247,11 +247,11 @@ class Policy(nn.Module, ABC):
             else:
                 start = torch.zeros_like(start)
             actions, index, memory = state.actions.clone(), state.next_action.clone(), state.memory
+            if not control.fits(memory, actions):  # decided in another way so far: decide anew
+                actions, index, memory = control.nothing(n)
             history = map_parts(lambda old, new: torch.cat([old[:, 1:], new[:, None]], dim=1), state.history, parts)
         else:
-            actions = torch.zeros(n, control.n_action_steps, self.features.action_size, device=self.device)
-            index = torch.zeros(n, dtype=torch.long, device=self.device)
-            memory = control.start(n)
+            actions, index, memory = control.nothing(n)
             history = map_parts(lambda new: torch.stack([new] * self.config.n_obs_steps, dim=1), parts)
         history = map_parts(
             lambda old, new: torch.where(start.view(n, *[1] * (old.ndim - 1)), new[:, None], old), history, parts
@@ -337,8 +337,8 @@ class Policy(nn.Module, ABC):
     def _about(self) -> dict[str, Any]:
         return {"type": self.name, "features": to_json(self.features), "config": to_json(self.config)}
 
-    def _prepare_loading(self, about: dict[str, Any]) -> None:
-        """Shape the networks as config.json says, beyond what the config tells. Raises ConfigError."""
+    def _prepare_loading(self, about: dict[str, Any], file: Path) -> None:
+        """Shape the networks as config.json, `file`, says beyond the config. Raises CheckpointError."""
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, device: torch.device | str = "cpu") -> Self:
@@ -358,19 +358,19 @@ class Policy(nn.Module, ABC):
             raise CheckpointError(
                 f"'{file}' does not describe a dprl policy of a known type: {', '.join(Policy.kinds)}"
             )
-        if not issubclass(kind, cls):
+        if cls is not kind and "config_class" in cls.__dict__:
             raise CheckpointError(f"'{file}' describes a {kind.name} policy, not one of type {cls.name}")
         try:
             features = from_json(Features, about["features"], str(file))
             policy = kind(features, from_json(kind.config_class, about["config"], str(file)))
-            policy._prepare_loading(about)
+            policy._prepare_loading(about, file)
         except ConfigError as error:
             raise CheckpointError(str(error)) from error
         try:
             policy.load_state_dict(checkpoint.load_tensors(folder / MODEL_FILE))
         except RuntimeError as error:
             raise CheckpointError(f"'{folder / MODEL_FILE}' does not fit its config.json: {error}") from error
-        return policy.to(device)
+        return cast("Self", policy.to(device))
 
 
 def masked_mean(values: Tensor, valid: Tensor | None) -> Tensor:

@@ -105,7 +105,8 @@ class BeTPolicy(_Explicit):
 
     def fit_actions(self, data: Episodes, seed: int) -> None:
         """Cluster the demonstrated chunks; DatasetError where there are fewer of them than clusters."""
-        rows = data.chunks(self.config.n_obs_steps, self.config.horizon).action_rows
+        horizon = self.config.horizon
+        rows = data.chunks(self.config.n_obs_steps, horizon, pad_after=horizon - 1).action_rows
         if len(rows) < self.config.n_bins:
             raise DatasetError(f"{len(rows)} chunks of {self.config.horizon} actions make no {self.config.n_bins} bins")
         chunks = self.action_normalizer.normalize(torch.as_tensor(data.actions)[torch.as_tensor(rows)]).flatten(1)

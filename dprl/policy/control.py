@@ -101,6 +101,15 @@ class RecedingHorizon:
         shape = (n, plans, horizon, self.policy.features.action_size)
         return Memory(torch.zeros(shape, device=device), torch.zeros(n, dtype=torch.long, device=device))
 
+    def nothing(self, n: int) -> tuple[Tensor, Tensor, Memory]:
+        """Return what `predict` remembers of `n` environments before it decides: nothing to execute, no plan."""
+        actions = torch.zeros(n, self.n_action_steps, self.policy.features.action_size, device=self.policy.device)
+        return actions, torch.full((n,), self.n_action_steps, device=self.policy.device), self.start(n)
+
+    def fits(self, memory: Memory, actions: Tensor) -> bool:
+        """Whether memory and actions (N, E, A) are of this way to act."""
+        return actions.shape[1] == self.n_action_steps and memory.plans.shape[1] == self.start(1).plans.shape[1]
+
     def plan(
         self,
         obs: TensorObservation,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -20,7 +21,7 @@ from dprl.diffusion.solvers import SolverName, Spacing
 from dprl.errors import CheckpointError, check, did_you_mean
 from dprl.networks import DENOISERS, Denoiser, DenoiserConfig, MLPConfig, build_denoiser
 from dprl.observations import TensorObservation, batch_size
-from dprl.policy.base import CONFIG_FILE, Policy, PolicyConfig, masked_mean
+from dprl.policy.base import Policy, PolicyConfig, masked_mean
 from dprl.policy.control import InferenceConfig
 from dprl.seeding import torch_generator
 
@@ -110,9 +111,9 @@ class DiffusionPolicy(Policy):
         """
         steps = self.config.num_train_timesteps
         fits = 1 <= timestep <= steps
-        check(fits, "tuned_steps", timestep, f"must be from 1 to the policy's denoising steps, which are {steps}")
+        check(fits, "timestep", timestep, f"must be from 1 to the policy's training timesteps, which are {steps}")
         agrees = self.tuned is None or self.tuned_below == timestep
-        check(agrees, "tuned_steps", timestep, f"this policy is already tuned in its last {self.tuned_below} steps")
+        check(agrees, "timestep", timestep, f"this policy is already tuned below timestep {self.tuned_below}")
         if self.tuned is None:
             self.tuned = copy.deepcopy(self.base)
             self.tuned_below = timestep
@@ -241,10 +242,10 @@ class DiffusionPolicy(Policy):
     def _about(self) -> dict[str, Any]:
         return super()._about() | {"tuned_below": self.tuned_below}
 
-    def _prepare_loading(self, about: dict[str, Any]) -> None:
+    def _prepare_loading(self, about: dict[str, Any], file: Path) -> None:
         tuned_below, steps = about.get("tuned_below", 0), self.config.num_train_timesteps
         if type(tuned_below) is not int or not 0 <= tuned_below <= steps:
-            raise CheckpointError(f"{CONFIG_FILE}: tuned_below = {tuned_below!r}: must be 0 to {steps}")
+            raise CheckpointError(f"'{file}': tuned_below = {tuned_below!r}: must be 0 to {steps}")
         if tuned_below:
             self.tune_below(tuned_below)
 
@@ -255,7 +256,7 @@ _solver_config = lru_cache(maxsize=256)(SolverConfig)
 
 @lru_cache(maxsize=256)
 def _resolved(schedule: ScheduleConfig, own: SolverConfig, asked: SolverConfig) -> tuple[Step, ...]:
-    return solver_steps(schedule, asked.over(own))
+    return solver_steps(schedule, asked.over(own, schedule))
 
 
 def denoising_loss(

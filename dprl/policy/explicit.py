@@ -220,7 +220,9 @@ class LSTMGMMPolicy(GMMPolicy):
         self.net = nn.Linear(config.hidden_size, self._n_outputs())
 
     def _outputs(self, obs: TensorObservation, generator: torch.Generator | None = None) -> Tensor:
-        read, _ = self.lstm(self.condition(obs, generator if self.training else None))
+        condition = self.condition(obs, generator if self.training else None)
+        with torch.autocast(condition.device.type, enabled=False):  # many CPUs have no LSTM in bfloat16
+            read, _ = self.lstm(condition.float())
         return cast("Tensor", self.net(read[:, -1]))
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from dprl.config import validate
 from dprl.networks.mlp import ResidualMLP
-from dprl.observations import TensorObservation
+from dprl.observations import TensorObservation, batch_size
 from dprl.policy.base import Policy
 from dprl.policy.explicit import ExplicitConfig, draw_category
+from dprl.seeding import torch_generator
 
 BOX = 1.05
 """Candidates lie within ± this, in normalised units."""
@@ -81,8 +82,20 @@ class IBCPolicy(Policy):
     def sample(
         self, obs: TensorObservation, *, generator: torch.Generator | None = None, temperature: float = 1.0
     ) -> Tensor:
-        """Search for low energy and draw among what was found; at temperature 0 the lowest. See `Policy.sample`."""
-        condition = self.condition(self.checked(obs))
+        """Search for low energy and draw among what was found, see `Policy.sample`.
+
+        At temperature 0 it takes the lowest, and the search draws the same for every observation. The derivative-free
+        search weighs the candidates anew in every round, so that likelier modes are drawn more often than they were
+        demonstrated.
+        """
+        if temperature == 0:
+            same = [torch_generator(0, "deterministic", device=self.device) for _ in range(batch_size(obs))]
+            rows = self.condition(self.checked(obs)).split(1)
+            return torch.cat([self._search(row, one, 0.0) for row, one in zip(rows, same, strict=True)])
+        return self._search(self.condition(self.checked(obs)), generator, temperature)
+
+    def _search(self, condition: Tensor, generator: torch.Generator | None, temperature: float) -> Tensor:
+        """(B, O, F) -> (B, H, A) in the environment's units."""
         shape = (len(condition), self.config.n_candidates, self.config.horizon, self.features.action_size)
         source = condition.device if generator is None else generator.device
         chunks = BOX * (2 * torch.rand(shape, generator=generator, device=source).to(condition.device) - 1)

@@ -82,7 +82,7 @@ def test_a_solver_is_sampled_and_tuned_through(solver: SolverName, steps: int | 
     looks_back = solver.endswith("dpmsolver++")
     assert dppo.solver.solver == ("ddpm" if looks_back else solver)
     assert dppo.solver.eta == (1 if solver == "ddim" else 0)
-    tuned = solver_steps(policy_config.noise, dppo.solver.over(policy_config.sampling))
+    tuned = solver_steps(policy_config.noise, dppo.solver.over(policy_config.sampling, policy_config.noise))
     assert dppo.tuned_steps == len(tuned), "all of them"
     if looks_back:
         assert dppo.tuned_steps == policy_config.num_train_timesteps, "whatever timesteps the solver visits"

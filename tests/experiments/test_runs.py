@@ -11,7 +11,7 @@ from dprl.agents import BCConfig
 from dprl.config import from_json, to_json
 from dprl.data import load_dataset, save_dataset
 from dprl.errors import CheckpointError, ConfigError, DatasetError, DprlError, EnvError
-from dprl.experiments import runs
+from dprl.experiments import plots, runs
 from dprl.experiments.runs import FLOW, CollectConfig, FinetuneConfig, PretrainConfig
 from dprl.log import read_metrics
 from dprl.observations import Camera
@@ -23,6 +23,12 @@ ENV = "Avoid-v0"
 BC = BCConfig(batch_size=8, steps_per_iteration=2)
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(autouse=True)
+def _no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves of a training take longer to draw than these trainings take."""
+    monkeypatch.setattr(plots, "training_curves", lambda run: None)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,9 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(kind: str, data: Path, **changes: object) -> PretrainConfig:
-    return PretrainConfig(str(data), policy=small_config(kind), **({"steps": 6, "bc": BC, "checkpoint_every": 1} | changes))
+    return PretrainConfig(
+        str(data), policy=small_config(kind), **({"steps": 6, "bc": BC, "checkpoint_every": 1} | changes)
+    )
 
 
 def timeless(folder: Path) -> list[dict[str, float]]:
@@ -148,6 +156,7 @@ def test_the_flow_of_the_command_line_is_one(data: Path, tmp_path: Path) -> None
         ({"episodes": 0}, "episodes = 0"),
         ({"eval_every": -1}, "eval_every = -1"),
         ({"seed": -1}, "seed = -1"),
+        ({"memory_map": True}, "bc.num_workers = 0: must be at least 1 with memory_map"),
         ({"policy": "gmm"}, "policy = 'gmm'|policy: "),
     ],
     ids=str,
@@ -161,7 +170,7 @@ def test_a_key_that_a_policy_does_not_have_is_named() -> None:
     """For the class that has the others."""
     stored = json.loads(json.dumps(to_json(PretrainConfig("data", policy=GMMConfig()))))
     stored["policy"]["n_mods"] = stored["policy"].pop("n_modes")
-    with pytest.raises(ConfigError, match="unknown key 'n_mods' for GMMConfig.*Did you mean n_modes"):
+    with pytest.raises(ConfigError, match=r"unknown key 'n_mods' for GMMConfig.*Did you mean n_modes"):
         from_json(PretrainConfig, stored, "run.json")
 
 

@@ -75,6 +75,12 @@ def changed_at(out: Path) -> dict[Path, int]:
     return {file: file.stat().st_mtime_ns for file in sorted(out.rglob("*")) if file.is_file()}
 
 
+@pytest.fixture(autouse=True)
+def _no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves of a training take longer to draw than these trainings take."""
+    monkeypatch.setattr(plots, "training_curves", lambda run: None)
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Outcome]]:
     out = tmp_path_factory.mktemp("study")
@@ -191,7 +197,7 @@ def test_gradient_steps_of_another_scale_are_not_taken_for_these(
 ) -> None:
     out = tmp_path / "study"
     shutil.copytree(done[0], out, symlinks=True)
-    with pytest.raises(ConfigError, match="scale|steps"):
+    with pytest.raises(ConfigError, match=r"scale|steps"):
         run(CELLS, out, scale=2.0)
 
 

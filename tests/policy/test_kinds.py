@@ -206,7 +206,7 @@ def test_weights_of_other_sizes_are_refused(kind: str, folders: dict[str, Path],
     if kind == "diffusion":
         about["config"]["denoiser"]["hidden_size"] += 1
         (tmp_path / "config.json").write_text(json.dumps(about))
-    with pytest.raises(CheckpointError, match="does not fit its config.json"):
+    with pytest.raises(CheckpointError, match=r"does not fit its config\.json"):
         Policy.from_pretrained(tmp_path)
 
 
@@ -214,7 +214,7 @@ def test_weights_of_other_sizes_are_refused(kind: str, folders: dict[str, Path],
 def test_an_unknown_description_is_refused(about: object, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(about))
     checkpoint.save_tensors(tmp_path / "model.safetensors", {})
-    with pytest.raises(CheckpointError, match="known type: .*gmm.*lstm_gmm"):
+    with pytest.raises(CheckpointError, match=r"known type: .*gmm.*lstm_gmm"):
         Policy.from_pretrained(tmp_path)
 
 
