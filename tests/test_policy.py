@@ -127,7 +127,7 @@ def test_temperature_scales_every_draw_but_the_first():
         (OBS, {"solver": "euler"}, r"solver = 'euler': must be ddpm, ddim.*squaredcos_cap_v2"),
         (OBS, {"num_inference_steps": K + 1}, rf"num_inference_steps = {K + 1}: must be at most.* {K}"),
         (OBS, {"num_inference_steps": 0}, r"num_inference_steps = 0"),
-        (OBS, {"eta": 0.5}, r"eta = 0.5: only the solver ddim has it"),
+        (OBS, {"eta": 0.5}, r"eta = 0.5: must be 0: only the solver ddim has it"),
         (OBS, {"solver": "ddim", "eta": 1.5}, r"eta = 1.5: must be from 0 to 1"),
         (OBS, {"solver": "ddim", "timestep_spacing": "even"}, r"timestep_spacing = 'even': must be one of leading"),
         ({"observation.images.top": OBS}, {}, r"obs = .*must have the parts \['observation.state'\]"),
@@ -172,7 +172,7 @@ def test_named_parts_are_the_same_observation(options):
 
 @pytest.mark.parametrize("tuned", [-1, 0, K + 1])
 def test_tuning_no_or_too_many_steps_is_refused(tuned):
-    with pytest.raises(ConfigError, match=f"tuned_steps = {tuned}"):
+    with pytest.raises(ConfigError, match=f"timestep = {tuned}"):
         make_policy().tune_below(tuned)
 
 
@@ -192,7 +192,7 @@ def test_tuning_starts_from_a_copy_and_a_second_call_must_agree():
     assert all(name == of and ours.equal(base) and ours is not base for (name, ours), (of, base) in pairs)
     # of how many steps a network prepares at once, the last digits may depend
     torch.testing.assert_close(policy.sample(OBS, noise=draws(policy)), before, rtol=0, atol=2e-6)
-    with pytest.raises(ConfigError, match=r"tuned_steps = 3.*already tuned in its last 2"):
+    with pytest.raises(ConfigError, match=r"timestep = 3.*already tuned below timestep 2"):
         policy.tune_below(3)
 
 

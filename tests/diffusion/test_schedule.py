@@ -47,7 +47,7 @@ def test_invariants_of_the_levels(config: ScheduleConfig) -> None:
         assert ((betas > 0) & (betas < 1)).all()
         assert (alphas_bar.diff() < 0).all()
         steps = alphas_bar / torch.cat([torch.ones(1, dtype=torch.float64), alphas_bar[:-1]])
-        torch.testing.assert_close(steps, 1 - betas, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(steps, 1 - betas.double(), rtol=1e-5, atol=1e-6)
 
 
 @given(schedules(flows=False))

@@ -247,14 +247,14 @@ def test_a_flow_has_a_solver_of_its_own(solver: str) -> None:
 
 def test_what_is_not_asked_for_is_the_policys_own() -> None:
     own = SolverConfig("ddim", 5, 0.5, "trailing")
-    assert SolverConfig().over(own) == own
-    assert SolverConfig(num_inference_steps=3).over(own) == SolverConfig("ddim", 3, 0.5, "trailing")
-    assert SolverConfig(timestep_spacing="leading").over(own) == SolverConfig("ddim", 5, 0.5, "leading")
-    assert SolverConfig("ddim").over(own) == SolverConfig("ddim", 5, 0.0, "trailing")
-    assert SolverConfig("dpmsolver++").over(own) == SolverConfig("dpmsolver++")
-    assert SolverConfig("ddpm", 4).over(SolverConfig()) == SolverConfig("ddpm", 4)
+    assert SolverConfig().over(own, COSINE) == own
+    assert SolverConfig(num_inference_steps=3).over(own, COSINE) == SolverConfig("ddim", 3, 0.5, "trailing")
+    assert SolverConfig(timestep_spacing="leading").over(own, COSINE) == SolverConfig("ddim", 5, 0.5, "leading")
+    assert SolverConfig("ddim").over(own, COSINE) == SolverConfig("ddim", 5, 0.0, "trailing")
+    assert SolverConfig("dpmsolver++").over(own, COSINE) == SolverConfig("dpmsolver++")
+    assert SolverConfig("ddpm", 4).over(SolverConfig(), COSINE) == SolverConfig("ddpm", 4)
 
 
 def test_naming_the_default_solver_changes_nothing() -> None:
     own = SolverConfig(num_inference_steps=5)
-    assert solver_steps(COSINE, SolverConfig("ddpm").over(own)) == solver_steps(COSINE, own)
+    assert solver_steps(COSINE, SolverConfig("ddpm").over(own, COSINE)) == solver_steps(COSINE, own)

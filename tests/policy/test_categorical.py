@@ -126,9 +126,9 @@ def test_centres_are_of_normalised_chunks_of_the_data() -> None:
 
 
 def test_fewer_chunks_than_bins_are_refused() -> None:
-    with pytest.raises(DatasetError, match="20 chunks of 3 actions make no 21 bins"):
-        BeTPolicy.for_dataset(random_episodes(), small_config("bet", n_bins=21))
-    BeTPolicy.for_dataset(random_episodes(), small_config("bet", n_bins=20))
+    with pytest.raises(DatasetError, match="28 chunks of 3 actions make no 29 bins"):
+        BeTPolicy.for_dataset(random_episodes(), small_config("bet", n_bins=29))
+    BeTPolicy.for_dataset(random_episodes(), small_config("bet", n_bins=28))
 
 
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
