@@ -1,7 +1,7 @@
 """Avoid: a point must reach a line behind a disc, to the left of it or to the right. Nothing to install, fast.
 
-The demonstrations go either way with equal chance and nothing tells which beforehand, so that the average of what they
-do runs into the disc: a policy must keep both ways apart.
+The demonstrations go either way with equal chance and nothing tells which beforehand: where they part, the average of
+what they do leads into the disc.
 
 ``Avoid-v0`` observes the point (x, y); the disc stands still. In ``AvoidPixels-v0`` disc and goal are elsewhere in
 every episode and the state is the point alone, so that they must be seen.

@@ -293,8 +293,3 @@ def grouped(outcomes: Sequence[Outcome], key: Callable[[Outcome], str]) -> dict[
     for outcome in outcomes:
         groups.setdefault(key(outcome), []).append(outcome)
     return groups
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Standard error of a mean; 0 of a single value."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0

@@ -136,11 +136,6 @@ class Episodes:
         images = {IMAGES + camera: np.asarray(array[rows]) for camera, array in self.images.items()}
         return {STATE: state, **images} if self.observations.shape[1] else images
 
-    def chunk_indices(self, n_obs_steps: int, horizon: int) -> tuple[IntArray, IntArray]:
-        """Return the rows of `chunks` without padding: observations (chunks, O) and actions (chunks, H)."""
-        chunks = self.chunks(n_obs_steps, horizon)
-        return chunks.observation_rows, chunks.action_rows
-
     def chunks(self, n_obs_steps: int, horizon: int, *, pad_after: int = 0) -> Chunks:
         """Return the steps of every chunk.
 

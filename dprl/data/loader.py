@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dprl.data.episodes import Chunks, Episodes
-from dprl.observations import IMAGES, STATE, TensorObservation, map_parts
+from dprl.observations import TensorObservation, map_parts
 
 
 class Batch(NamedTuple):
@@ -40,7 +40,7 @@ class ChunkBatches:
         self._rows = ChunkRows(data, chunks)
         self._padded = not chunks.valid.all()
         if num_workers == 0:
-            self._obs = map_parts(self._moved, self._rows.observations)
+            self._obs = map_parts(self._moved, data.observe(np.arange(len(data.actions))))
             self._actions = self._moved(data.actions)
             self._index = [self._moved(a) for a in (chunks.observation_rows, chunks.action_rows, chunks.valid)]
 
@@ -80,10 +80,7 @@ class ChunkRows(Dataset[Any]):
     """One chunk at a time, for worker processes; arrays may be memory-mapped."""
 
     def __init__(self, data: Episodes, chunks: Chunks) -> None:
-        images = {IMAGES + name: frames for name, frames in data.images.items()}
-        state = {STATE: data.observations} if data.observations.shape[1] else {}
-        self.observations: Any = state | images if images else data.observations
-        self._actions = data.actions
+        self._data = data
         self._chunks = chunks
 
     def __len__(self) -> int:
@@ -92,9 +89,8 @@ class ChunkRows(Dataset[Any]):
 
     def __getitem__(self, i: int) -> Any:
         """Return the observations, actions and validity of chunk `i`."""
-        rows = self._chunks.observation_rows[i]
-        obs = map_parts(lambda part: np.asarray(part[rows]), self.observations)
-        return obs, self._actions[self._chunks.action_rows[i]], self._chunks.valid[i]
+        chunks, data = self._chunks, self._data
+        return data.observe(chunks.observation_rows[i]), data.actions[chunks.action_rows[i]], chunks.valid[i]
 
 
 def _collate(rows: list[Any]) -> Any:

@@ -27,6 +27,10 @@ def make(lengths: list[int]) -> Episodes:
 
 
 @settings(deadline=None)
+def rows(chunks):
+    return chunks.observation_rows, chunks.action_rows, chunks.valid
+
+
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
     n_obs_steps=st.integers(1, 4),
@@ -36,9 +40,10 @@ def test_chunks_stay_in_their_episode_and_cover_every_start(lengths, n_obs_steps
     episodes = make(lengths)
     if max(lengths) < horizon:
         with pytest.raises(DatasetError):
-            episodes.chunk_indices(n_obs_steps, horizon)
+            episodes.chunks(n_obs_steps, horizon)
         return
-    observations, actions = episodes.chunk_indices(n_obs_steps, horizon)
+    observations, actions, valid = rows(episodes.chunks(n_obs_steps, horizon))
+    assert valid.all()
 
     owner = np.repeat(np.arange(len(lengths)), lengths)
     assert (owner[actions] == owner[actions[:, :1]]).all()
@@ -53,19 +58,19 @@ def test_chunks_stay_in_their_episode_and_cover_every_start(lengths, n_obs_steps
 
 
 def test_observations_before_the_start_repeat_the_first():
-    observations, actions = make([3, 4]).chunk_indices(n_obs_steps=3, horizon=2)
+    observations, actions, _ = rows(make([3, 4]).chunks(n_obs_steps=3, horizon=2))
     assert actions.tolist() == [[0, 1], [1, 2], [3, 4], [4, 5], [5, 6]]
     assert observations.tolist() == [[0, 0, 0], [0, 0, 1], [3, 3, 3], [3, 3, 4], [3, 4, 5]]
 
 
 def test_short_episodes_are_left_out():
-    _, actions = make([2, 5, 1]).chunk_indices(n_obs_steps=1, horizon=4)
+    _, actions, _ = rows(make([2, 5, 1]).chunks(n_obs_steps=1, horizon=4))
     assert actions.tolist() == [[2, 3, 4, 5], [3, 4, 5, 6]]
 
 
 def test_too_long_a_horizon_is_refused():
     with pytest.raises(DatasetError, match="horizon of 6: the longest has 5 steps"):
-        make([2, 5, 1]).chunk_indices(n_obs_steps=1, horizon=6)
+        make([2, 5, 1]).chunks(n_obs_steps=1, horizon=6)
 
 
 def test_no_episodes_are_refused():
@@ -126,17 +131,6 @@ def test_padded_chunks(lengths, n_obs_steps, horizon, pad_after):
     assert first.tolist() == fits, "every start that the padding allows is used, once"
     earlier = first[:, None] - np.arange(n_obs_steps)[::-1]
     np.testing.assert_array_equal(chunks.observation_rows, np.maximum(earlier, episodes.starts[owner[first]][:, None]))
-
-
-@settings(deadline=None)
-@given(lengths=LENGTHS, n_obs_steps=st.integers(1, 4), horizon=st.integers(1, 6))
-def test_chunks_without_padding_are_the_chunk_indices(lengths, n_obs_steps, horizon):
-    episodes = make([*lengths, horizon])
-    chunks = episodes.chunks(n_obs_steps, horizon)
-    observations, actions = episodes.chunk_indices(n_obs_steps, horizon)
-    np.testing.assert_array_equal(chunks.observation_rows, observations)
-    np.testing.assert_array_equal(chunks.action_rows, actions)
-    assert chunks.valid.all()
 
 
 def test_padding_by_hand():

@@ -28,7 +28,6 @@ from dprl.experiments.studies import (
     policy_folder,
     run_cells,
     shown,
-    standard_error,
     write_table,
 )
 from dprl.log import read_metrics
@@ -231,9 +230,7 @@ def test_mean_interval_is_wilsons_of_all_episodes() -> None:
     assert high == pytest.approx(0.1135, abs=1e-4), "z² / (30 + z²)"
 
 
-def test_standard_error() -> None:
-    assert standard_error([0.3]) == 0
-    assert standard_error([1.0, 3.0]) == pytest.approx(1.0)
+def test_a_rate_is_shown_with_its_interval() -> None:
     assert shown(0.866, 0.8, 0.925) == "0.87 (0.80 to 0.93)"
 
 
