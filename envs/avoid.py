@@ -1,7 +1,8 @@
 """Avoid: a point must reach a line behind a disc, to the left of it or to the right. Nothing to install, fast.
 
-The demonstrations go either way with equal chance and nothing tells which beforehand: where they part, the average of
-what they do leads into the disc.
+The demonstrations go either way with equal chance and nothing tells which beforehand, not even where the point starts:
+half of those that start on the left cross over to the right. Where they part, the average of what they do leads into
+the disc.
 
 ``Avoid-v0`` observes the point (x, y); the disc stands still. In ``AvoidPixels-v0`` disc and goal are elsewhere in
 every episode and the state is the point alone, so that they must be seen.
@@ -24,7 +25,7 @@ STATE_ID, PIXELS_ID = IDS = ("Avoid-v0", "AvoidPixels-v0")
 # The world is [-1, 1] x [-1, 1].
 SPEED = 0.05  # per step and axis
 RADIUS = 0.3  # of the disc
-START, START_SPREAD = (0.0, -0.8), 0.1
+START, START_SPREAD = (0.0, -0.8), 0.25
 FINISH = 0.8  # y of the line
 GOAL_HALF_WIDTH = 0.15
 OBSTACLE_SPREAD, GOAL_SPREAD = (0.25, 0.2), 0.6
