@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 SOURCES := dprl agents envs experiments tests setup.py
 VIEW := build/view
 
@@ -17,11 +18,11 @@ demo: $(VENV)/.demo  ## the main job: noisy demonstrations, behaviour cloning, D
 
 setup: $(VENV)/.all  ## .venv with everything
 
-test: $(VENV)/.all  ## the test suite
-	$(BIN)/python -m pytest -m "not full" $(ARGS)
+test: $(VENV)/.all  ## the test suite, a process a core (ARGS="-k resume" picks tests)
+	$(PYTEST) -m "not full" $(ARGS)
 
 test-full: $(VENV)/.all  ## the test suite with its long repetitions
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: $(VENV)/.all  ## ruff
 	$(BIN)/ruff check $(SOURCES)

@@ -29,7 +29,7 @@ extras["all"] = sorted({requirement for group in extras.values() for requirement
 extras["dev"] = [
     *extras["all"],
     "diffusers>=0.35", "hypothesis>=6", "minari>=0.5", "mypy>=2", "pytest>=8", "pytest-cov>=5", "pytest-timeout>=2",
-    "ruff>=0.17", "setuptools>=77", "stable-baselines3>=2.3", "wheel",
+    "pytest-xdist>=3", "ruff>=0.17", "setuptools>=77", "stable-baselines3>=2.3", "wheel",
 ]  # fmt: skip
 
 setup(

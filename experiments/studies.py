@@ -16,10 +16,13 @@ import hashlib
 import json
 import math
 import multiprocessing
+import os
+import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ from dprl.rollout.evaluation import record, wilson
 from dprl.rollout.pool import one_thread
 from dprl.rollout.recording import Trajectory
 from dprl.spec import resolve
+from dprl.training.loop import InterruptedRunError
 from dprl.training.progress import ProgressBar
 from dprl.training.run import RUN_FILE
 
@@ -115,6 +119,7 @@ def run_cells(cells: Sequence[Cell], config: StudyConfig, *, progress_bar: bool 
 
     Raises:
         ConfigError: the folder holds a result or a training of the same name with other settings.
+        InterruptedRunError: on SIGINT or SIGTERM, with what was trained so far saved.
     """
     cells = [_scaled(cell, config) for cell in cells]
     for cell in cells:
@@ -125,16 +130,11 @@ def run_cells(cells: Sequence[Cell], config: StudyConfig, *, progress_bar: bool 
             runs.collect(collect, folder, progress_bar=progress_bar)
     todo = [cell for cell in cells if not _result_file(config, cell).exists()]
     with ProgressBar("cells", len(cells), len(cells) - len(todo), shown=progress_bar) as bar:
-        if config.jobs == 1:
-            for cell in todo:
-                _run_cell(cell, config)
+        try:
+            for _ in _one_by_one(todo, config) if config.jobs == 1 else _side_by_side(todo, config):
                 bar.advance(1)
-        else:
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(config.jobs, mp_context=context) as executor:
-                for done in as_completed([executor.submit(_run_cell, cell, config) for cell in todo]):
-                    done.result()
-                    bar.advance(1)
+        except InterruptedRunError as error:
+            raise InterruptedRunError(error.signum, "the same command goes on from there") from error
     outcomes = []
     for cell in cells:
         data = checkpoint.read_json(_result_file(config, cell))
@@ -180,6 +180,45 @@ def _require_same(cell: Cell, config: StudyConfig) -> None:
             key for key in ("steps", "seed", "policy", "bc") if stored[key] != _settings(cell)["pretrain"][key]
         ]
         check(not differing, "out", str(config.out), f"'{run}' is a training with other {differing}: {remedy}")
+
+
+def _one_by_one(cells: Sequence[Cell], config: StudyConfig) -> Iterator[None]:
+    for cell in cells:
+        _run_cell(cell, config)
+        yield
+
+
+def _side_by_side(cells: Sequence[Cell], config: StudyConfig) -> Iterator[None]:
+    """Run cells in processes of their own; yield whenever one is done. An interruption ends the processes."""
+    context, waiting = multiprocessing.get_context("spawn"), iter(cells)
+    with ProcessPoolExecutor(config.jobs, mp_context=context, initializer=_end_with_parent) as executor:
+        try:
+            running: set[Future[None]] = set()
+            while True:  # hand out no more than run: the executor could not take a cell back
+                for cell in islice(waiting, config.jobs - len(running)):
+                    running.add(executor.submit(_run_cell, cell, config))
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                    yield
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.terminate()  # a training then saves its iteration; a second signal would end it at once
+            raise
+
+
+def _end_with_parent() -> None:
+    """Let this process end when its parent has; everything that it writes can bear that."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def _run_cell(cell: Cell, config: StudyConfig) -> None:

@@ -40,10 +40,14 @@ class LoopConfig:
 class InterruptedRunError(DprlError):
     """The user asked the run to stop; it was saved."""
 
-    def __init__(self, signum: int, run: RunFolder | None) -> None:
-        where = f"; continue with 'dprl resume {run.path}'" if run else ""
-        super().__init__(f"stopped after a whole iteration{where}")
+    def __init__(self, signum: int, remedy: str) -> None:
+        super().__init__(signum, remedy)
+        self.signum = signum
+        self.remedy = remedy
         self.exit_code = 128 + signum
+
+    def __str__(self) -> str:
+        return f"stopped after a whole iteration; {self.remedy}"
 
 
 @dataclass
@@ -87,7 +91,7 @@ def train(
         progress_bar: show one.
 
     Raises:
-        InterruptedRunError: on SIGINT or SIGTERM, after the current iteration was finished and saved.
+        InterruptedRunError: on SIGINT or SIGTERM, after the current iteration was finished and, in a run, saved.
     """
     progress = _Progress()
     if run is not None and resume:
@@ -111,7 +115,8 @@ def train(
             if log is not None:
                 log.close()
     if interrupted:
-        raise InterruptedRunError(interrupted[0], run)
+        remedy = f"continue with 'dprl resume {run.path}'" if run else "nothing was saved, for it had no folder"
+        raise InterruptedRunError(interrupted[0], remedy)
 
 
 def _iterate(agent: Agent[Any]) -> dict[str, float]:

@@ -4,7 +4,12 @@ import csv
 import importlib
 import json
 import os
+import pickle
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +39,7 @@ from dprl.log import read_metrics
 from dprl.policy import Features, GMMConfig, InferenceConfig, LSTMGMMConfig, MSEConfig, Policy
 from dprl.rollout.evaluation import wilson
 from dprl.spec import EnvOptions, load
+from dprl.training.loop import InterruptedRunError
 from tests.policy.small import KINDS, small_config
 
 ENV, OPTIONS = "Avoid-v0", EnvOptions(max_episode_steps=12)
@@ -159,6 +165,45 @@ def test_an_interrupted_training_goes_on(
 @pytest.mark.full
 def test_cells_side_by_side_give_the_same(done: tuple[Path, list[Outcome]], tmp_path: Path) -> None:
     assert timeless(run(CELLS, tmp_path / "study", jobs=2)) == timeless(done[1])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_study_leaves_no_process(tmp_path: Path, signum: signal.Signals) -> None:
+    out = tmp_path / "study"
+    command = [sys.executable, "-m", "dprl", "experiment", "multimodal", "--out", str(out), "--jobs", "2", "--quiet"]
+    study = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("runs/*/metrics.jsonl"))) < 2:
+        assert study.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    os.kill(study.pid, signum)
+    _, errors = study.communicate(timeout=60)
+    assert study.returncode == (130 if signum == signal.SIGINT else -signum)
+    assert "Traceback" not in errors
+    while group_has_processes(study.pid):
+        assert time.monotonic() < deadline, "a process goes on"
+        time.sleep(0.2)
+    assert not list(out.glob("cells/*.json")), "nothing was far enough for a result"
+
+
+def group_has_processes(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_an_interrupted_study_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(cell: Cell, config: StudyConfig) -> None:
+        raise pickle.loads(pickle.dumps(InterruptedRunError(signal.SIGTERM, "continue with 'dprl resume there'")))
+
+    monkeypatch.setattr(studies, "_run_cell", stopped)
+    with pytest.raises(InterruptedRunError, match="the same command goes on from there") as caught:
+        run(CELLS, tmp_path / "study")
+    assert caught.value.exit_code == 143
 
 
 def test_scale_multiplies_the_gradient_steps(tmp_path: Path) -> None:
