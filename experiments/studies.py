@@ -124,11 +124,11 @@ def run_cells(cells: Sequence[Cell], config: StudyConfig, *, progress_bar: bool 
     cells = [_scaled(cell, config) for cell in cells]
     for cell in cells:
         _require_same(cell, config)
-    for collect in dict.fromkeys(cell.collect for cell in cells):
+    todo = [cell for cell in cells if not _result_file(config, cell).exists()]
+    for collect in dict.fromkeys(cell.collect for cell in todo):
         folder = _data_folder(config, collect)
         if not folder.exists():
             runs.collect(collect, folder, progress_bar=progress_bar)
-    todo = [cell for cell in cells if not _result_file(config, cell).exists()]
     with ProgressBar("cells", len(cells), len(cells) - len(todo), shown=progress_bar) as bar:
         try:
             for _ in _one_by_one(todo, config) if config.jobs == 1 else _side_by_side(todo, config):
