@@ -81,8 +81,8 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
     figure.savefig(config.out / "vision.png", dpi=120)
     setting = (
         f"`{avoid.PIXELS_ID}`: two images of 48 pixels and the point's position; {DEMONSTRATIONS} demonstrations with "
-        f"action noise 0.1; {STEPS * config.scale:,.0f} gradient steps of 64 chunks in bfloat16, images shifted by up to "
-        "2 pixels; the ResNet has 16 base channels and a stride of 8. "
+        f"action noise 0.1; {STEPS * config.scale:,.0f} gradient steps of 64 chunks in bfloat16, images shifted by at "
+        "most 2 pixels; the ResNet has 16 base channels and a stride of 8. "
         f"Seeds {', '.join(map(str, config.seeds))}, {config.episodes} held-out episodes each; one core."
     )
     columns = ["encoder", "success (95 %)", "with black images", "million weights", "minutes of training",
