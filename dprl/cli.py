@@ -69,7 +69,9 @@ def demo(
 
 @app.command
 def experiment(
-    name: tyro.conf.Positional[Literal["multimodal", "imitation", "horizons", "solvers", "vision", "score-field"]],
+    name: tyro.conf.Positional[
+        Literal["multimodal", "imitation", "horizons", "solvers", "vision", "vision-metaworld", "score-field"]
+    ],
     config: Annotated[StudyConfig, Flat],
     *,
     quiet: Quiet = False,
@@ -81,8 +83,8 @@ def experiment(
         config: How much of it.
         quiet: Show no progress bar.
     """
-    module, _ = STUDIES[name]
-    table = load(f"{module}:run")(config, progress_bar=not quiet)
+    run, _ = STUDIES[name]
+    table = load(run)(config, progress_bar=not quiet)
     print(f"\n{table.read_text(encoding='utf-8')}\nTable and figure are in {config.out}.")
 
 

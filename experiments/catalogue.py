@@ -54,17 +54,21 @@ CATALOGUE = (
 )
 
 
-# Comparisons: name -> (the module whose `run` does it, what it shows)
+# Comparisons: name -> (what does it, what it shows)
 STUDIES = {
-    "multimodal": ("dprl.experiments.multimodal", "which policies keep both ways round the disc of Avoid-v0"),
-    "imitation": ("dprl.experiments.imitation", "diffusion against its competitors on three Meta-World tasks"),
+    "multimodal": ("dprl.experiments.multimodal:run", "which policies keep both ways round the disc of Avoid-v0"),
+    "imitation": ("dprl.experiments.imitation:run", "diffusion against its competitors on three Meta-World tasks"),
     "horizons": (
-        "dprl.experiments.horizons",
+        "dprl.experiments.horizons:run",
         "success against executed actions, closed to open loop, and horizon",
     ),
-    "vision": ("dprl.experiments.vision", "image encoders where disc and goal must be seen, and blindfolded"),
-    "score-field": ("dprl.experiments.score_field", "what a denoiser learns of a 2-D distribution, drawn"),
-    "solvers": ("dprl.experiments.solvers", "success and latency against solver and number of steps"),
+    "solvers": ("dprl.experiments.solvers:run", "success and latency against solver and number of steps"),
+    "vision": ("dprl.experiments.vision:run", "image encoders where disc and goal must be seen, and blindfolded"),
+    "vision-metaworld": (
+        "dprl.experiments.vision:run_metaworld",
+        "the same for Push through a rendered camera; slow without a GPU, see --scale",
+    ),
+    "score-field": ("dprl.experiments.score_field:run", "what a denoiser learns of a 2-D distribution, drawn"),
 }
 
 

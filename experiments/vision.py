@@ -1,4 +1,4 @@
-"""Study `vision`: diffusion policies that must see the disc and the goal of `AvoidPixels-v0`."""
+"""Studies `vision` and `vision-metaworld`: policies that must see disc and goal, puck and goal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from dprl.agents import BCConfig
 from dprl.envs import avoid
 from dprl.experiments import plots
-from dprl.experiments.policies import MLP
+from dprl.experiments.policies import MLP, slug
 from dprl.experiments.runs import CollectConfig, PretrainConfig
 from dprl.experiments.studies import Cell, Look, StudyConfig, grouped, mean_interval, run_cells, shown, write_table
 from dprl.networks import VisionConfig
@@ -27,31 +27,74 @@ ENCODERS = {
 }
 STEPS = 8_000
 
+METAWORLD = CollectConfig("metaworld/push-v3-pixels", noise=0.5, episodes=100)
+METAWORLD_ENCODERS = {"ViT": VisionConfig("vit"), "ResNet-18": VisionConfig("resnet")}
+METAWORLD_STEPS = 40_000
+
 
 def cells(config: StudyConfig) -> list[Cell]:
     """Every encoder on every seed, looked at as it is and with black images."""
+    collect = CollectConfig(avoid.PIXELS_ID, noise=0.1, episodes=DEMONSTRATIONS)
+    return _cells(config, collect, ENCODERS, STEPS)
+
+
+def metaworld_cells(config: StudyConfig) -> list[Cell]:
+    """The same of Meta-World; a scale below 1 also takes fewer demonstrations, whose every frame is rendered."""
+    episodes = max(2, round(METAWORLD.episodes * min(1.0, config.scale)))
+    return _cells(config, replace(METAWORLD, episodes=episodes), METAWORLD_ENCODERS, METAWORLD_STEPS)
+
+
+def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
+    """Run the study; write ``vision.md``, ``.csv`` and ``.png`` and return the first."""
+    setting = (
+        f"`{avoid.PIXELS_ID}`: two images of 48 pixels and the point's position; {DEMONSTRATIONS} demonstrations with "
+        f"action noise 0.1; {STEPS * config.scale:,.0f} gradient steps of 64 chunks in bfloat16, images shifted by at "
+        "most 2 pixels; the ResNet has 16 base channels and a stride of 8. "
+    )
+    return _run("vision", cells(config), ENCODERS, setting, config, progress_bar=progress_bar)
+
+
+def run_metaworld(config: StudyConfig, *, progress_bar: bool = True) -> Path:
+    """Run it with Meta-World's camera; write ``vision-metaworld.md``, ``.csv`` and ``.png`` and return the first."""
+    todo = metaworld_cells(config)
+    setting = (
+        f"`{METAWORLD.env}`: an image of 84 pixels, and a state without the goal; {todo[0].collect.episodes} "
+        f"demonstrations with action noise {METAWORLD.noise}; {METAWORLD_STEPS * config.scale:,.0f} gradient steps of "
+        "64 chunks in bfloat16, images shifted by at most 4 pixels. "
+    )
+    return _run("vision-metaworld", todo, METAWORLD_ENCODERS, setting, config, progress_bar=progress_bar)
+
+
+def _cells(config: StudyConfig, collect: CollectConfig, encoders: dict[str, VisionConfig], steps: int) -> list[Cell]:
     return [
         Cell(
-            f"{name.lower().replace(',', '').replace(' ', '-')}.seed{seed}",
-            CollectConfig(avoid.PIXELS_ID, noise=0.1, episodes=DEMONSTRATIONS, seed=seed),
+            f"{slug(name)}.seed{seed}",
+            replace(collect, seed=seed),
             PretrainConfig(
                 "",
                 policy=replace(MLP, horizon=8, n_action_steps=4, vision=vision),
-                steps=STEPS,
+                steps=steps,
                 bc=BCConfig(batch_size=64, learning_rate=5e-4, precision="bfloat16"),
                 seed=seed,
             ),
             (Look("sees", episodes=config.episodes), Look("black images", episodes=config.episodes, blind=True)),
         )
         for seed in config.seeds
-        for name, vision in ENCODERS.items()
+        for name, vision in encoders.items()
     ]
 
 
-def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
-    """Run the study; write ``vision.md``, ``.csv`` and ``.png`` and return the first."""
-    outcomes = run_cells(cells(config), config, progress_bar=progress_bar)
-    slugs = {name.lower().replace(",", "").replace(" ", "-"): name for name in ENCODERS}
+def _run(
+    study: str,
+    todo: list[Cell],
+    encoders: dict[str, VisionConfig],
+    setting: str,
+    config: StudyConfig,
+    *,
+    progress_bar: bool,
+) -> Path:
+    outcomes = run_cells(todo, config, progress_bar=progress_bar)
+    slugs = {slug(name): name for name in encoders}
     rows, bars = [], []
     for key, group in grouped(outcomes, lambda o: o.cell.split(".")[0]).items():
         rates = {
@@ -78,13 +121,11 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
     axis.set_ylabel("success (95 % interval)")
     axis.set_ylim(0, 1)
     axis.legend(fontsize=8)
-    figure.savefig(config.out / "vision.png", dpi=120)
-    setting = (
-        f"`{avoid.PIXELS_ID}`: two images of 48 pixels and the point's position; {DEMONSTRATIONS} demonstrations with "
-        f"action noise 0.1; {STEPS * config.scale:,.0f} gradient steps of 64 chunks in bfloat16, images shifted by at "
-        "most 2 pixels; the ResNet has 16 base channels and a stride of 8. "
-        f"Seeds {', '.join(map(str, config.seeds))}, {config.episodes} held-out episodes each; one core."
+    figure.savefig(config.out / f"{study}.png", dpi=120)
+    setting += (
+        f"Seeds {', '.join(map(str, config.seeds))}, {config.episodes} held-out episodes each; one core. Black images "
+        "blindfold the same trained policy."
     )
     columns = ["encoder", "success (95 %)", "with black images", "million weights", "minutes of training",
                "ms per decision"]  # fmt: skip
-    return write_table(config.out, "vision", "Seeing", columns, rows, [setting])
+    return write_table(config.out, study, "Seeing", columns, rows, [setting])

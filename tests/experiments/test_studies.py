@@ -18,7 +18,7 @@ import pytest
 
 from dprl.agents import BCConfig
 from dprl.errors import ConfigError
-from dprl.experiments import horizons, imitation, multimodal, plots, policies, solvers, studies
+from dprl.experiments import horizons, imitation, multimodal, plots, policies, solvers, studies, vision
 from dprl.experiments.catalogue import STUDIES
 from dprl.experiments.policies import ALL, COMPETITORS, DIFFUSION, slug, with_chunks
 from dprl.experiments.runs import CollectConfig, PretrainConfig
@@ -43,7 +43,7 @@ from dprl.training.loop import InterruptedRunError
 from tests.policy.small import KINDS, small_config
 
 ENV, OPTIONS = "Avoid-v0", EnvOptions(max_episode_steps=12)
-STUDY_MODULES = [importlib.import_module(module) for module, _ in STUDIES.values()]
+STUDY_MODULES = [importlib.import_module(name) for name in dict.fromkeys(r.split(":")[0] for r, _ in STUDIES.values())]
 OF_CELLS = [module for module in STUDY_MODULES if hasattr(module, "cells")]
 
 
@@ -358,9 +358,15 @@ def test_looks_fit_their_policies() -> None:
 
 def test_every_study_of_the_catalogue_can_be_run() -> None:
     for reference, summary in STUDIES.values():
-        assert callable(load(f"{reference}:run"))
+        assert callable(load(reference))
         assert summary
     assert {multimodal, imitation, horizons, solvers} <= set(OF_CELLS)
+
+
+def test_fewer_frames_are_rendered_at_a_small_scale() -> None:
+    for scale, episodes in ((2.0, 100), (1.0, 100), (0.1, 10), (0.001, 2)):
+        cells = vision.metaworld_cells(StudyConfig(Path("unused"), scale=scale))
+        assert {c.collect.episodes for c in cells} == {episodes}
 
 
 def test_slugs_name_every_policy_and_its_files() -> None:
