@@ -140,7 +140,7 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
             data, held_out = data.split(self.config.validation_share, self.seed)
         self._total_steps = total_steps
         self._training = self._batches(data, self.config.num_workers)
-        self._validation = None if held_out is None else self._batches(held_out, 0)
+        self._validation = None if held_out is None else self._batches(held_out, self.config.num_workers)
 
     def collect(self) -> Tensor:
         """Draw the minibatches of one iteration, with replacement: indices of chunks (steps, B)."""
@@ -214,6 +214,7 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
         n = min(VALIDATION_CHUNKS, len(held_out))
         picks = torch.randperm(len(held_out), generator=generator, device=self.policy.device)[:n]
         losses, errors = [], []
+        picks = picks.cpu() if self.config.num_workers else picks
         for batch in held_out.read(picks[: n - n % 64].view(-1, min(64, n)) if n >= 64 else picks[None]):
             losses.append(self.policy.loss(batch.obs, batch.actions, valid=batch.valid, generator=generator))
             drawn = self.policy.draw(batch.obs, InferenceConfig(), generator)

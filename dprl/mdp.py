@@ -112,7 +112,7 @@ class DenoisingMDP:
         draws = torch.randn(shape, generator=generator, device=generator.device).to(policy.device)
         draws[1:] = draws[1:].clamp(-explore.noise_clip, explore.noise_clip)
         x, chain = draws[0], []
-        known = iter(policy.prepare_steps([step.timestep for step in reversed(self._grid)], condition))
+        known = policy.prepare_steps([step.timestep for step in reversed(self._grid)], condition)
         for k in reversed(range(len(self._grid))):
             step = self._grid[k]
             if k == self.tuned_steps - 1:

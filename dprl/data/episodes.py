@@ -98,6 +98,11 @@ class Episodes:
     def __post_init__(self) -> None:
         if len(self.ends) == 0:
             raise DatasetError("the data set has no episodes")
+        self._check_ends()
+        self._check_numbers("observations", self.observations, 2, len(self.actions))
+        self._check_numbers("actions", self.actions, 2, len(self.actions))
+        self._check_numbers("rewards", self.rewards, 1, len(self.actions))
+        self._check_numbers("final_observations", self.final_observations, 2, self.n_episodes)
         if set(self.images) != set(self.final_images):
             raise DatasetError(f"images are of the cameras {sorted(self.images)}, "
                                f"but final_images of {sorted(self.final_images)}")  # fmt: skip
@@ -106,6 +111,30 @@ class Episodes:
                 if array.dtype != np.uint8 or len(array.shape) != 4 or array.shape[0] != rows:
                     raise DatasetError(f"images of the camera '{camera}' are {array.dtype} {array.shape}; "
                                        f"they must be uint8 ({rows}, height, width, channels)")  # fmt: skip
+
+    def _check_ends(self) -> None:
+        """Raise DatasetError unless every episode has steps and together they have all of them."""
+        empty = np.flatnonzero(self.lengths < 1)
+        if len(empty):
+            i = empty[0]
+            raise DatasetError(f"episode {i} is empty: it goes from step {self.starts[i]} to before {self.ends[i]}")
+        if self.ends[-1] != len(self.actions):
+            raise DatasetError(f"the episodes have {self.ends[-1]} steps, but there are {len(self.actions)} actions")
+
+    def _check_numbers(self, name: str, array: FloatArray, ndim: int, rows: int) -> None:
+        """Raise DatasetError unless `array` is float32, of `rows` rows, and finite."""
+        if array.dtype != np.float32 or array.ndim != ndim or len(array) != rows:
+            shape = f"({rows}, {'size' if ndim > 1 else ''})"
+            raise DatasetError(f"{name} are {array.dtype} {array.shape}; they must be float32 {shape}")
+        if np.isfinite(array).all():
+            return
+        row = int(np.argwhere(~np.isfinite(array))[0][0])
+        if rows != len(self.actions):
+            where = f"episode {row}"
+        else:
+            episode = int(np.searchsorted(self.ends, row, side="right"))
+            where = f"episode {episode}, step {row - self.starts[episode]}"
+        raise DatasetError(f"{name} of {where} are {array[row].tolist()}; they must be finite")
 
     @property
     def n_episodes(self) -> int:
@@ -153,6 +182,9 @@ class Episodes:
         """
         check(pad_after >= 0, "pad_after", pad_after, "must be at least 0")
         observation_rows, action_rows, valid = [], [], []
+        counts = {"n_obs_steps": n_obs_steps, "horizon": horizon}
+        for name, count in counts.items():
+            check(count >= 1, name, count, "must be at least 1")
         for start, end in zip(self.starts, self.ends, strict=True):
             first = np.arange(start, min(end - horizon + pad_after + 1, end))[:, None]
             steps = first + np.arange(horizon)

@@ -8,7 +8,8 @@ So a solver is a function from a noise schedule and a number of steps to these c
 signal s, noise n and λ = log(s / n) at the step's timestep, and primes for the next visited one:
 
 ddpm              the posterior of arXiv:2006.11239 eq. 7, on any grid; the same as ddim with eta = 1
-ddim              arXiv:2010.02502 eq. 12 and 16; eta from 0 (deterministic) to 1
+ddim              arXiv:2010.02502 eq. 12 and 16; eta from 0 (deterministic) to 1. Where x̂_0 is clamped, the noise is
+                  what the clamped x̂_0 implies: diffusers with use_clipped_model_output=True, and DPPO
 dpmsolver++       2M, arXiv:2211.01095 algorithm 2
 sde-dpmsolver++   its stochastic form, as in the diffusers package
 euler             for rectified flows, x <- x + (n - n') velocity; this is ddim with eta = 0 for such a schedule
@@ -54,12 +55,14 @@ class SolverConfig:
     solver: SolverName | None = None
     """`ddpm`, `ddim`, `dpmsolver++`, `sde-dpmsolver++`; `euler` for rectified flows. Default: ddpm or euler."""
     num_inference_steps: int | None = None
-    """How often the network is evaluated. Default: once for each training timestep."""
+    """How often the network is evaluated, or once less where rounding makes two timesteps one. Default: for each
+    training timestep; by the dpmsolvers, whose last step goes beyond timestep 0, for each but that."""
     eta: float = 0.0
     """ddim's noise, from 0 (deterministic) to 1 (as ddpm)."""
     timestep_spacing: Spacing | None = None
-    """Which timesteps are visited, as in diffusers. Default: leading for ddpm and ddim, linspace for the dpmsolvers,
-    trailing for euler."""
+    """Which timesteps are visited. Default, as in diffusers: leading for ddpm and ddim, linspace for the dpmsolvers,
+    trailing for euler. With few steps take `trailing`: leading begins below the noise there is, and a single leading
+    step visits timestep 0 alone."""
 
     def __post_init__(self) -> None:
         validate(self, at_least={"num_inference_steps": 1, "eta": 0})

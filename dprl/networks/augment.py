@@ -1,4 +1,4 @@
-"""Random shifts and crops of images, one offset per image, on the images' device.
+"""Random shifts and crops of images, one offset per image or history of images, on the images' device.
 
 Shapes: B images (B, height, width, C) of any dtype, which is kept. The generator may live on another device than the
 images: with one on the CPU the offsets are the same everywhere.
@@ -12,13 +12,14 @@ from torch import Tensor
 from dprl.errors import check
 
 
-def random_shift(images: Tensor, pad: int, generator: torch.Generator) -> Tensor:
+def random_shift(images: Tensor, pad: int, generator: torch.Generator, history: int = 1) -> Tensor:
     """Shift every image by up to `pad` pixels each way, its edge pixels repeated. DrQ, arXiv:2004.13649 section 3.1.
 
     Args:
         images: (B, height, width, C).
         pad: largest shift in pixels; all (2 · pad + 1)² shifts are equally likely.
         generator: the source of the offsets.
+        history: so many images that follow each other share an offset; divides B.
 
     Returns:
         (B, height, width, C).
@@ -27,19 +28,21 @@ def random_shift(images: Tensor, pad: int, generator: torch.Generator) -> Tensor
         ConfigError: `pad` is negative.
     """
     check(pad >= 0, "pad", pad, "must be at least 0")
-    top, left = _integers(images, 2 * pad + 1, generator) - pad, _integers(images, 2 * pad + 1, generator) - pad
+    top, left = (_integers(images, 2 * pad + 1, generator, history) - pad for _ in range(2))
     return _windows(images, top, left, images.shape[1], images.shape[2])
 
 
-def random_crop(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
+def random_crop(images: Tensor, size: int, generator: torch.Generator, history: int = 1) -> Tensor:
     """Cut a square out of every image, each place equally likely: (B, height, width, C) -> (B, size, size, C).
+
+    `history` images that follow each other are cut alike.
 
     Raises:
         ConfigError: `size` is not within the image.
     """
     height, width = _check_size(images, size)
-    top = _integers(images, height - size + 1, generator)
-    left = _integers(images, width - size + 1, generator)
+    top = _integers(images, height - size + 1, generator, history)
+    left = _integers(images, width - size + 1, generator, history)
     return _windows(images, top, left, size, size)
 
 
@@ -67,9 +70,10 @@ def _windows(images: Tensor, top: Tensor, left: Tensor, height: int, width: int)
     return images.reshape(-1, channels).index_select(0, pixels.flatten()).view(n, height, width, channels)
 
 
-def _integers(images: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """Draw one integer in [0, n) per image, on the images' device."""
-    return torch.randint(n, (len(images),), generator=generator, device=generator.device).to(images.device)
+def _integers(images: Tensor, n: int, generator: torch.Generator, history: int) -> Tensor:
+    """Draw one integer in [0, n) per history of images, on the images' device: (B,)."""
+    drawn = torch.randint(n, (len(images) // history,), generator=generator, device=generator.device)
+    return drawn.to(images.device).repeat_interleave(history)
 
 
 def _check_size(images: Tensor, size: int) -> tuple[int, int]:

@@ -6,10 +6,14 @@ Shapes: B samples, O observation steps, F features of an observation step, H act
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+MAX_PREPARED = 4_096
+"""Pairs of timestep and condition that are prepared at once, to bound the memory."""
 
 
 class Denoiser(nn.Module, ABC):
@@ -31,13 +35,17 @@ class Denoiser(nn.Module, ABC):
         """(B, H, A), (B,) or (1,) for one timestep for all, (B, O, F) -> (B, H, A)."""
         return self.denoise(noisy_actions, self.prepare(timestep, condition))
 
-    def prepare_steps(self, timesteps: Tensor, condition: Tensor) -> Tensor:
-        """Prepare n timesteps at once: (n,), (B, O, F) -> (n, B, ...)."""
-        n, batch = len(timesteps), len(condition)
-        every = condition.expand(n, *condition.shape).flatten(0, 1)
-        prepared: Tensor = self.prepare(timesteps.repeat_interleave(batch), every).unflatten(0, (n, batch))
-        return prepared
+    def prepare_steps(self, timesteps: Tensor, condition: Tensor) -> Iterator[Tensor]:
+        """Prepare n timesteps, many at once: (n,), (B, O, F) -> n times (B, ...)."""
+        batch = len(condition)
+        for part in timesteps.split(max(1, MAX_PREPARED // max(batch, 1))):
+            every = condition.expand(len(part), *condition.shape).flatten(0, 1)
+            yield from self.prepare(part.repeat_interleave(batch), every).unflatten(0, (len(part), batch))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile `denoise` with torch.compile, in place."""
+        """Compile `denoise` with torch.compile, in place. A copy of the network is not compiled."""
         self.denoise = torch.compile(self.denoise, *args, **kwargs)  # type: ignore[method-assign]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {name: value for name, value in state.items() if name != "denoise"}  # bound to this network's weights

@@ -88,7 +88,12 @@ class ImageEncoder(nn.Module):
         self.feature_size = len(cameras) * config.network.feature_size
 
     def forward(
-        self, images: Mapping[str, Tensor], state: Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        images: Mapping[str, Tensor],
+        state: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        history: int = 1,
     ) -> Tensor:
         """Encode images.
 
@@ -96,6 +101,7 @@ class ImageEncoder(nn.Module):
             images: camera name -> (B, height, width, C), uint8, or floats in [0, 1].
             state: (B, S) normalised; a ViT needs it where S > 0.
             generator: augments with it (training); None leaves the images as they are, or cropped in the middle.
+            history: so many images that follow each other are one history, and are augmented alike.
 
         Returns:
             (B, feature_size).
@@ -104,16 +110,16 @@ class ImageEncoder(nn.Module):
             ConfigError: other cameras, shapes or types than the encoder was built for.
         """
         self._check(images, state)
-        return self.encode({c.name: self.prepare(images[c.name], generator) for c in self.cameras}, state)
+        return self.encode({c.name: self.prepare(images[c.name], generator, history) for c in self.cameras}, state)
 
-    def prepare(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+    def prepare(self, images: Tensor, generator: torch.Generator | None, history: int = 1) -> Tensor:
         """Augment or crop, and scale to [-0.5, 0.5]: (B, height, width, C) -> (B, C, input height, input width)."""
         config = self.config
         if config.crop_size is not None:
             size = config.crop_size
-            images = center_crop(images, size) if generator is None else random_crop(images, size, generator)
+            images = center_crop(images, size) if generator is None else random_crop(images, size, generator, history)
         elif config.augmentation == "shift" and generator is not None:
-            images = random_shift(images, config.shift_pixels, generator)
+            images = random_shift(images, config.shift_pixels, generator, history)
         floats = images.permute(0, 3, 1, 2).to(next(self.parameters()).dtype)
         return (floats if images.is_floating_point() else floats / 255) - 0.5
 

@@ -185,8 +185,8 @@ class Policy(nn.Module, ABC):
         images = {camera.name: parts[camera.part] for camera in self.features.cameras}
         batch, steps = next(iter(images.values())).shape[:2]
         flat = {name: image.flatten(0, 1) for name, image in images.items()}
-        seen = self.encoder(flat, None if state is None else state.flatten(0, 1), generator)
-        seen = seen.view(batch, steps, -1)
+        seen = self.encoder(flat, None if state is None else state.flatten(0, 1), generator, history=steps)
+        seen = seen.view(batch, steps, self.encoder.feature_size)
         return seen if state is None else torch.cat([state, seen], dim=-1)
 
     def check_inference(self, inference: InferenceConfig) -> None:
@@ -241,9 +241,13 @@ class Policy(nn.Module, ABC):
         start = torch.ones(n, dtype=torch.bool, device=self.device)
         if isinstance(state, PredictState):
             known = len(state.next_action)
-            check(n == known, "observation", tuple(np.shape(observation)), f"the state is of {known} environments")
+            check(n == known, "observation", n, f"the state is of {known} environments")
+            alike = isinstance(parts, Mapping) == isinstance(state.history, Mapping)
+            check(alike, "observation", type(observation).__name__, "must be of the kind that the last call was given")
             if episode_start is not None:
-                start = torch.as_tensor(episode_start).to(start).view(n)
+                shape = np.shape(episode_start)
+                check(shape == (n,), "episode_start", shape, f"must have the shape ({n},)")
+                start = torch.as_tensor(episode_start).to(start)
             else:
                 start = torch.zeros_like(start)
             actions, index, memory = state.actions.clone(), state.next_action.clone(), state.memory
@@ -280,6 +284,10 @@ class Policy(nn.Module, ABC):
             fits = array.ndim == 1 + len(shape) and array.shape[1:] == shape
             label, sizes = ("observation" if key == STATE else key), ", ".join(map(str, shape))
             check(fits, label, np.shape(parts[key]), f"must have the shape (N, {sizes}) or ({sizes},)")
+            if key == STATE and not np.isfinite(array).all():
+                row, number = np.argwhere(~np.isfinite(array))[0]
+                value = float(array[row, number])
+                raise ConfigError(f"observation[{row}, {number}] = {value}: observations must be finite")
             tensors[key] = torch.as_tensor(np.ascontiguousarray(array), device=self.device)
         return (tensors if isinstance(observation, Mapping) else tensors[STATE]), single
 
@@ -302,19 +310,25 @@ class Policy(nn.Module, ABC):
         return parts if self.features.cameras else parts[STATE]
 
     def checked(self, obs: TensorObservation) -> TensorObservation:
-        """Return a batch of observations on the policy's device; ConfigError where a shape does not fit."""
-        parts = dict(obs) if isinstance(obs, Mapping) else {STATE: torch.as_tensor(obs, dtype=torch.float32)}
+        """Return a batch of observations on the policy's device, the state float32.
+
+        Raises:
+            ConfigError: parts, shapes or types that do not fit.
+        """
+        parts = dict(obs) if isinstance(obs, Mapping) else {STATE: obs}
         shapes = self.part_shapes()
         self._require_parts(parts, shapes)
-        moved = {}
+        moved: dict[str, Tensor] = {}
         for name, shape in shapes.items():
+            part = torch.as_tensor(parts[name])
             expected = (self.config.n_obs_steps, *shape)
-            fits = parts[name].ndim == 1 + len(expected) and tuple(parts[name].shape[1:]) == expected
+            fits = part.ndim == 1 + len(expected) and tuple(part.shape[1:]) == expected
             label = "obs" if name == STATE else name
-            check(
-                fits, label, tuple(parts[name].shape), f"must have the shape (batch, {', '.join(map(str, expected))})"
-            )
-            moved[name] = parts[name].to(self.device)
+            check(fits, label, tuple(part.shape), f"must have the shape (batch, {', '.join(map(str, expected))})")
+            check(name == STATE or part.dtype == torch.uint8, label, str(part.dtype), "images must be uint8")
+            moved[name] = part.to(self.device, torch.float32 if name == STATE else None)
+        sizes = {name: len(part) for name, part in moved.items()}
+        check(len(set(sizes.values())) == 1, "obs", sizes, "all parts must have the same batch size")
         return moved if isinstance(obs, Mapping) else moved[STATE]
 
     def _require_parts(self, parts: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:

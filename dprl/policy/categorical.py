@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dprl.config import validate
-from dprl.errors import DatasetError
+from dprl.errors import DatasetError, check
 from dprl.observations import TensorObservation
 from dprl.policy.base import masked_mean
 from dprl.policy.explicit import ExplicitConfig, _Explicit, draw_category
@@ -52,6 +52,8 @@ class BeTConfig(ExplicitConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         validate(self, at_least={"n_bins": 1, "offset_loss_scale": 0, "focal_gamma": 0})
+        smooth = self.focal_gamma == 0 or self.focal_gamma >= 1
+        check(smooth, "focal_gamma", self.focal_gamma, "must be 0 or at least 1: the loss has no gradient otherwise")
 
 
 class CategoricalPolicy(_Explicit):

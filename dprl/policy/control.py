@@ -131,6 +131,7 @@ class RecedingHorizon:
     ) -> Tensor:
         """Draw (N, H, A), from the last plan where there is one and a warm start is asked for."""
         policy, inference = self.policy, self.inference
+        obs = policy.checked(obs)
         warm = memory.n_plans > 0
         if inference.warm_start_steps is None or not warm.any():
             return policy.draw(obs, inference, generator, deterministic=deterministic)

@@ -7,6 +7,7 @@ Shapes: B samples, O observation steps, D observation size, F features of one ob
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -163,9 +164,12 @@ class DiffusionPolicy(Policy):
             ConfigError: unknown solver, or a shape that does not fit.
         """
         obs = self.checked(obs)
-        steps = self._steps(_solver_config(solver, num_inference_steps, eta, timestep_spacing))
+        own = self.config.sampling.solver if eta else None  # a policy's own solver may be the one that has an eta
+        steps = self._steps(_solver_config(solver or own, num_inference_steps, eta, timestep_spacing))
         shape = (n_draws(steps), batch_size(obs), *self._chunk_shape)
-        draws = self._noise(shape, generator) if noise is None else noise
+        draws = (
+            self._noise(shape, generator) if noise is None else torch.as_tensor(noise).float().to(self.device)
+        )
         check(draws.shape == shape, "noise", tuple(draws.shape), f"must have the shape {shape}")
         return self._denoise(obs, steps, draws[0], draws[1:], temperature)
 
@@ -209,7 +213,7 @@ class DiffusionPolicy(Policy):
         condition, clip = self.condition(obs), self.config.clip_sample
         schedule = self.schedule
 
-        known = iter(self.prepare_steps([step.timestep for step in steps], condition))
+        known = self.prepare_steps([step.timestep for step in steps], condition)
 
         def predict(noisy: Tensor, timestep: int) -> Tensor:
             prediction = self.denoiser_at(timestep).denoise(noisy, next(known))
@@ -217,15 +221,13 @@ class DiffusionPolicy(Policy):
 
         return self.action_normalizer.unnormalize(solve(steps, predict, x, draws, temperature))
 
-    def prepare_steps(self, timesteps: list[int], condition: Tensor) -> list[Tensor]:
+    def prepare_steps(self, timesteps: list[int], condition: Tensor) -> Iterator[Tensor]:
         """Let the networks prepare what is the same at every step, for descending `timesteps`: n tensors (B, ...)."""
         n_base = sum(self.denoiser_at(t) is self.base for t in timesteps)
         grid = self.schedule.timesteps[timesteps]
-        prepared: list[Tensor] = []
         for network, part in ((self.base, grid[:n_base]), (self.tuned, grid[n_base:])):
             if network is not None and len(part):
-                prepared += network.prepare_steps(part, condition)
-        return prepared
+                yield from network.prepare_steps(part, condition)
 
     def _steps(self, solver: SolverConfig) -> tuple[Step, ...]:
         """The solver's steps; the policy's own way where nothing is asked for."""
@@ -251,7 +253,7 @@ class DiffusionPolicy(Policy):
 
 
 # Both are cached because a policy decides many times a second.
-_solver_config = lru_cache(maxsize=256)(SolverConfig)
+_solver_config = lru_cache(maxsize=256, typed=True)(SolverConfig)
 
 
 @lru_cache(maxsize=256)

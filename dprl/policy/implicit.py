@@ -41,11 +41,17 @@ class IBCConfig(ExplicitConfig):
     """Steps of the Langevin search."""
     langevin_step_size: float = 0.1
     """Its first step size, which decays quadratically to a hundred-thousandth."""
+    langevin_noise_scale: float = 1.0
+    """Standard deviation of a step's noise over its size."""
+    langevin_clip: float = 0.1
+    """Largest move in one step, in normalised units."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         counts = ("n_negatives", "n_candidates", "n_iterations", "langevin_steps")
-        validate(self, at_least=dict.fromkeys(counts, 1), above={"search_std": 0, "langevin_step_size": 0})
+        positive = ("search_std", "langevin_step_size", "langevin_clip")
+        least = {**dict.fromkeys(counts, 1), "langevin_noise_scale": 0}
+        validate(self, at_least=least, above=dict.fromkeys(positive, 0))
 
 
 class IBCPolicy(Policy):
@@ -120,14 +126,16 @@ class IBCPolicy(Policy):
 
     def _langevin(self, condition: Tensor, chunks: Tensor, generator: torch.Generator | None) -> Tensor:
         """Stochastic gradient Langevin dynamics with a decaying step, appendix B.3."""
-        n, first = self.config.langevin_steps, self.config.langevin_step_size
+        config = self.config
+        n, first = config.langevin_steps, config.langevin_step_size
         for i in range(n):
             size = max(first * (1 - i / max(n - 1, 1)) ** 2, 1e-5 * first)
             with torch.enable_grad():
                 chunks.requires_grad_(True)
                 (gradient,) = torch.autograd.grad(self.energy(condition, chunks).sum(), chunks)
             noise = _noise_like(chunks, generator)
-            chunks = (chunks.detach() - size * (0.5 * gradient - noise * 0.1)).clamp(-BOX, BOX)
+            move = -size * (0.5 * gradient - config.langevin_noise_scale * noise)
+            chunks = (chunks.detach() + move.clamp(-config.langevin_clip, config.langevin_clip)).clamp(-BOX, BOX)
         return chunks
 
 

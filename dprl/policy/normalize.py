@@ -7,9 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+CONSTANT = 1e-4
+"""A smaller range is jitter, not information (as in Diffusion Policy's code)."""
+
 
 class MinMaxNormalizer(nn.Module):
-    """Maps [low, high] to [-1, 1], number by number; a number that never varied is only shifted."""
+    """Maps [low, high] to [-1, 1], number by number.
+
+    A number that varied by less than `CONSTANT` is only shifted.
+    """
 
     low: Tensor
     high: Tensor
@@ -42,4 +48,4 @@ class MinMaxNormalizer(nn.Module):
         """Compute what follows from the range, once and not at every decision."""
         half = (self.high - self.low) / 2
         self._middle.copy_((self.high + self.low) / 2)
-        self._half.copy_(torch.where(half < 1e-6, torch.ones_like(half), half))
+        self._half.copy_(torch.where(2 * half < CONSTANT, 1.0, half))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dprl.errors import EnvError, check
-from dprl.observations import put, take, to_tensors
+from dprl.observations import Camera, put, take, to_tensors
 from dprl.policy import InferenceConfig, Policy, RecedingHorizon
 from dprl.rollout.pool import checked_slice_size, one_thread
 from dprl.rollout.recording import Recorder, Trajectory
@@ -131,13 +131,17 @@ def require_fit(policy: Policy, spec: EnvSpec) -> None:
     for what, ours, theirs in (
         ("observation_size", features.observation_size, spec.observation_size),
         ("action_size", features.action_size, spec.action_size),
-        ("cameras", features.cameras, spec.cameras),
+        ("cameras", _by_name(features.cameras), _by_name(spec.cameras)),
     ):
         if ours != theirs:
             raise EnvError(
                 f"the policy was trained with {what} = {ours}, but {spec.id} has {theirs}; "
                 f"choose the environment it was trained for{f' ({features.env_id})' if features.env_id else ''}"
             )
+
+
+def _by_name(cameras: tuple[Camera, ...]) -> tuple[Camera, ...]:
+    return tuple(sorted(cameras, key=lambda camera: camera.name))
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -204,10 +208,11 @@ def _latency_ms(control: RecedingHorizon) -> float:
     policy = control.policy
     obs = policy.blank_observation(1)
     generator = torch_generator(0, "latency", device=policy.device)
-    times = []
+    memory, times = control.start(1), []
     with one_thread():
         for _ in range(LATENCY_CALLS):
             start = time.perf_counter()
-            control.plan(obs, control.start(1), generator)[0].cpu()
+            actions, memory = control.plan(obs, memory, generator)
+            actions.cpu()
             times.append(time.perf_counter() - start)
     return 1000 * float(np.median(times))

@@ -81,6 +81,11 @@ def load_agent_state(agent: Agent[Any], folder: Path) -> dict[str, Any]:
     if about["agent"] != agent.name:
         raise CheckpointError(f"'{folder}' is a checkpoint of {about['agent']}, not of {agent.name}")
     saved = Policy.from_pretrained(folder)
+    if (saved.config, saved.features) != (agent.policy.config, agent.policy.features):
+        raise CheckpointError(
+            f"'{folder}' holds a policy of other settings than this agent's: {saved.config} of {saved.features}, "
+            f"not {agent.policy.config} of {agent.policy.features}"
+        )
     with torch.no_grad():
         try:
             agent.policy.load_state_dict(saved.state_dict())

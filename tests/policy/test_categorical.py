@@ -197,7 +197,6 @@ def test_offsets_reach_what_lies_off_the_centres() -> None:
         (lambda: BeTConfig(offset_loss_scale=-1.0), "offset_loss_scale = -1.0"),
         (lambda: BeTConfig(focal_gamma=-0.5), "focal_gamma = -0.5"),
     ],
-    ids=str,
 )
 def test_a_wrong_config_is_refused(make: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

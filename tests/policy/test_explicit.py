@@ -201,7 +201,6 @@ def test_the_lstm_can_use_what_only_the_past_shows() -> None:
         (lambda: GMMConfig(n_modes=0), "n_modes = 0"),
         (lambda: LSTMGMMConfig(n_layers=0), "n_layers = 0"),
     ],
-    ids=str,
 )
 def test_a_wrong_config_is_refused(make: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -81,11 +81,22 @@ def test_more_rounds_come_closer() -> None:
 
 def test_langevin_follows_the_gradient_of_each_candidate_alone() -> None:
     """Without its noise every candidate rolls down by itself, whatever the others do."""
-    policy = searching("langevin", bowl(torch.zeros(2, 1)), langevin_steps=1, langevin_step_size=0.1)
+    options = {"langevin_steps": 1, "langevin_step_size": 0.1, "langevin_noise_scale": 0.0}
     start = torch.tensor([[0.8], [-0.4]]).expand(1, 3, 2, 1).clone()
-    quiet = torch.Generator()
-    moved = torch.stack([policy._langevin(None, start.clone(), quiet.manual_seed(i)) for i in range(400)]).mean(0)
-    torch.testing.assert_close(moved, start - 0.1 * 0.5 * 10 * start, atol=0.003, rtol=0)
+    for clip in (1.0, 0.3):
+        policy = searching("langevin", bowl(torch.zeros(2, 1)), langevin_clip=clip, **options)
+        moved = policy._langevin(None, start.clone(), None)
+        torch.testing.assert_close(moved, start - (0.1 * 0.5 * 10 * start).clamp(-clip, clip))
+
+
+def test_langevin_disturbs_by_its_step_size_and_noise_scale() -> None:
+    def flat(condition: object, chunks: torch.Tensor) -> torch.Tensor:
+        return 0.0 * chunks.sum((2, 3))
+
+    options = {"langevin_steps": 2, "langevin_step_size": 0.1, "langevin_noise_scale": 0.5, "langevin_clip": 10.0}
+    policy = searching("langevin", flat, **options)
+    moved = policy._langevin(None, torch.zeros(1, 20_000, 2, 1), torch.Generator().manual_seed(0))
+    assert float(moved.std()) == pytest.approx(0.1 * 0.5, rel=0.02), "the second step is a hundred-thousandth"
 
 
 def test_langevin_leaves_no_gradients_behind() -> None:
