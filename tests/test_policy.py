@@ -19,8 +19,10 @@ from safetensors.torch import load_file, save_file
 from dprl.diffusion import SolverConfig
 from dprl.errors import CheckpointError, ConfigError, RunExistsError
 from dprl.networks import MLPConfig, TransformerConfig, UNetConfig
+from dprl.observations import STATE
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Features, MinMaxNormalizer, Policy
 from dprl.seeding import torch_generator
+from tests.policy.small import CAMERA, VIT, random_batch, small_policy
 
 K = 4
 FEATURES = Features(3, 2)
@@ -597,3 +599,72 @@ def test_initial_weights_depend_on_the_seed_alone():
     other = DiffusionPolicy(FEATURES, CONFIG, seed=4).state_dict()
     assert all(first[name].equal(again[name]) for name in first)
     assert not first["base.net.0.weight"].equal(other["base.net.0.weight"])
+
+
+# ----------------------------------------------------------------------------------------------------- bad observations
+
+
+def seeing():
+    return small_policy("diffusion", Features(3, 2, (CAMERA,)), vision=VIT, n_obs_steps=1)
+
+
+def test_parts_may_be_arrays_of_any_float():
+    policy = seeing()
+    obs = random_batch(policy, 2)[0]
+    loose = {name: part.numpy() for name, part in obs.items()}
+    loose[STATE] = loose[STATE].astype(np.float64)
+    noise = torch.ones(policy.n_draws(), 2, 3, 2)
+    assert policy.sample(loose, noise=noise).equal(policy.sample(obs, noise=noise.double().numpy()))
+
+
+def test_a_batch_may_be_empty():
+    for policy in (make_policy(), seeing()):
+        assert len(policy.sample(policy.blank_observation(0))) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda obs: obs | {CAMERA.part: obs[CAMERA.part].float()}, "torch.float32': images must be uint8"),
+        (lambda obs: obs | {STATE: obs[STATE][:1]}, "all parts must have the same batch size"),
+        (lambda obs: {STATE: obs[STATE]}, "must have the parts"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(change, message):
+    policy = seeing()
+    with pytest.raises(ConfigError, match=message):
+        policy.sample(change(random_batch(policy, 2)[0]))
+
+
+def test_predict_refuses_what_does_not_fit():
+    policy = make_policy()
+    _, state = policy.predict(np.zeros((2, 3)))
+    with pytest.raises(ConfigError, match=r"episode_start = \(3,\): must have the shape \(2,\)"):
+        policy.predict(np.zeros((2, 3)), state, np.zeros(3, bool))
+    with pytest.raises(ConfigError, match="must be of the kind that the last call was given"):
+        policy.predict({STATE: np.zeros((2, 3))}, state)
+    with pytest.raises(ConfigError, match=r"observation\[1, 2\] = nan: observations must be finite"):
+        policy.predict(np.array([[0, 0, 0], [0, 0, np.nan]]))
+
+
+def test_steps_are_integers_however_often_one_asks():
+    """A cache takes 4.0 for 4."""
+    policy = make_policy()
+    policy.sample(torch.zeros(1, 1, 3), num_inference_steps=4)
+    with pytest.raises(ConfigError, match=r"num_inference_steps = 4\.0"):
+        policy.sample(torch.zeros(1, 1, 3), num_inference_steps=4.0)
+
+
+def test_eta_alone_is_for_a_policy_whose_own_solver_has_it():
+    policy = make_policy(config=replace(CONFIG, sampling=SolverConfig("ddim")))
+    obs, noise = torch.zeros(1, 1, 3), torch.ones(4, 1, 4, 2)
+    assert policy.sample(obs, eta=0.5, noise=noise).equal(policy.sample(obs, solver="ddim", eta=0.5, noise=noise))
+    with pytest.raises(ConfigError, match="only the solver ddim has it"):
+        make_policy().sample(obs, eta=0.5)
+
+
+def test_jitter_is_no_information():
+    normalizer = MinMaxNormalizer(2)
+    normalizer.fit(torch.tensor([[0.0, 1.0], [9e-5, 1.0002]]))
+    assert float(normalizer.normalize(torch.tensor([0.001, 1.0]))[0]) == pytest.approx(0.001, abs=1e-4)
+    assert float(normalizer.normalize(torch.tensor([0.0, 1.0002]))[1]) == pytest.approx(1.0, abs=1e-3)

@@ -1,6 +1,7 @@
 """Chunks are cut within episodes, and every place where one fits is used; episodes are selected and split whole."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -208,3 +209,32 @@ def test_impossible_splits_are_refused():
     for share in (-0.1, 1.0, float("nan")):
         with pytest.raises(ConfigError, match=r"validation_share = .* at least 0 and below 1"):
             make([4, 4]).split(share, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ends": np.array([2, 2, 5])}, "episode 1 is empty: it goes from step 2 to before 2"),
+        ({"ends": np.array([2, 4, 3])}, "episode 2 is empty"),
+        ({"ends": np.array([2, 3, 9])}, "the episodes have 9 steps, but there are 5 actions"),
+        ({"actions": np.zeros((5, 1))}, r"actions are float64 \(5, 1\); they must be float32 \(5, size\)"),
+        ({"actions": np.zeros(5, np.float32)}, r"actions are float32 \(5,\)"),
+        ({"rewards": np.zeros((5, 1), np.float32)}, r"rewards are float32 \(5, 1\); they must be float32 \(5, \)"),
+        ({"observations": np.zeros((4, 2), np.float32)}, r"observations are float32 \(4, 2\)"),
+        ({"final_observations": np.zeros((2, 2), np.float32)}, r"final_observations are float32 \(2, 2\)"),
+        (
+            {"observations": np.float32([[0, 0], [0, 0], [0, 0], [0, np.inf], [0, 0]])},
+            r"observations of episode 2, step 0 are \[0.0, inf\]; they must be finite",
+        ),
+        ({"final_observations": np.float32([[0, 0], [np.nan, 0], [0, 0]])}, "final_observations of episode 1 are"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(DatasetError, match=message):
+        replace(make([2, 1, 2]), **changes)
+
+
+@pytest.mark.parametrize(("n_obs_steps", "horizon"), [(0, 2), (1, 0), (1, -3)])
+def test_chunks_of_nothing_are_refused(n_obs_steps, horizon):
+    with pytest.raises(ConfigError, match="must be at least 1"):
+        make([4]).chunks(n_obs_steps, horizon)

@@ -105,3 +105,12 @@ def test_a_crop_larger_than_the_image_is_refused(size):
 def test_a_negative_pad_is_refused():
     with pytest.raises(ConfigError, match="pad = -1"):
         random_shift(coordinates(1, 5, 5), -1, generator())
+
+
+@pytest.mark.parametrize("augment", [random_shift, random_crop])
+def test_images_of_one_history_are_moved_alike(augment):
+    """Or what moved between them would be noise."""
+    images = coordinates(60, 9, 9)[..., :2]
+    moved = augment(images, 3, generator(), 3).unflatten(0, (20, 3))
+    assert moved.eq(moved[:, :1]).all()
+    assert len({tuple(row.flatten().tolist()) for row in moved[:, 0]}) > 10, "histories are moved differently"

@@ -7,9 +7,10 @@ import torch
 
 from dprl.errors import ConfigError, EnvError
 from dprl.networks import MLPConfig
+from dprl.observations import Camera
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Features, InferenceConfig
 from dprl.rollout import Evaluation, evaluate, evaluation
-from dprl.rollout.evaluation import LATENCY_CALLS, wilson
+from dprl.rollout.evaluation import LATENCY_CALLS, require_fit, wilson
 from dprl.spec import EnvOptions, EnvSpec, resolve
 
 pytest.importorskip("envpool")
@@ -175,3 +176,24 @@ def test_wrong_action_size_is_refused_with_both_sizes():
 def test_no_episodes_are_refused(episodes):
     with pytest.raises(ConfigError, match=f"episodes = {episodes}: must be at least 1"):
         evaluate(make_policy(hopper()), hopper(), episodes, seed=0)
+
+
+def test_the_latency_of_a_warm_start_is_that_of_warm_starts(monkeypatch):
+    spec = hopper(4)
+    policy = make_policy(spec)
+    plans = []
+    draw = Recorder.draw
+    monkeypatch.setattr(
+        Recorder, "draw", lambda self, *args, plan=None, **kwargs: (plans.append(plan), draw(self, *args, **kwargs))[1]
+    )
+    evaluate(policy, spec, 1, seed=0, inference=InferenceConfig(warm_start_steps=1))
+    assert sum(plan is None for plan in plans[-LATENCY_CALLS:]) == 1
+
+
+def test_cameras_may_come_in_any_order():
+    cameras = (Camera("a", 24, 24), Camera("b", 24, 24))
+    spec = replace(hopper(), cameras=cameras)
+    policy = DiffusionPolicy(Features(spec.observation_size, spec.action_size, cameras[::-1]), DiffusionConfig())
+    require_fit(policy, spec)
+    with pytest.raises(EnvError, match="cameras"):
+        require_fit(policy, replace(spec, cameras=cameras[:1]))
