@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dprl.agents import BC, BCConfig
+from dprl.agents.bc import VALIDATION_CHUNKS
 from dprl.data import Episodes, load_dataset, save_dataset
 from dprl.errors import ConfigError, DatasetError
 from dprl.networks import TransformerConfig
@@ -21,6 +22,7 @@ from tests.policy.small import KINDS, VIT, random_episodes, small_config
 STEPS = 4
 BASE = BCConfig(batch_size=8, steps_per_iteration=STEPS)
 SEEING = Features(3, 2, (Camera("top", 24, 24),))
+DROPPING = TransformerConfig(n_layers=1, n_heads=2, embedding_size=8, attention_dropout=0.5)
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -110,6 +112,26 @@ def test_dropout_follows_from_the_seed_and_resumes(tmp_path: Path) -> None:
     assert_resumes(lambda: make("diffusion", denoiser=denoiser), tmp_path / "saved")
 
 
+@pytest.mark.parametrize(
+    ("kind", "sees", "off", "on"),
+    [
+        ("diffusion", Features(3, 2), {"denoiser": replace(DROPPING, attention_dropout=0.0)}, {"denoiser": DROPPING}),
+        ("mse", SEEING, {"vision": replace(VIT, augmentation="none")}, {"vision": VIT}),
+    ],
+    ids=["dropout", "augmentation"],
+)
+def test_training_drops_out_and_augments_and_the_average_does_not(
+    kind: str, sees: Features, off: dict[str, object], on: dict[str, object]
+) -> None:
+    config = replace(BASE, steps_per_iteration=1)
+    without, acting = (make(kind, config, random_episodes(sees), **changes) for changes in (off, on))
+    assert same(weights(without), weights(acting)), "they begin as equals"
+    for agent in (without, acting):
+        iterate(agent)
+    assert not same(weights(without), weights(acting))
+    assert not acting.policy.training
+
+
 # ------------------------------------------------------------------------------------------------------- learning rate
 
 
@@ -148,6 +170,17 @@ def test_the_last_iteration_is_as_short_as_it_must_be() -> None:
 
 
 # ----------------------------------------------------------------------------------------------- averages and gradients
+
+
+def test_weight_decay_is_decoupled_and_of_matrices_alone() -> None:
+    """Where the loss says nothing, every step takes the learning rate times the decay off each matrix (AdamW)."""
+    agent = make(config=replace(BASE, learning_rate=0.1, final_learning_rate=0.1, weight_decay=0.5))
+    before = {name: p.detach().clone() for name, p in agent._online.named_parameters()}
+    agent._online.loss = lambda *_, **__: 0.0 * sum(p.sum() for p in agent._online.parameters())
+    iterate(agent)
+    for name, p in agent._online.named_parameters():
+        shrunk = (1 - 0.1 * 0.5) ** STEPS if p.dim() > 1 else 1.0
+        torch.testing.assert_close(p.detach(), shrunk * before[name], msg=name)
 
 
 def test_averaging_that_warms_up_follows_quickly() -> None:
@@ -216,11 +249,25 @@ def test_validation_by_hand() -> None:
     assert row["validation/loss"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_validation_of_many_chunks() -> None:
-    """More than fit in one batch of validation, and a number that 64 does not divide."""
-    data = random_episodes(lengths=(100,) * 4)
-    rows = iterate(make(config=replace(BASE, validation_share=0.5, validation_every=1), data=data), 2)
-    assert all(np.isfinite(row["validation/loss"]) for row in rows)
+@pytest.mark.parametrize("length", [100, 600])
+def test_validation_is_the_mean_over_all_chunks_up_to_its_limit(length: int) -> None:
+    """Of 196 and of 1196; what fills no batch of 64 may be left out. It always looks at the same ones."""
+    data = random_episodes(lengths=(length,) * 4)
+    agent = make(config=replace(BASE, validation_share=0.5, validation_every=1, pad_after=0), data=data)
+    loss, seen = agent.policy.loss, []
+    agent.policy.loss = lambda *args, **kwargs: seen.append(args) or loss(*args, **kwargs)
+    looks = []
+    for _ in range(2):
+        (row,) = iterate(agent)
+        obs, actions = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        n = min(2 * (length - 2), VALIDATION_CHUNKS)
+        assert n - 64 < len(obs.unique(dim=0)) == len(obs) <= n
+        expected = loss(obs, actions, generator=torch.Generator()).item()
+        assert row["validation/loss"] == pytest.approx(expected, rel=1e-4)
+        assert row["validation/action_mse"] == pytest.approx(expected, rel=1e-4)
+        looks.append(obs)
+        seen.clear()
+    assert looks[0].equal(looks[1])
 
 
 @pytest.mark.parametrize("kind", ["gmm", "diffusion", "ibc"])

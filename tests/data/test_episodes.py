@@ -27,11 +27,11 @@ def make(lengths: list[int]) -> Episodes:
     )
 
 
-@settings(deadline=None)
 def rows(chunks):
     return chunks.observation_rows, chunks.action_rows, chunks.valid
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
     n_obs_steps=st.integers(1, 4),

@@ -23,6 +23,7 @@ class Mixture(nn.Module):
         self.attention = nn.MultiheadAttention(4, 2, kdim=6)
         self.register_parameter("position", nn.Parameter(torch.zeros(1, 7, 4)))
         self.head = nn.Linear(4, 5)
+        self.lstm = nn.LSTM(4, 3, num_layers=2, proj_size=2)
         self.tied = nn.Linear(4, 5)
         self.tied.weight = self.head.weight
 
@@ -62,9 +63,12 @@ def test_groups_are_complete_disjoint_and_decay_matrices_only(network: str) -> N
 
 
 def test_mixture_by_hand() -> None:
-    decayed, _ = names_by_group(Mixture())
+    decayed, rest = names_by_group(Mixture())
     projections = {f"attention.{name}" for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight")}
-    assert decayed == projections | {"attention.out_proj.weight", "image.0.weight", "image.2.weight", "head.weight"}
+    recurrent = {f"lstm.weight_{part}_l{layer}" for part in ("ih", "hh", "hr") for layer in (0, 1)}
+    others = {"attention.out_proj.weight", "image.0.weight", "image.2.weight", "head.weight"}
+    assert decayed == projections | recurrent | others
+    assert {f"lstm.bias_{part}_l{layer}" for part in ("ih", "hh") for layer in (0, 1)} <= rest
 
 
 @pytest.mark.parametrize("network", NETWORKS)

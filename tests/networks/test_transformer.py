@@ -121,6 +121,41 @@ def test_dropout_is_inactive_in_evaluation() -> None:
     torch.testing.assert_close(network.eval()(*inputs()), same(*inputs()))
 
 
+@pytest.mark.parametrize(
+    ("changes", "acts_on_condition"),
+    [
+        ({"embedding_dropout": 0.5}, True),
+        ({"embedding_dropout": 0.5, "n_condition_layers": 1}, True),
+        ({"attention_dropout": 0.5}, False),
+        ({"attention_dropout": 0.5, "n_condition_layers": 1}, True),
+    ],
+    ids=str,
+)
+def test_each_dropout_acts_in_training_only(changes: dict, acts_on_condition: bool) -> None:
+    """Alone, on the condition's tokens and on the actions'."""
+    network = build(**changes).eval()
+    noisy, timestep, condition = inputs()
+    prepared = network.prepare(timestep, condition)
+    calls = (lambda: network.prepare(timestep, condition), lambda: network.denoise(noisy, prepared))
+    evaluated = [call() for call in calls]
+    torch.manual_seed(0)
+    for training in (False, True):
+        network.train(training)
+        for call, reference, acts in zip(calls, evaluated, (acts_on_condition, True), strict=True):
+            repeated = [call() for _ in range(2)]
+            assert all(out.equal(reference) != (acts and training) for out in repeated)
+            assert repeated[0].equal(repeated[1]) != (acts and training)
+
+
+def test_each_dropout_has_its_own_share() -> None:
+    network = build(embedding_dropout=0.1, attention_dropout=0.4, n_condition_layers=1)
+    layers = [*network.encoder.modules(), *network.decoder.modules()]
+    shares = [m.p for m in layers if isinstance(m, nn.Dropout)]
+    shares += [m.dropout for m in layers if isinstance(m, nn.MultiheadAttention)]
+    assert network.dropout.p == 0.1
+    assert set(shares) == {0.4}
+
+
 @pytest.mark.parametrize("n_condition_layers", [0, 2])
 @pytest.mark.parametrize("causal", [True, False])
 def test_gradient_reaches_every_parameter_and_input(n_condition_layers: int, causal: bool) -> None:

@@ -133,7 +133,7 @@ def test_fewer_chunks_than_bins_are_refused() -> None:
 
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
 @pytest.mark.parametrize("masked", [False, True])
-def test_bet_loss_by_hand(gamma: float, masked: bool) -> None:
+def test_bet_loss_and_gradients_by_hand(gamma: float, masked: bool) -> None:
     policy = small_policy("bet", focal_gamma=gamma, offset_loss_scale=10.0)
     obs, actions = random_batch(policy, 6)
     lengths = [3, 1, 2, 3, 2, 1] if masked else [3] * 6
@@ -150,6 +150,8 @@ def test_bet_loss_by_hand(gamma: float, masked: bool) -> None:
     expected = torch.stack(focal).mean() + 10 * (torch.cat(squared) ** 2).mean()
     loss = policy.loss(obs, actions, valid=valid if masked else None, generator=torch_generator(0))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    ours, theirs = (torch.autograd.grad(value, list(policy.parameters())) for value in (loss, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 def test_bet_samples_a_drawn_centre_moved_by_its_own_offset() -> None:

@@ -107,6 +107,46 @@ def test_langevin_leaves_no_gradients_behind() -> None:
     assert all(p.grad is None for p in policy.parameters())
 
 
+def watched(energy: object, **changes: object) -> tuple[IBCPolicy, list[torch.Tensor]]:
+    """A Langevin search, and where its candidates are at the beginning of each step."""
+    places: list[torch.Tensor] = []
+
+    def watch(condition: object, chunks: torch.Tensor) -> torch.Tensor:
+        places.append(chunks.detach().clone())
+        return energy(condition, chunks)
+
+    return searching("langevin", watch, **changes), places
+
+
+def flat(condition: object, chunks: torch.Tensor) -> torch.Tensor:
+    return 0.0 * chunks.sum((-1, -2))
+
+
+@pytest.mark.parametrize(("changes", "scale"), [({}, 1.0), ({"langevin_noise_scale": 0.3}, 0.3)], ids=str)
+def test_langevin_moves_by_noise_of_its_step_size_where_the_energy_is_flat(
+    changes: dict[str, float], scale: float
+) -> None:
+    """Sizes decay quadratically, and the last is no less than a hundred-thousandth."""
+    policy, places = watched(flat, langevin_steps=5, langevin_step_size=0.1, langevin_clip=1.0, **changes)
+    end = policy._langevin(None, torch.zeros(1, 20_000, 2, 1), torch_generator(0))
+    moves = torch.stack([*places, end]).diff(dim=0).flatten(1)
+    expected = scale * 0.1 * torch.tensor([1, 9 / 16, 1 / 4, 1 / 16, 1e-5])
+    torch.testing.assert_close(moves.std(1), expected, rtol=0.02, atol=0)
+    assert (moves.mean(1).abs() < 0.02 * expected).all()
+
+
+@pytest.mark.parametrize("energy", [flat, bowl(torch.zeros(2, 1), 1e4)], ids=["noise", "gradient"])
+@pytest.mark.parametrize(("changes", "limit"), [({}, 0.1), ({"langevin_clip": 0.02}, 0.02)], ids=str)
+def test_langevin_goes_no_farther_than_its_limit_in_a_step(
+    energy: object, changes: dict[str, float], limit: float
+) -> None:
+    policy, places = watched(energy, langevin_steps=3, langevin_step_size=2.0, **changes)
+    end = policy._langevin(None, 0.5 * torch.ones(1, 100, 2, 1), torch_generator(0))
+    moves = torch.stack([*places, end]).diff(dim=0).abs()
+    assert moves.max().item() == pytest.approx(limit, rel=1e-4)
+    assert (moves[:2] > 0.99 * limit).float().mean() > 0.5
+
+
 @pytest.mark.parametrize("search", SEARCHES)
 def test_a_search_finds_both_of_two_minima(search: str) -> None:
     def energy(condition: object, chunks: torch.Tensor) -> torch.Tensor:
@@ -148,6 +188,8 @@ def test_ibc_keeps_both_ways(search: str) -> None:
         ({"langevin_steps": 0}, "langevin_steps = 0"),
         ({"search_std": 0.0}, "search_std = 0.0: must be above 0"),
         ({"langevin_step_size": -1.0}, "langevin_step_size = -1.0"),
+        ({"langevin_noise_scale": -0.1}, "langevin_noise_scale = -0.1: must be at least 0"),
+        ({"langevin_clip": 0.0}, "langevin_clip = 0.0: must be above 0"),
         ({"inference": "random"}, "inference = 'random': must be one of derivative_free, langevin"),
     ],
     ids=str,

@@ -1,5 +1,6 @@
 """What holds for every kind of policy; one that is registered later is tested too."""
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,9 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from dprl import checkpoint
 from dprl.config import from_json, to_json
@@ -43,6 +47,9 @@ def make(kind: str, sees: str = "state", backbone: str = "vit", **changes: objec
     if sees != "state":
         changes["vision"] = VIT if backbone == "vit" else RESNET
     return small_policy(kind, SEES[sees], **changes)
+
+
+padded = functools.cache(make)
 
 
 def test_all_kinds_are_known() -> None:
@@ -102,29 +109,52 @@ def test_a_few_steps_lower_the_loss(kind: str) -> None:
 
 
 @every_kind
-def test_padded_actions_count_for_nothing(kind: str) -> None:
+def test_only_a_mask_that_hides_something_changes_the_loss(kind: str) -> None:
     policy = make(kind)
     obs, actions = random_batch(policy, 6)
     valid = torch.arange(3) < torch.tensor([3, 1, 2, 3, 1, 2])[:, None]
-    other = torch.where(valid[..., None], actions, random_batch(policy, 6, seed=1)[1])
-
-    def found(target: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-        target = target.clone().requires_grad_(True)
-        loss = policy.loss(obs, target, valid=valid, generator=torch_generator(0))
-        first, *others = torch.autograd.grad(loss, [target, *policy.parameters()], allow_unused=True)
-        return loss, others, torch.zeros_like(target) if first is None else first
-
-    loss, gradients, at_actions = found(actions)
-    whole = policy.loss(obs, actions, generator=torch_generator(0))
-    assert not loss.isclose(whole), "the mask does something"
-    everything = policy.loss(obs, actions, valid=torch.ones_like(valid), generator=torch_generator(0))
+    whole, everything, masked = (
+        policy.loss(obs, actions, valid=mask, generator=torch_generator(0))
+        for mask in (None, torch.ones_like(valid), valid)
+    )
     torch.testing.assert_close(everything, whole)
-    if kind in MIXES_ACTIONS:
-        return
-    assert (at_actions[~valid] == 0).all()
-    again, same, _ = found(other)
-    torch.testing.assert_close(again, loss)
-    torch.testing.assert_close(same, gradients)
+    assert not masked.isclose(whole)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    valid=arrays(np.bool_, (6, 3)).filter(np.any),
+    filling=arrays(np.float32, (6, 3, 2), elements=st.floats(-100, 100, width=32)),
+)
+@every_kind
+def test_padding_carries_no_gradient(kind: str, valid: np.ndarray, filling: np.ndarray) -> None:
+    """Whatever fills the masked actions: the same loss and gradients, and none reaches it.
+
+    A network that mixes a chunk's actions is given the padding too, noised. Of such a policy this holds for what the
+    network predicts there.
+    """
+    policy = padded(kind)
+    obs, actions = random_batch(policy, 6)
+    mask = torch.from_numpy(valid)
+
+    def fill(values: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return torch.where(mask[..., None], values, other)
+
+    def found(other: torch.Tensor) -> list[torch.Tensor]:
+        """The loss, its gradient for every parameter, and for `other`."""
+        other = other.requires_grad_()
+        if kind in MIXES_ACTIONS:
+            hook = policy.base.register_forward_hook(lambda _, __, predicted: fill(predicted, other))
+            loss = policy.loss(obs, actions, valid=mask, generator=torch_generator(0))
+            hook.remove()
+        else:
+            loss = policy.loss(obs, fill(actions, other), valid=mask, generator=torch_generator(0))
+        gradients = torch.autograd.grad(loss, [*policy.parameters(), other], allow_unused=True)
+        return [loss, *(torch.zeros(()) if g is None else g for g in gradients)]
+
+    first, second = found(torch.zeros(6, 3, 2)), found(torch.from_numpy(filling))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert not second[-1].any()
 
 
 # ------------------------------------------------------------------------------------------------------ temperature 0
