@@ -191,7 +191,7 @@ def expected(config: ScheduleConfig, solver: SolverConfig) -> tuple[Array, Array
     return closed_form(config.schedule, k, solver.num_inference_steps or k, str(solver.solver), solver.eta)
 
 
-@pytest.mark.parametrize(("schedule", "prediction", "name"), CASES, ids="-".join)
+@pytest.mark.parametrize(("schedule", "prediction", "name"), CASES, ids=str)
 @pytest.mark.parametrize(("k", "n"), [(50, 1), (50, 2), (50, 7), (50, 10), (50, 50), (20, 20), (100, 9)])
 def test_mean_and_covariance_are_exactly_those_of_the_recursion(
     schedule: str, prediction: str, name: str, k: int, n: int
@@ -218,14 +218,14 @@ def check_sampled(schedule: str, prediction: str, name: str, k: int, n: int, sam
 
 
 @pytest.mark.parametrize("n", [10, 50])
-@pytest.mark.parametrize(("schedule", "prediction", "name"), CASES, ids="-".join)
+@pytest.mark.parametrize(("schedule", "prediction", "name"), CASES, ids=str)
 def test_sampled_mean_and_covariance(schedule: str, prediction: str, name: str, n: int) -> None:
     check_sampled(schedule, prediction, name, 50, n, samples=20_000, seed=SEED)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(("k", "n"), [(50, 3), (50, 25), (100, 20)])
-@pytest.mark.parametrize(("schedule", "prediction", "name"), CASES, ids="-".join)
+@pytest.mark.parametrize(("schedule", "prediction", "name"), CASES, ids=str)
 def test_sampled_mean_and_covariance_of_many(schedule: str, prediction: str, name: str, k: int, n: int) -> None:
     check_sampled(schedule, prediction, name, k, n, samples=200_000, seed=SEED)
 

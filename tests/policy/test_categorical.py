@@ -198,6 +198,7 @@ def test_offsets_reach_what_lies_off_the_centres() -> None:
         (lambda: BeTConfig(n_bins=0), "n_bins = 0: must be at least 1"),
         (lambda: BeTConfig(offset_loss_scale=-1.0), "offset_loss_scale = -1.0"),
         (lambda: BeTConfig(focal_gamma=-0.5), "focal_gamma = -0.5"),
+        (lambda: BeTConfig(focal_gamma=0.5), "focal_gamma = 0.5: must be 0 or at least 1"),
     ],
 )
 def test_a_wrong_config_is_refused(make: object, message: str) -> None:
