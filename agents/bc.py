@@ -59,9 +59,9 @@ class BCConfig:
     """Of the forward and backward pass."""
     compile: bool = False
     """Compile the networks with torch.compile."""
-    num_workers: int = 0
+    num_workers: int | None = None
     """Processes that read the data, which then stay where they are (on disk, if memory-mapped). 0 holds them on the
-    policy's device."""
+    policy's device. Default: 0 for data that fit there, else 2."""
     steps_per_iteration: int = 100
     """Gradient steps between two chances to log, evaluate or stop."""
 
@@ -139,15 +139,14 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
         if self.config.validation_share:
             data, held_out = data.split(self.config.validation_share, self.seed)
         self._total_steps = total_steps
-        self._training = self._batches(data, self.config.num_workers)
-        self._validation = None if held_out is None else self._batches(held_out, self.config.num_workers)
+        self._training = self._batches(data)
+        self._validation = None if held_out is None else self._batches(held_out)
 
     def collect(self) -> Tensor:
         """Draw the minibatches of one iteration, with replacement: indices of chunks (steps, B)."""
         steps = min(self.config.steps_per_iteration, self._total_steps - self.timesteps)
         shape = (steps, self.config.batch_size)
-        picks = torch.randint(len(self._training), shape, generator=self._generator, device=self.policy.device)
-        return picks.cpu() if self.config.num_workers else picks
+        return torch.randint(len(self._training), shape, generator=self._generator, device=self.policy.device)
 
     def update(self, batch: Tensor) -> dict[str, float]:
         """Take one gradient step for each row of `batch` (steps, B)."""
@@ -214,7 +213,6 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
         n = min(VALIDATION_CHUNKS, len(held_out))
         picks = torch.randperm(len(held_out), generator=generator, device=self.policy.device)[:n]
         losses, errors = [], []
-        picks = picks.cpu() if self.config.num_workers else picks
         for batch in held_out.read(picks[: n - n % 64].view(-1, min(64, n)) if n >= 64 else picks[None]):
             losses.append(self.policy.loss(batch.obs, batch.actions, valid=batch.valid, generator=generator))
             drawn = self.policy.draw(batch.obs, InferenceConfig(), generator)
@@ -225,8 +223,8 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
             "validation/action_mse": float(torch.stack(errors).mean()),
         }
 
-    def _batches(self, data: Episodes, num_workers: int) -> ChunkBatches:
+    def _batches(self, data: Episodes) -> ChunkBatches:
         config, pad_after = self.policy.config, self.config.pad_after
         pad_after = config.horizon - 1 if pad_after is None else pad_after
         chunks = data.chunks(config.n_obs_steps, config.horizon, pad_after=pad_after)
-        return ChunkBatches(data, chunks, self.policy.device, num_workers=num_workers)
+        return ChunkBatches(data, chunks, self.policy.device, num_workers=self.config.num_workers)

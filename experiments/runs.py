@@ -111,8 +111,8 @@ class PretrainConfig:
     """Gradient steps."""
     episodes: int | None = None
     """Use only the first so many episodes. Default: all."""
-    memory_map: bool = False
-    """Leave images on disk, for data that do not fit in memory; together with `bc.num_workers`."""
+    memory_map: bool | None = None
+    """Leave images on disk, where `bc.num_workers` read them. Default: if they would fill half of the memory."""
     bc: BCConfig = field(default_factory=BCConfig)
     checkpoint_every: int = 10
     """Iterations (of `bc.steps_per_iteration` gradient steps) between checkpoints."""
@@ -129,7 +129,7 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         counts = ("steps", "episodes", "checkpoint_every", "eval_episodes")
         validate(self, at_least={**dict.fromkeys(counts, 1), "eval_every": 0, "seed": 0})
-        read_by_workers = not self.memory_map or self.bc.num_workers > 0
+        read_by_workers = not self.memory_map or self.bc.num_workers != 0
         check(read_by_workers, "bc.num_workers", 0, "must be at least 1 with memory_map: workers read what is on disk")
 
 

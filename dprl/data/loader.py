@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dprl.data.episodes import Chunks, Episodes
+from dprl.data.episodes import Chunks, Episodes, ImageRows
 from dprl.observations import TensorObservation, map_parts
 
 
@@ -30,13 +30,32 @@ class Batch(NamedTuple):
     """(B, H) False where an action only fills its chunk up; None where none does."""
 
 
+WORKERS = 2
+"""Processes that read data where no number is asked for."""
+
+
+def fits(data: Episodes, device: torch.device) -> bool:
+    """Whether `device` should hold the data: images on disk stay there, and half of a GPU's memory stays free."""
+    if any(isinstance(images, ImageRows | np.memmap) for images in data.images.values()):
+        return False
+    if device.type != "cuda":
+        return True
+    size = sum(int(np.prod(images.shape)) for images in data.images.values()) + data.observations.nbytes
+    return size <= torch.cuda.mem_get_info(device)[0] // 2
+
+
 class ChunkBatches:
     """The chunks of some episodes as minibatches on a device."""
 
-    def __init__(self, data: Episodes, chunks: Chunks, device: torch.device, *, num_workers: int = 0) -> None:
-        """Hold `data` on `device`, or leave them where they are for `num_workers` processes to read."""
+    def __init__(self, data: Episodes, chunks: Chunks, device: torch.device, *, num_workers: int | None = None) -> None:
+        """Hold `data` on `device`, or leave them where they are for `num_workers` processes to read.
+
+        Without a number there are workers only for data that `device` should not hold, see `fits`.
+        """
         self.device = device
-        self._num_workers = num_workers
+        if num_workers is None:
+            num_workers = 0 if fits(data, device) else WORKERS
+        self.num_workers = num_workers
         self._rows = ChunkRows(data, chunks)
         self._padded = not chunks.valid.all()
         if num_workers == 0:
@@ -49,15 +68,15 @@ class ChunkBatches:
         return len(self._rows)
 
     def read(self, picks: Tensor) -> Iterator[Batch]:
-        """Yield one minibatch for each row of `picks` (steps, B), indices of chunks."""
-        if self._num_workers == 0:
-            for rows in picks:
+        """Yield one minibatch for each row of `picks` (steps, B), indices of chunks, wherever they are."""
+        if self.num_workers == 0:
+            for rows in picks.to(self.device):
                 yield self._gathered(rows)
             return
         loader: DataLoader[Any] = DataLoader(
             self._rows,
             batch_sampler=picks.tolist(),
-            num_workers=self._num_workers,
+            num_workers=self.num_workers,
             collate_fn=_collate,
             generator=torch.Generator(),  # or it would draw its workers' seeds from the global one
             pin_memory=self.device.type == "cuda",

@@ -19,6 +19,8 @@ import contextlib
 import hashlib
 import io
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,14 +71,15 @@ def save_dataset(data: Episodes, path: str | Path, spec: EnvSpec, *, description
     checkpoint.publish(folder, lambda temporary: _write(data, temporary, folder.name, spec, description))
 
 
-def load_dataset(path: str | Path, *, memory_map: bool = False) -> Episodes:
+def load_dataset(path: str | Path, *, memory_map: bool | None = None) -> Episodes:
     """Load and validate a data set folder.
 
     Args:
         path: the folder.
         memory_map: leave images on disk, as `numpy.memmap`: they need not fit in memory. They are decoded once, into
             ``<path>/.images/<SHA-256 of the HDF5 file>/``, as large as the images themselves. Another HDF5 file makes
-            another cache; the old one may be deleted at any time.
+            another cache; the old one may be deleted at any time. Default: where the images would fill more than half
+            of this machine's memory.
 
     Raises:
         DatasetError: missing, damaged, empty, of wrong shapes, or with numbers that are not finite; the message names
@@ -91,14 +94,14 @@ def load_dataset(path: str | Path, *, memory_map: bool = False) -> Episodes:
     except CheckpointError as error:
         raise DatasetError(str(error)) from error
     try:
-        return _read(file, _env_id(folder / METADATA_FILE), folder if memory_map else None)
+        return _read(file, _env_id(folder / METADATA_FILE), folder, memory_map)
     except (DatasetError, MissingDependencyError):
         raise
     except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
         raise DatasetError(f"'{file}' is damaged or not a Minari data set: {error}") from error
 
 
-def _read(file: Path, env_id: str | None, cache_in: Path | None) -> Episodes:
+def _read(file: Path, env_id: str | None, folder: Path, memory_map: bool | None) -> Episodes:
     with require_h5py().File(file, "r") as h5:
         names = sorted((n for n in h5 if n.startswith("episode_")), key=lambda n: int(n.removeprefix("episode_")))
         if not names:
@@ -112,8 +115,10 @@ def _read(file: Path, env_id: str | None, cache_in: Path | None) -> Episodes:
             raise DatasetError(f"'{file}': episodes differ in cameras: {sorted(cameras)}")
         lengths = [len(e["actions"]) for e in episodes]
         sources = [e["images"] for e in episodes]
+        if memory_map is None:
+            memory_map = _size(sources, lengths) > physical_memory() // 2
         images, final_images = (
-            _cached(cache_in, sources, lengths) if cache_in else _decode(sources, lengths, _in_memory)
+            _cached(folder, sources, lengths) if memory_map else _decode(sources, lengths, _in_memory)
         )
     return Episodes(
         observations=np.concatenate([e["observations"][:-1] for e in episodes]),
@@ -260,6 +265,19 @@ def _pillow() -> Any:
 
 def _in_memory(_: str, shape: tuple[int, ...]) -> Pixels:
     return np.empty(shape, np.uint8)
+
+
+def _size(sources: list[dict[str, _Frames]], lengths: list[int]) -> int:
+    """Bytes of all images, once decoded."""
+    return sum(lengths) * sum(int(np.prod(frames.read().shape[1:])) for frames in sources[0].values())
+
+
+def physical_memory() -> int:
+    """Bytes of memory in this machine; endless where it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return sys.maxsize
 
 
 def _decode(sources: list[dict[str, _Frames]], lengths: list[int], allocate: Allocate) -> tuple[ByCamera, ByCamera]:

@@ -17,7 +17,7 @@ from dprl.config import validate
 from dprl.errors import DatasetError, check
 from dprl.observations import TensorObservation
 from dprl.policy.base import masked_mean
-from dprl.policy.explicit import ExplicitConfig, _Explicit, draw_category
+from dprl.policy.explicit import ExplicitConfig, ExplicitMLP, draw_category
 from dprl.seeding import torch_generator
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class BeTConfig(ExplicitConfig):
         check(smooth, "focal_gamma", self.focal_gamma, "must be 0 or at least 1: the loss has no gradient otherwise")
 
 
-class CategoricalPolicy(_Explicit):
+class CategoricalPolicy(ExplicitMLP):
     """Outputs logits (H, A, C)."""
 
     name = "categorical"
@@ -90,7 +90,7 @@ class CategoricalPolicy(_Explicit):
         return self.action_normalizer.unnormalize((bins + 0.5) / self.config.n_bins * 2 - 1)
 
 
-class BeTPolicy(_Explicit):
+class BeTPolicy(ExplicitMLP):
     """Outputs logits (C,) and offsets (C, H, A); the centres come from the data."""
 
     name = "bet"

@@ -167,9 +167,7 @@ class DiffusionPolicy(Policy):
         own = self.config.sampling.solver if eta else None  # a policy's own solver may be the one that has an eta
         steps = self._steps(_solver_config(solver or own, num_inference_steps, eta, timestep_spacing))
         shape = (n_draws(steps), batch_size(obs), *self._chunk_shape)
-        draws = (
-            self._noise(shape, generator) if noise is None else torch.as_tensor(noise).float().to(self.device)
-        )
+        draws = self._noise(shape, generator) if noise is None else torch.as_tensor(noise).float().to(self.device)
         check(draws.shape == shape, "noise", tuple(draws.shape), f"must have the shape {shape}")
         return self._denoise(obs, steps, draws[0], draws[1:], temperature)
 

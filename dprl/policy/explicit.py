@@ -9,6 +9,7 @@ Shapes: B samples, O observation steps, F features of an observation step, H act
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import cast
 
@@ -57,9 +58,11 @@ class GaussianConfig(ExplicitConfig):
 
 
 @dataclass(frozen=True)
-class GMMConfig(GaussianConfig):
-    """A mixture of Gaussians."""
+class MixtureConfig(PolicyConfig):
+    """A mixture of Gaussians on whatever network."""
 
+    min_std: float = 0.01
+    """Floor of the standard deviations, in normalised units."""
     n_modes: int = 5
     """M."""
     low_noise_sampling: bool = True
@@ -67,47 +70,46 @@ class GMMConfig(GaussianConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        validate(self, at_least={"n_modes": 1})
+        validate(self, at_least={"n_modes": 1}, above={"min_std": 0})
 
 
 @dataclass(frozen=True)
-class LSTMGMMConfig(GMMConfig):
+class GMMConfig(MixtureConfig, ExplicitConfig):
+    """A mixture of Gaussians on a residual MLP."""
+
+
+@dataclass(frozen=True)
+class LSTMGMMConfig(MixtureConfig):
     """A mixture on top of an LSTM that reads the observation history (robomimic's BC-RNN)."""
 
     horizon: int = 1
     """H, actions in a predicted chunk."""
     n_obs_steps: int = 10
     """O, length of the history."""
+    hidden_size: int = 256
+    """Width of the LSTM."""
     n_layers: int = 2
     """Layers of the LSTM."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        validate(self, at_least={"n_layers": 1})
+        validate(self, at_least={"hidden_size": 1, "n_layers": 1})
 
 
-class _Explicit(Policy):
+class Explicit(Policy):
     """A trunk from observations to `n_outputs` numbers."""
 
-    config: ExplicitConfig
-    net: nn.Module
-
-    def _build(self, feature_size: int) -> None:
-        config = self.config
-        n_inputs = config.n_obs_steps * feature_size
-        self.net = ResidualMLP(n_inputs, self._n_outputs(), config.hidden_size, config.n_blocks, config.activation)
-
+    @abstractmethod
     def _n_outputs(self) -> int:
-        raise NotImplementedError
+        """How many numbers the trunk gives."""
+
+    @abstractmethod
+    def _outputs(self, obs: TensorObservation, generator: torch.Generator | None = None) -> Tensor:
+        """(B, n_outputs). A generator augments images, in training."""
 
     @property
     def _chunk_size(self) -> int:
         return self.config.horizon * self.features.action_size
-
-    def _outputs(self, obs: TensorObservation, generator: torch.Generator | None = None) -> Tensor:
-        """(B, n_outputs)."""
-        condition = self.condition(obs, generator if self.training else None)
-        return cast("Tensor", self.net(condition.flatten(1)))
 
     def _chunk(self, values: Tensor) -> Tensor:
         """(..., H·A) -> (..., H, A)."""
@@ -115,7 +117,22 @@ class _Explicit(Policy):
         return chunk
 
 
-class MSEPolicy(_Explicit):
+class ExplicitMLP(Explicit):
+    """The trunk is a residual MLP on the observations, flat."""
+
+    config: ExplicitConfig
+
+    def _build(self, feature_size: int) -> None:
+        config = self.config
+        n_inputs = config.n_obs_steps * feature_size
+        self.net = ResidualMLP(n_inputs, self._n_outputs(), config.hidden_size, config.n_blocks, config.activation)
+
+    def _outputs(self, obs: TensorObservation, generator: torch.Generator | None = None) -> Tensor:
+        condition = self.condition(obs, generator if self.training else None)
+        return cast("Tensor", self.net(condition.flatten(1)))
+
+
+class MSEPolicy(ExplicitMLP):
     """Outputs the chunk."""
 
     name = "mse"
@@ -139,19 +156,25 @@ class MSEPolicy(_Explicit):
         return self.action_normalizer.unnormalize(self._chunk(self._outputs(self.checked(obs))))
 
 
-class _Mixture(_Explicit):
+class _Mixture(Explicit):
     """Outputs logits, means and standard deviations of M modes."""
 
-    config: GaussianConfig
-    _n_modes = 1
-    _low_noise = False
+    config: MixtureConfig | GaussianConfig
+
+    @property
+    def _modes(self) -> int:
+        return self.config.n_modes if isinstance(self.config, MixtureConfig) else 1
+
+    @property
+    def _low_noise(self) -> bool:
+        return isinstance(self.config, MixtureConfig) and self.config.low_noise_sampling
 
     def _n_outputs(self) -> int:
-        return self._n_modes * (1 + 2 * self._chunk_size)
+        return self._modes * (1 + 2 * self._chunk_size)
 
     def _mixture(self, obs: TensorObservation, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
         """Log-weights (B, M), means and stds (B, M, H, A)."""
-        modes, size = self._n_modes, self._chunk_size
+        modes, size = self._modes, self._chunk_size
         weight, mean, spread = self._outputs(obs, generator).split([modes, modes * size, modes * size], dim=-1)
         std = self.config.min_std + (MAX_STD - self.config.min_std) * torch.sigmoid(spread - 2.0)
         return (
@@ -187,27 +210,24 @@ class _Mixture(_Explicit):
         return self.action_normalizer.unnormalize(chunk)
 
 
-class GaussianPolicy(_Mixture):
+class GaussianPolicy(_Mixture, ExplicitMLP):
     """One mode, sampled with its spread."""
 
     name = "gaussian"
     config_class = GaussianConfig
+    config: GaussianConfig
 
 
-class GMMPolicy(_Mixture):
+class GMMPolicy(_Mixture, ExplicitMLP):
     """M modes."""
 
     name = "gmm"
     config_class = GMMConfig
     config: GMMConfig
 
-    def _build(self, feature_size: int) -> None:
-        self._n_modes, self._low_noise = self.config.n_modes, self.config.low_noise_sampling
-        super()._build(feature_size)
 
-
-class LSTMGMMPolicy(GMMPolicy):
-    """The trunk of the mixture reads the LSTM's last output."""
+class LSTMGMMPolicy(_Mixture):
+    """M modes from an LSTM's last output."""
 
     name = "lstm_gmm"
     config_class = LSTMGMMConfig
@@ -215,7 +235,6 @@ class LSTMGMMPolicy(GMMPolicy):
 
     def _build(self, feature_size: int) -> None:
         config = self.config
-        self._n_modes, self._low_noise = config.n_modes, config.low_noise_sampling
         self.lstm = nn.LSTM(feature_size, config.hidden_size, config.n_layers, batch_first=True)
         self.net = nn.Linear(config.hidden_size, self._n_outputs())
 

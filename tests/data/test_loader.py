@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dprl.data import Episodes, load_dataset, save_dataset
+from dprl.data import Episodes, load_dataset, minari, save_dataset
 from dprl.data.episodes import ImageRows
 from dprl.data.loader import Batch, ChunkBatches
 from dprl.observations import IMAGES, STATE, Camera, map_parts
@@ -131,3 +131,14 @@ def test_its_length_is_the_number_of_chunks() -> None:
     for pad_after, n in ((0, 20), (1, 24), (2, 28), (9, 28)):
         chunks = data.chunks(2, 3, pad_after=pad_after)
         assert len(ChunkBatches(data, chunks, CPU)) == len(ChunkBatches(data, chunks, CPU, num_workers=2)) == n
+
+
+def test_what_does_not_fit_stays_on_disk_and_is_read_by_workers(on_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = sum(images.nbytes for images in load_dataset(on_disk, memory_map=False).images.values())
+    for memory, workers in ((2 * size, 0), (2 * size - 2, 2)):
+        monkeypatch.setattr(minari, "physical_memory", lambda memory=memory: memory)
+        data = load_dataset(on_disk)
+        batches = ChunkBatches(data, data.chunks(2, 3, pad_after=2), CPU)
+        assert batches.num_workers == workers
+        assert all(isinstance(images, np.memmap) == (workers > 0) for images in data.images.values())
+        assert_same(list(batches.read(PICKS)), read(load_dataset(on_disk, memory_map=False)))
