@@ -414,7 +414,7 @@ def test_a_study_writes_table_and_figure(module: object, tmp_path: Path, monkeyp
         rows = list(csv.reader(stream))
     assert len(rows) == len(table) - 1
     assert {len(row) for row in rows} == {width - 1}
-    expected = {"multimodal": len(ALL), "imitation": len(ALL), "horizons": 5 + 5, "solvers": 6 * len(solvers.STEPS)}
+    expected = {"multimodal": len(ALL), "imitation": len(ALL) + 3, "horizons": 5 + 5, "solvers": 8 * len(solvers.STEPS)}
     assert len(rows) - 1 == expected.get(name, len(rows) - 1) > 0
     assert "0.50 (0.30 to 0.70)" in file.read_text(), "two seeds of ten episodes"
     assert "Seeds 0, 1" in file.read_text()
