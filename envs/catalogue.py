@@ -49,7 +49,7 @@ def _metaworld(name: str, options: EnvOptions) -> EnvSpec:
     return EnvSpec(
         id=name,
         builder="dprl.envs.envpool:build" if on_envpool else "dprl.envs.gymnasium:build",
-        backend_id=metaworld.envpool_id(task) if on_envpool else f"dprl.envs.metaworld:make_single!{task}",
+        backend_id=metaworld.envpool_id(task) if on_envpool else f"dprl.envs.metaworld_env:make_single!{task}",
         observation_size=metaworld.OBSERVATION_SIZE,
         action_low=(-1.0,) * metaworld.ACTION_SIZE,
         action_high=(1.0,) * metaworld.ACTION_SIZE,
@@ -66,7 +66,7 @@ def _metaworld_pixels(name: str, options: EnvOptions) -> EnvSpec:
     return replace(
         with_state,
         id=name,
-        backend_id=f"dprl.envs.metaworld:make_pixels!{task}",
+        backend_id=f"dprl.envs.metaworld_env:make_pixels!{task}",
         observation_size=metaworld.HAND_SIZE,
         cameras=(metaworld.PIXELS,),
     )

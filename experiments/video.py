@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from dprl.envs import metaworld, rendering
+from dprl.envs import rendering
 from dprl.envs.catalogue import METAWORLD
 from dprl.errors import EnvError, MissingDependencyError
 from dprl.policy import DiffusionPolicy, PredictState
@@ -56,8 +56,10 @@ def record(policies: dict[str, DiffusionPolicy], spec: EnvSpec, seed: int, file:
     if spec.id not in METAWORLD:
         raise EnvError(f"videos are made of Meta-World tasks only so far, not of '{spec.id}'")
     render = rendering.find_backend() is not None
-    camera = metaworld.Camera(*RENDER_SIZE) if render else None
-    env: Any = metaworld.SeededMetaWorld(spec.id.removeprefix("metaworld/"), camera)
+    from dprl.envs import metaworld_env  # needs gymnasium
+
+    camera = metaworld_env.Camera(*RENDER_SIZE) if render else None
+    env: Any = metaworld_env.SeededMetaWorld(spec.id.removeprefix("metaworld/"), camera)
     every = max(1, spec.max_episode_steps // N_FRAMES)
     try:
         episodes = {

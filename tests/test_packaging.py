@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("dprl", "agents", "envs", "experiments")
 OPTIONAL = ("ray", "gymnasium", "mujoco", "wandb", "h5py", "envpool", "matplotlib", "tyro")
@@ -90,3 +92,14 @@ def test_import_dprl_is_light(tmp_path):
     result = python("-c", script, cwd=tmp_path, path=ROOT)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == []
+
+
+@pytest.mark.parametrize("command", ["--help", "doctor", "list envs", "evaluate policy --env Avoid-v0 --episodes 2"])
+def test_the_core_alone_can_be_used(command, tmp_path):
+    """Without any optional package."""
+    absent = f"sys.modules.update(dict.fromkeys({[name for name in OPTIONAL if name != 'tyro']}))"
+    DiffusionPolicy(Features(2, 2), DiffusionConfig(num_train_timesteps=2)).save_pretrained(tmp_path / "policy")
+    script = f"import sys; {absent}; from dprl.cli import main; sys.exit(main({command.split()}))"
+    result = python("-c", script, cwd=tmp_path, path=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr

@@ -63,7 +63,9 @@ class RunFolder:
         about = checkpoint.read_json(path / RUN_FILE)
         if not isinstance(about, dict) or not {"kind", "config"} <= about.keys():
             raise CheckpointError(f"'{path / RUN_FILE}' is damaged: it must hold the kind and the config of a run")
-        return cls(path), about["kind"], about["config"]
+        run = cls(path)
+        run._mend_links()
+        return run, about["kind"], about["config"]
 
     @property
     def last(self) -> Path | None:
@@ -87,6 +89,22 @@ class RunFolder:
             raise CheckpointError(f"'{self.path}' has no checkpoint yet")
         about: dict[str, Any] = checkpoint.read_json(self.last / AGENT_FILE)
         return about
+
+    def _mend_links(self) -> None:
+        """Make `last` and `best` links again where a copy of the run lost them or holds folders in their place."""
+        for name in ("best", "last"):
+            copy = self.checkpoints / name
+            if copy.is_dir() and not copy.is_symlink():
+                iteration = checkpoint.read_json(copy / AGENT_FILE)["iteration"]
+                target = self.checkpoints / f"iteration-{iteration:06d}"
+                if target.exists():
+                    shutil.rmtree(copy)
+                else:
+                    copy.rename(target)
+                checkpoint.replace_link(copy, target.name)
+        kept = sorted(self.checkpoints.glob("iteration-*"))
+        if kept and not (self.checkpoints / "last").exists():
+            checkpoint.replace_link(self.checkpoints / "last", kept[-1].name)
 
     def _prune(self) -> None:
         kept = {(self.checkpoints / link).resolve() for link in ("last", "best")}

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from dprl.envs import pusht
+from dprl.envs import pusht, pusht_env
 from dprl.envs.collect import collect_episodes
 from dprl.errors import EnvError, MissingDependencyError
 from dprl.observations import STATE, take
@@ -46,7 +46,7 @@ def rollout(env, seed: int, n: int = 60) -> list[list[np.ndarray]]:
 def fingerprint(seed: int) -> str:
     digest = hashlib.sha256()
     for kind in KINDS:
-        for step in rollout(pusht.make_single(kind), seed):
+        for step in rollout(pusht_env.make_single(kind), seed):
             for part in step:
                 digest.update(np.ascontiguousarray(part).tobytes())
     return digest.hexdigest()
@@ -81,12 +81,12 @@ def place(env, offset: float) -> float:
 @pytest.mark.parametrize("kind", KINDS)
 def test_seed_and_actions_decide_everything(kind):
     """To the bit, rewards and images too, after other episodes and in another environment."""
-    env = pusht.make_single(kind)
+    env = pusht_env.make_single(kind)
     first = rollout(env, REPEATED)
     for seed in (0, 1, 3):
         rollout(env, seed, 10)
         assert_same(rollout(env, REPEATED), first)
-    assert_same(rollout(pusht.make_single(kind), REPEATED), first)
+    assert_same(rollout(pusht_env.make_single(kind), REPEATED), first)
     assert not np.array_equal(rollout(env, 0, 0)[0][0], first[0][0])
 
 
@@ -114,7 +114,7 @@ def test_it_is_gym_pushts_environment():
     from gym_pusht.envs.pusht import PushTEnv
 
     theirs, keypoints = PushTEnv("pixels_agent_pos"), PushTEnv("environment_state_agent_pos")
-    ours = {kind: pusht.make_single(kind) for kind in KINDS}
+    ours = {kind: pusht_env.make_single(kind) for kind in KINDS}
     for env in (theirs, keypoints, *ours.values()):
         env.reset(seed=5)
     for action in actions(5, 30):
@@ -133,7 +133,7 @@ def test_it_is_gym_pushts_environment():
 
 
 def test_success_is_more_than_95_percent_of_the_goal():
-    env = pusht.make_single("state")
+    env = pusht_env.make_single("state")
     covered = [place(env, offset) for offset in (0, 1, 2, 3, 5, 40, 200)]
     assert covered == sorted(covered, reverse=True)
     assert covered[0] == pytest.approx(1)
@@ -142,7 +142,7 @@ def test_success_is_more_than_95_percent_of_the_goal():
 
 
 def test_success_ends_the_episode():
-    env = pusht.make_single("state")
+    env = pusht_env.make_single("state")
     assert place(env, 0) > 0.95
     sparse, dense = spec(), spec(reward="dense")
     assert (sparse.reward, sparse.max_episode_steps) == ("sparse", 300)
@@ -151,7 +151,7 @@ def test_success_ends_the_episode():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_observations_lie_within_their_space(kind):
-    env = pusht.make_single(kind)
+    env = pusht_env.make_single(kind)
     for seed in range(3):
         observation, _ = env.reset(seed=seed)
         for action in [*actions(seed, 20), *np.tile([(0, 0), (512, 512)], (5, 1))]:
@@ -173,13 +173,13 @@ def test_spec_fits_the_environment():
 
 def test_unknown_kind_is_refused():
     with pytest.raises(EnvError, match="state, keypoints or pixels, not as 'sound'"):
-        pusht.make_single("sound")
+        pusht_env.make_single("sound")
 
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gym_pusht.envs.pusht", None)
     with pytest.raises(MissingDependencyError, match=r"gym-pusht.*\[pusht\]"):
-        pusht.make_single("state")
+        pusht_env.make_single("state")
 
 
 # --- The expert.
@@ -192,7 +192,7 @@ def expert():
 
 def test_push_is_what_the_physics_does():
     """To 2 pixels and a hundredth of a radian, from any side."""
-    env, rng = pusht.make_single("state"), np.random.default_rng(0)
+    env, rng = pusht_env.make_single("state"), np.random.default_rng(0)
     for seed in range(8):
         env.reset(seed=seed)
         block, disc = env.unwrapped.block, env.unwrapped.agent
@@ -214,7 +214,7 @@ def test_push_is_what_the_physics_does():
 def test_expert_brings_the_block_closer(expert):
     """In a fifth of the time there is."""
     for seed in (4, 13):
-        env = pusht.make_single("state")
+        env = pusht_env.make_single("state")
         state, info = env.reset(seed=seed)
         most = before = info["coverage"]
         for _ in range(60):

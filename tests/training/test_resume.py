@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,3 +168,18 @@ def test_resume_works_from_another_folder(inputs: Path, tmp_path: Path, monkeypa
     assert main(arguments) == 0
     monkeypatch.chdir(tmp_path)
     assert main(["resume", str(tmp_path / "run"), "--quiet"]) == 0
+
+
+@pytest.mark.parametrize("lost", ["the last link", "links became folders"])
+def test_a_copied_run_is_the_same_run(lost: str, inputs: Path, tmp_path: Path) -> None:
+    """Many ways to copy a folder keep no links."""
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    assert main(command("pretrain", inputs, run)) == 0
+    shutil.copytree(run, copy, symlinks=lost == "the last link")
+    if lost == "the last link":
+        (copy / "checkpoints" / "last").unlink()
+    before = (copy / "metrics.jsonl").read_text()
+    assert main(["resume", str(copy), "--quiet"]) == 0
+    assert (copy / "metrics.jsonl").read_text() == before, "nothing was trained again"
+    assert (copy / "checkpoints" / "last").is_symlink()
+    assert_same_checkpoint(run / "checkpoints" / "last", copy / "checkpoints" / "last")
