@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dprl.agents import BC, DPPO
+from dprl.config import to_json
 from dprl.diffusion.solvers import SolverName
 from dprl.doctor import examine
 from dprl.errors import DprlError
@@ -23,7 +24,7 @@ from dprl.experiments import demo as demo_module
 from dprl.experiments import runs
 from dprl.experiments.catalogue import CATALOGUE, STUDIES, find
 from dprl.experiments.studies import StudyConfig
-from dprl.policy import InferenceConfig, Policy, find_policy
+from dprl.policy import DiffusionConfig, InferenceConfig, Policy, find_policy
 from dprl.rollout import evaluate as evaluate_policy
 from dprl.rollout.evaluation import require_fit
 from dprl.spec import EnvOptions, load, resolve
@@ -142,7 +143,11 @@ def collect(config: Annotated[runs.CollectConfig, Flat], *, out: Out, quiet: Qui
 def pretrain(config: Annotated[runs.PretrainConfig, Flat], *, out: Out, quiet: Quiet = False) -> None:
     """Train a policy on a data set by behaviour cloning: diffusion, or what it is measured against."""
     runs.pretrain(config, out, progress_bar=not quiet)
-    print(f"The policy is in {out}. Next: dprl finetune {out} --env ENV --out runs/finetune")
+    features = Policy.from_pretrained(out).features
+    env = features.env_id or "ENV"
+    tunable = isinstance(config.policy, DiffusionConfig) and not features.cameras
+    then = f"finetune {out} --env {env} --out runs/finetune" if tunable else f"evaluate {out} --env {env}"
+    print(f"The policy is in {out}. Next: dprl {then}")
 
 
 @app.command
@@ -201,8 +206,9 @@ def evaluate(
         loaded.set_n_action_steps(n_action_steps)
     with ProgressBar("evaluate", episodes, shown=not quiet and not json_) as bar:
         result = evaluate_policy(loaded, spec, episodes, seed, inference=inference, on_progress=bar.advance)
+    how = {"policy": str(policy), "n_action_steps": loaded.n_action_steps, "inference": to_json(inference)}
     if json_:
-        print(json.dumps(result.to_json()))
+        print(json.dumps({**how, **result.to_json()}))
         return
     table = Table(title=f"{find_policy(policy)} on {spec.id}, {episodes} episodes, seed {seed}", show_header=False)
     for name, value in result.to_json().items():

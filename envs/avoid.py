@@ -204,8 +204,8 @@ def scripted(env_id: str) -> ScriptedExpert:
 
 
 def mode(path: Numbers, obstacle_x: float = 0.0, obstacle_y: float = 0.0) -> Literal["left", "right", "none"]:
-    """Return the side on which a trajectory (T, 2) passed the disc: where it was when first at the disc's height."""
+    """Return the side on which a trajectory (T, 2) passed the disc: where it was when first at its centre's height."""
     passed = np.flatnonzero(path[:, 1] >= obstacle_y)
-    if len(passed) == 0:
+    if path[:, 1].max() < obstacle_y + RADIUS:
         return "none"
     return "left" if path[passed[0], 0] < obstacle_x else "right"

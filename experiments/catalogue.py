@@ -79,6 +79,8 @@ def find(name: str) -> Experiment:
         ConfigError: there is none; the message offers the nearest names.
     """
     by_name = {experiment.name: experiment for experiment in CATALOGUE}
+    if name in STUDIES:
+        raise ConfigError(f"'{name}' is a study: dprl experiment {name} --out FOLDER")
     if name not in by_name:
         hint = did_you_mean(name, by_name)
         raise ConfigError(f"unknown experiment '{name}'.{hint} 'dprl list experiments' shows the names.")

@@ -12,11 +12,11 @@ from rich.table import Table
 
 from dprl import checkpoint
 from dprl.diffusion import SolverConfig, solver_steps
-from dprl.diffusion.solvers import SolverName
+from dprl.diffusion.solvers import SolverName, default_solver
 from dprl.envs import rendering
 from dprl.experiments import plots, runs, video
 from dprl.experiments.catalogue import Experiment
-from dprl.networks import DenoiserConfig, MLPConfig, TransformerConfig, UNetConfig
+from dprl.networks import DENOISERS, DenoiserConfig, MLPConfig, TransformerConfig, UNetConfig
 from dprl.policy import DiffusionConfig, DiffusionPolicy
 from dprl.rollout import Evaluation, evaluate
 from dprl.spec import EnvSpec, resolve
@@ -69,7 +69,8 @@ def with_solver(experiment: Experiment, solver: SolverName, num_inference_steps:
     assert isinstance(policy, DiffusionConfig)
     if solver == "euler":
         flow = runs.FLOW
-        num_inference_steps = num_inference_steps or flow.sampling.num_inference_steps
+        own = flow.sampling.num_inference_steps
+        num_inference_steps = own if num_inference_steps is None else num_inference_steps
         policy = replace(
             policy,
             num_train_timesteps=flow.num_train_timesteps,
@@ -129,7 +130,7 @@ def run(experiment: Experiment, seed: int, out: Path, *, progress_bar: bool = Tr
         _row("fine-tuned (DPPO)", after, f"{steps:,} env", (finished - tuning) / 60),
     ]  # fmt: skip
     checkpoint.write_json(out / "results.json", {
-        "experiment": experiment.name, "seed": seed,
+        "experiment": experiment.name, "policy": policy_in_words(experiment), "seed": seed,
         "before": before.to_json(), "after": after.to_json(), "rows": [vars(row) for row in rows],
     })  # fmt: skip
 
@@ -172,8 +173,18 @@ def _row(stage: str, result: Evaluation, steps: str, minutes: float) -> Row:
     return Row(stage, result.success_rate, *result.success_ci95, result.episodes, steps, minutes)
 
 
+def policy_in_words(experiment: Experiment) -> str:
+    """Return the network and how it samples: ``unet, ddim with 5 steps``."""
+    policy = experiment.pretrain.policy
+    assert isinstance(policy, DiffusionConfig)
+    name = next(name for name, network in DENOISERS.items() if isinstance(policy.denoiser, network.config))
+    solver = policy.sampling.solver or default_solver(policy.noise)
+    return f"{name}, {solver} with {len(solver_steps(policy.noise, policy.sampling))} steps"
+
+
 def _table(experiment: Experiment, seed: int, rows: list[Row]) -> Table:
-    table = Table(title=f"{experiment.collect.env}, seed {seed}", box=None, padding=(0, 1), pad_edge=False)
+    title = f"{experiment.collect.env}, {policy_in_words(experiment)}, seed {seed}"
+    table = Table(title=title, box=None, padding=(0, 1), pad_edge=False)
     for column in ("", "success", "95 %", "episodes", "steps", "minutes"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for row in rows:

@@ -44,10 +44,10 @@ class Shares:
     right: int
     none: int
 
-    def of_passed(self, side: int) -> float:
-        """Share of `side` among the episodes that passed the disc."""
+    def of_passed(self, side: int) -> str:
+        """Share of `side` among the episodes that passed the disc, for a table."""
         passed = self.left + self.right
-        return side / passed if passed else 0.0
+        return f"{side / passed:.2f}" if passed else "-"
 
 
 def cells(config: StudyConfig) -> list[Cell]:
@@ -87,8 +87,8 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
             [
                 by_name[key],
                 shown(*mean_interval([o.success for o in group], config.episodes)),
-                f"{shares.of_passed(shares.left):.2f}",
-                f"{shares.of_passed(shares.right):.2f}",
+                shares.of_passed(shares.left),
+                shares.of_passed(shares.right),
                 f"{shares.none / len(played):.2f}",
                 f"{np.mean([o.latency_ms for o in group]):.1f}",
             ]

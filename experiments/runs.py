@@ -208,20 +208,21 @@ def finetune(config: FinetuneConfig, out: Path, *, progress_bar: bool = True) ->
     return run
 
 
-def resume(path: Path, *, progress_bar: bool = True) -> RunFolder:
+def resume(path: Path, *, data: Path | None = None, progress_bar: bool = True) -> RunFolder:
     """Continue an interrupted run from its newest checkpoint, or from its start, as if it had never stopped.
 
-    A complete run stays as it is.
+    A complete run stays as it is. `data` is where a pretraining's data are now, if they were moved.
 
     Raises:
         CheckpointError: there is no run, or it is damaged.
     """
-    run, kind, data = RunFolder.open(path)
-    if kind not in KINDS:
+    run, kind, about = RunFolder.open(path)
+    if not isinstance(kind, str) or kind not in KINDS:
         raise CheckpointError(f"'{path}' is a run of the unknown kind '{kind}'")
-    config = from_json(KINDS[kind], data, f"{path}/run.json")
+    config = from_json(KINDS[kind], about, f"{path}/run.json")
     started = run.last is not None
     if isinstance(config, PretrainConfig):
+        config = replace(config, data=str(data)) if data else config
         _pretrain(config, run, _prepare_pretrain(config), resume=started, progress_bar=progress_bar)
         return run
     prepared = _prepare_finetune(config, run.last or find_policy(Path(config.policy)))
@@ -300,6 +301,8 @@ def _prepare_finetune(config: FinetuneConfig, folder: Path) -> _Finetuning:
     spec = resolve(config.env, config.options)
     policy = DiffusionPolicy.from_pretrained(folder, device=config.device)
     require_fit(policy, spec)
+    seen = [camera.name for camera in policy.features.cameras]
+    check(not seen, "policy", str(folder), f"sees the images of {seen}; DPPO fine-tunes policies that see states alone")
     policy.check_inference(config.inference)
     DenoisingMDP(policy, config.dppo.tuned_steps, config.dppo.exploration, config.dppo.solver)
     slices = config.n_envs // checked_slice_size(config.n_envs, config.slice_size)

@@ -14,9 +14,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import math
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +32,7 @@ import torch
 from dprl import checkpoint
 from dprl.config import to_json
 from dprl.errors import check
-from dprl.experiments import runs
+from dprl.experiments import plots, runs
 from dprl.experiments.runs import CollectConfig, PretrainConfig
 from dprl.policy import InferenceConfig, Policy
 from dprl.rollout import evaluate
@@ -42,10 +42,12 @@ from dprl.rollout.recording import Trajectory
 from dprl.spec import resolve
 from dprl.training.loop import InterruptedRunError
 from dprl.training.progress import ProgressBar
-from dprl.training.run import RUN_FILE
+from dprl.training.run import RUN_FILE, RunFolder
 
 # Evaluations use start states that neither demonstrations nor training of the same seed have.
 HELD_OUT = 2_000_000
+MAX_SCALE = 1_000
+FOLDERS = ("data", "runs", "cells")
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,10 @@ class StudyConfig:
     def __post_init__(self) -> None:
         check(self.episodes >= 1, "episodes", self.episodes, "must be at least 1")
         check(self.jobs >= 1, "jobs", self.jobs, "must be at least 1")
-        check(math.isfinite(self.scale) and self.scale > 0, "scale", self.scale, "must be a number above 0")
+        check(0 < self.scale <= MAX_SCALE, "scale", self.scale, f"must be above 0 and at most {MAX_SCALE:,}")
         fits = len(self.seeds) > 0 and all(seed >= 0 for seed in self.seeds)
         check(fits, "seeds", self.seeds, "must be at least one, of at least 0")
+        check(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "must differ")
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ def run_cells(cells: Sequence[Cell], config: StudyConfig, *, progress_bar: bool 
         InterruptedRunError: on SIGINT or SIGTERM, with what was trained so far saved.
     """
     cells = [_scaled(cell, config) for cell in cells]
+    require_ready(config)
     for cell in cells:
         _require_same(cell, config)
     todo = [cell for cell in cells if not _result_file(config, cell).exists()]
@@ -133,13 +137,22 @@ def run_cells(cells: Sequence[Cell], config: StudyConfig, *, progress_bar: bool 
         try:
             for _ in _one_by_one(todo, config) if config.jobs == 1 else _side_by_side(todo, config):
                 bar.advance(1)
-        except InterruptedRunError as error:
-            raise InterruptedRunError(error.signum, "the same command goes on from there") from error
+        except (InterruptedRunError, KeyboardInterrupt) as error:
+            signum = error.signum if isinstance(error, InterruptedRunError) else signal.SIGINT
+            raise InterruptedRunError(signum, "the same command goes on from there") from error
     outcomes = []
     for cell in cells:
         data = checkpoint.read_json(_result_file(config, cell))
         outcomes += [Outcome(**data["looks"][look.name]) for look in cell.looks]
     return outcomes
+
+
+def require_ready(config: StudyConfig) -> None:
+    """Raise an error unless figures can be drawn and `config.out` is the folder of a study, or can become one."""
+    plots.new_figure()
+    out = config.out
+    if not out.is_dir() or not any((out / name).is_dir() for name in FOLDERS) or (out / RUN_FILE).exists():
+        RunFolder.require_free(out)
 
 
 def paths_of(config: StudyConfig, cell: Cell, look: str) -> list[np.ndarray[Any, Any]]:
@@ -170,16 +183,26 @@ def _settings(cell: Cell) -> Any:
 def _require_same(cell: Cell, config: StudyConfig) -> None:
     """Raise ConfigError if what is there for `cell` was made with other settings."""
     file, run = _result_file(config, cell), policy_folder(config, cell) / RUN_FILE
-    remedy = f"choose another folder than '{config.out}', or the settings (scale, episodes) it was made with"
+    ours = _settings(cell)
     if file.exists():
-        same = checkpoint.read_json(file).get("settings") == _settings(cell)
-        check(same, "out", str(config.out), f"'{file}' is the result of other settings: {remedy}")
+        stored = checkpoint.read_json(file).get("settings", {})
     elif run.exists():
-        stored = checkpoint.read_json(run)["config"]
-        differing = [
-            key for key in ("steps", "seed", "policy", "bc") if stored[key] != _settings(cell)["pretrain"][key]
-        ]
-        check(not differing, "out", str(config.out), f"'{run}' is a training with other {differing}: {remedy}")
+        trained = checkpoint.read_json(run)["config"]
+        stored = ours | {"pretrain": {key: trained.get(key) for key in ours["pretrain"]}}
+    else:
+        return
+    differing = _differences(stored, ours)
+    check(not differing, "out", str(config.out), f"holds '{cell.name}' with {'; '.join(differing[:3])}. Choose another "
+          "folder, or the settings (or the version of dprl) that it was made with")  # fmt: skip
+
+
+def _differences(stored: Any, ours: Any, where: str = "") -> list[str]:
+    """What differs between two settings, leaf by leaf: ``pretrain.steps = 10, not 20``."""
+    if isinstance(stored, dict) and isinstance(ours, dict):
+        names = list(dict.fromkeys([*stored, *ours]))
+        pairs = [(f"{where}.{name}".strip("."), stored.get(name), ours.get(name)) for name in names]
+        return [line for name, old, new in pairs for line in _differences(old, new, name)]
+    return [] if stored == ours else [f"{where} = {stored}, not {ours}"]
 
 
 def _one_by_one(cells: Sequence[Cell], config: StudyConfig) -> Iterator[None]:
@@ -191,7 +214,7 @@ def _one_by_one(cells: Sequence[Cell], config: StudyConfig) -> Iterator[None]:
 def _side_by_side(cells: Sequence[Cell], config: StudyConfig) -> Iterator[None]:
     """Run cells in processes of their own; yield whenever one is done. An interruption ends the processes."""
     context, waiting = multiprocessing.get_context("spawn"), iter(cells)
-    with ProcessPoolExecutor(config.jobs, mp_context=context, initializer=_end_with_parent) as executor:
+    with ProcessPoolExecutor(config.jobs, mp_context=context, initializer=_follow_parent) as executor:
         try:
             running: set[Future[None]] = set()
             while True:  # hand out no more than run: the executor could not take a cell back
@@ -205,12 +228,14 @@ def _side_by_side(cells: Sequence[Cell], config: StudyConfig) -> Iterator[None]:
                     yield
         except BaseException:
             for child in multiprocessing.active_children():
-                child.terminate()  # a training then saves its iteration; a second signal would end it at once
+                child.terminate()  # a training then saves its iteration
             raise
 
 
-def _end_with_parent() -> None:
-    """Let this process end when its parent has; everything that it writes can bear that."""
+def _follow_parent() -> None:
+    """Leave a terminal's signals to the parent, and end when it has; everything that is written can bear that."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -231,7 +256,7 @@ def _train_and_look(cell: Cell, config: StudyConfig) -> None:
     folder = policy_folder(config, cell)
     start = time.perf_counter()
     if (folder / RUN_FILE).exists():
-        runs.resume(folder, progress_bar=False)
+        runs.resume(folder, data=Path(pretrain.data), progress_bar=False)
     else:
         runs.pretrain(pretrain, folder, progress_bar=False)
     seconds = _training_seconds(folder, time.perf_counter() - start)

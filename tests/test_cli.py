@@ -349,7 +349,7 @@ def test_options_of_behaviour_cloning_reach_the_run(folder, monkeypatch, tmp_pat
     monkeypatch.chdir(folder)
     options = (
         "--bc.warmup-steps 3 --bc.ema-power 0.75 --bc.max-grad-norm 1 --bc.validation-share 0.5 --bc.precision "
-        "bfloat16 --bc.pad-after 2 --bc.num-workers 1 --memory-map --bc.weight-decay 0.1"
+        "bfloat16 --bc.pad-after 2 --bc.num-workers 1 --memory-map True --bc.weight-decay 0.1"
     )
     assert run(f"pretrain data --out {tmp_path / 'run'} --quiet --steps 1 {options} mse") == 0
     config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]

@@ -53,12 +53,14 @@ class SolverConfig:
     """How to turn noise into actions: any of it may differ from one call to the next, on any checkpoint."""
 
     solver: SolverName | None = None
-    """`ddpm`, `ddim`, `dpmsolver++`, `sde-dpmsolver++`; `euler` for rectified flows. Default: ddpm or euler."""
+    """`ddpm`, `ddim`, `dpmsolver++`, `sde-dpmsolver++`; `euler` for rectified flows. Default: the policy's own, which
+    is ddpm or euler where nothing was chosen."""
     num_inference_steps: int | None = None
-    """How often the network is evaluated, or once less where rounding makes two timesteps one. Default: for each
-    training timestep; by the dpmsolvers, whose last step goes beyond timestep 0, for each but that."""
+    """How often the network is evaluated, or once less where rounding makes two timesteps one. Default: the policy's
+    own number; without one, for each training timestep (the dpmsolvers skip timestep 0, which their last step
+    includes)."""
     eta: float = 0.0
-    """ddim's noise, from 0 (deterministic) to 1 (as ddpm)."""
+    """ddim's noise, from 0 (deterministic) to 1 (as ddpm). Naming a solver without it means 0."""
     timestep_spacing: Spacing | None = None
     """Which timesteps are visited. Default, as in diffusers: leading for ddpm and ddim, linspace for the dpmsolvers,
     trailing for euler. With few steps take `trailing`: leading begins below the noise there is, and a single leading

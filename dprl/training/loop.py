@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ class InterruptedRunError(DprlError):
         self.exit_code = 128 + signum
 
     def __str__(self) -> str:
-        return f"stopped after a whole iteration; {self.remedy}"
+        return f"stopped; {self.remedy}"
 
 
 @dataclass
@@ -115,7 +116,7 @@ def train(
             if log is not None:
                 log.close()
     if interrupted:
-        remedy = f"continue with 'dprl resume {run.path}'" if run else "nothing was saved, for it had no folder"
+        remedy = f"all iterations are saved; continue with 'dprl resume {run.path}'" if run else "nothing was saved"
         raise InterruptedRunError(interrupted[0], remedy)
 
 
@@ -172,6 +173,7 @@ def _interruptible() -> Iterator[list[int]]:
 
     def handle(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
+        print("\nstopping after this iteration; once more to stop at once", file=sys.stderr)
         for number, handler in previous.items():
             signal.signal(number, handler)
 
