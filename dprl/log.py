@@ -6,6 +6,7 @@ A failing logger must never stop a run: TensorBoard and W&B are switched off, wi
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -14,6 +15,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from dprl.errors import CheckpointError, MissingDependencyError
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_INIT_TIMEOUT_S = 20
@@ -120,14 +123,29 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's metrics; a last line that was cut short is left out."""
+    """Return the rows of a run's metrics; a last line that was cut short is left out.
+
+    Raises:
+        CheckpointError: another line is damaged.
+    """
     file = folder / METRICS_FILE
     if not file.is_file():
         return []
+    lines = file.read_bytes().splitlines()
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for i, line in enumerate(lines):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and {"iteration", "timesteps"} <= row.keys():
+            rows.append(row)
+        elif i < len(lines) - 1:
+            raise CheckpointError(f"'{file}', line {i + 1} is damaged; remove it, or the file, and resume again")
     return rows
+
+
+def require_wandb() -> None:
+    """Raise MissingDependencyError where W&B is not installed."""
+    if importlib.util.find_spec("wandb") is None:
+        raise MissingDependencyError("wandb", "wandb", "logging to Weights & Biases")

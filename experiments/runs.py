@@ -15,13 +15,13 @@ from tyro.conf import AvoidSubcommands
 from dprl.agents import BC, DPPO, BCConfig, DPPOConfig
 from dprl.config import from_json, to_json, validate
 from dprl.data import Episodes, load_dataset, save_dataset
-from dprl.data.minari import require_h5py
+from dprl.data.minari import require_h5py, require_pillow
 from dprl.diffusion import SolverConfig
 from dprl.envs.collect import collect_episodes
 from dprl.envs.experts import make_expert
 from dprl.errors import CheckpointError, ConfigError, check
 from dprl.experiments import plots
-from dprl.log import read_metrics
+from dprl.log import read_metrics, require_wandb
 from dprl.mdp import DenoisingMDP
 from dprl.networks import TransformerConfig, UNetConfig
 from dprl.policy import (
@@ -181,6 +181,8 @@ def collect(config: CollectConfig, out: Path, *, progress_bar: bool = True) -> E
     RunFolder.require_free(out)
     require_h5py()
     spec = resolve(config.env, config.options)
+    if spec.cameras:
+        require_pillow()
     expert = make_expert(config.expert, config.env)
     data = collect_episodes(spec, expert, config.noise, config.episodes, config.seed, progress_bar=progress_bar)
     save_dataset(data, out, spec, description=f"{config.expert} expert, action noise {config.noise}")
@@ -261,6 +263,8 @@ class _Finetuning:
 
 def _prepare_pretrain(config: PretrainConfig) -> _Pretraining:
     check_device(config.device)
+    if config.wandb is not None:
+        require_wandb()
     data = load_dataset(config.data, memory_map=config.memory_map)
     if config.episodes is not None:
         fits = config.episodes <= data.n_episodes
@@ -298,6 +302,8 @@ def _pretrain(
 
 def _prepare_finetune(config: FinetuneConfig, folder: Path) -> _Finetuning:
     check_device(config.device)
+    if config.wandb is not None:
+        require_wandb()
     spec = resolve(config.env, config.options)
     policy = DiffusionPolicy.from_pretrained(folder, device=config.device)
     require_fit(policy, spec)

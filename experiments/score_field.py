@@ -16,9 +16,10 @@ from torch import Tensor
 from dprl.agents import BC, BCConfig
 from dprl.data import Episodes
 from dprl.diffusion import SolverConfig
+from dprl.errors import check
 from dprl.experiments import plots
 from dprl.experiments.policies import MLP
-from dprl.experiments.studies import StudyConfig, write_table
+from dprl.experiments.studies import StudyConfig, require_ready, write_table
 from dprl.policy import DiffusionConfig, DiffusionPolicy, InferenceConfig
 from dprl.seeding import numpy_generator, torch_generator
 
@@ -58,7 +59,7 @@ def mixture_score(x: Tensor, signal: float, noise: float, centers: Tensor, std: 
 
 def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
     """Train on every seed; write ``score-field.md``, ``.csv`` and ``.png`` (of the first seed) and return the first."""
-    config.out.mkdir(parents=True, exist_ok=True)
+    require_ready(config)
     rows = []
     for seed in config.seeds:
         rng = numpy_generator(seed, "score field")
@@ -66,8 +67,7 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
         data = points_as_episodes(points)
         policy = DiffusionPolicy.for_dataset(data, DiffusionConfig(horizon=1, denoiser=MLP.denoiser,
                                                                    num_train_timesteps=50), seed=seed)  # fmt: skip
-        agent = BC(policy, BCConfig(), seed=seed)
-        agent.fit(data, max(1, round(STEPS * config.scale)), progress_bar=progress_bar)
+        train(policy, data, config, seed, progress_bar=progress_bar)
         rows += [[str(seed), *errors(policy, points, t)] for t in TIMESTEPS]
         if seed == config.seeds[0]:
             draw(policy, points, config.out / "score-field.png")
@@ -83,6 +83,24 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
             "squared difference over root mean squared score."
         ],
     )
+
+
+def train(policy: DiffusionPolicy, data: Episodes, config: StudyConfig, seed: int, *, progress_bar: bool) -> None:
+    """Train `policy`, or load it where that was done.
+
+    Raises:
+        ConfigError: it was trained for another number of steps.
+    """
+    folder, steps = config.out / "runs" / f"score-field.seed{seed}", max(1, round(STEPS * config.scale))
+    agent = BC(policy, BCConfig(), seed=seed)
+    if not folder.exists():
+        agent.fit(data, steps, progress_bar=progress_bar)
+        agent.save(folder)
+        return
+    agent.load_state(folder)
+    same = agent.timesteps == steps
+    check(same, "out", str(config.out), f"'{folder}' was trained for {agent.timesteps} steps, not {steps}: choose "
+          "another folder, or the scale it was made with")  # fmt: skip
 
 
 @torch.no_grad()

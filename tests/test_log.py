@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 
+from dprl.errors import CheckpointError
 from dprl.log import MetricsLog, read_metrics
 
 
@@ -69,6 +70,17 @@ class TestRows:
         write_rows(tmp_path, 2, keep=2)
         assert [row["iteration"] for row in read_metrics(tmp_path)] == [0, 1, 2]
         assert all(json.loads(line) for line in file.read_text().splitlines())
+
+    @pytest.mark.parametrize("damage", [b"[1]", b"{", b'{"loss": 1}', b"\xff\xfe"])
+    def test_a_damaged_line_within_is_refused_and_nothing_is_lost(self, tmp_path, damage):
+        write_rows(tmp_path, 0, 1, 2)
+        file = tmp_path / "metrics.jsonl"
+        lines = file.read_bytes().splitlines(keepends=True)
+        damaged = lines[0] + damage + b"\n" + b"".join(lines[2:])
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"metrics.jsonl', line 2 is damaged"):
+            write_rows(tmp_path, 3, keep=2)
+        assert file.read_bytes() == damaged
 
     def test_a_new_run_starts_empty_and_no_file_is_no_rows(self, tmp_path):
         assert read_metrics(tmp_path) == []

@@ -241,7 +241,7 @@ class _Frames:
 
     def _decode(self, encoded: Pixels, step: int) -> Pixels:
         try:
-            image = np.asarray(_pillow().open(io.BytesIO(encoded.tobytes())))
+            image = np.asarray(require_pillow().open(io.BytesIO(encoded.tobytes())))
         except MissingDependencyError:
             raise
         except Exception as error:  # Pillow raises almost any kind
@@ -255,7 +255,8 @@ class _Frames:
         return image
 
 
-def _pillow() -> Any:
+def require_pillow() -> Any:
+    """Return Pillow's Image module, or raise MissingDependencyError."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -399,7 +400,7 @@ def _write_parts(group: Any, state: FloatArray, data: Episodes, episode: int) ->
 
 def _png(frame: Pixels) -> bytes:
     stream = io.BytesIO()
-    _pillow().fromarray(frame[..., 0] if frame.shape[2] == 1 else frame).save(stream, "PNG", compress_level=1)
+    require_pillow().fromarray(frame[..., 0] if frame.shape[2] == 1 else frame).save(stream, "PNG", compress_level=1)
     return stream.getvalue()
 
 

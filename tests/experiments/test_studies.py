@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from dprl.agents import BCConfig
-from dprl.errors import ConfigError
-from dprl.experiments import horizons, imitation, multimodal, plots, policies, solvers, studies, vision
+from dprl.errors import ConfigError, MissingDependencyError, RunExistsError
+from dprl.experiments import horizons, imitation, multimodal, plots, policies, score_field, solvers, studies, vision
 from dprl.experiments.catalogue import STUDIES
 from dprl.experiments.policies import ALL, COMPETITORS, DIFFUSION, slug, with_chunks
 from dprl.experiments.runs import CollectConfig, PretrainConfig
@@ -453,3 +453,64 @@ def test_inference_of_a_look_is_used(tmp_path: Path) -> None:
     cold, warm = (paths_of(StudyConfig(tmp_path), found, name) for name in ("cold", "warm"))
     np.testing.assert_array_equal(cold[0][0], warm[0][0])
     assert not np.array_equal(cold[0][1], warm[0][1])
+
+
+@pytest.mark.parametrize("holds", ["a run", "something else", "a file"])
+def test_a_folder_of_something_else_is_refused(holds: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if holds == "a file":
+        out.write_text("text")
+    else:
+        out.mkdir()
+        (out / ("run.json" if holds == "a run" else "letters.txt")).write_text("{}")
+        (out / "checkpoints").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RunExistsError, match="already"):
+        run(CELLS, out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_study_without_matplotlib_is_refused_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingDependencyError, match="matplotlib"):
+        run(CELLS, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_study_that_was_moved_goes_on(done: tuple[Path, list[Outcome]], tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    first = cell("one")
+    run([first], here)
+    (here / "cells" / "one.json").unlink()
+    checkpoints = here / "runs" / "one" / "checkpoints"
+    shutil.rmtree(checkpoints)  # killed before its first checkpoint
+    here.rename(there)
+    assert timeless(run([first], there)) == timeless(done[1])[:1]
+
+
+def test_what_differs_is_named(done: tuple[Path, list[Outcome]], tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    shutil.copytree(done[0], out, symlinks=True)
+    changed = replace(CELLS[0], pretrain=replace(CELLS[0].pretrain, steps=20))
+    with pytest.raises(ConfigError, match=r"holds 'one' with pretrain.steps = 10, not 20"):
+        run([changed], out)
+
+
+@pytest.mark.parametrize("changes", [{"seeds": (1, 1)}, {"scale": 1e308}, {"scale": float("nan")}, {"seeds": ()}])
+def test_settings_of_a_study_that_make_no_sense_are_refused(changes: dict[str, object]) -> None:
+    (name,) = changes
+    with pytest.raises(ConfigError, match=name):
+        StudyConfig(Path("unused"), **changes)
+
+
+def test_the_score_field_is_learned_once(tmp_path: Path) -> None:
+    config = StudyConfig(tmp_path / "out", seeds=(0,), scale=0.004)
+    table = score_field.run(config, progress_bar=False)
+    text, at = table.read_text(), changed_at(tmp_path / "out" / "runs")
+    assert at
+    assert score_field.run(config, progress_bar=False).read_text() == text
+    assert changed_at(tmp_path / "out" / "runs") == at
+    with pytest.raises(ConfigError, match="trained for 20 steps, not 50"):
+        score_field.run(replace(config, scale=0.01), progress_bar=False)
