@@ -83,7 +83,13 @@ class Pixels(gymnasium.ObservationWrapper[Any, Any, Any]):
         return {STATE: observation[:HAND_SIZE], PIXELS.part: image, "privileged": observation}
 
 
-_gl_backend = functools.cache(rendering.find_backend)
+@functools.cache
+def require_gl() -> str:
+    """Return the backend that renders, once found; EnvError where none does."""
+    backend = rendering.find_backend()
+    if backend is None:
+        raise EnvError(f"a Meta-World camera renders, which no GL library here can do; {rendering.REMEDY}")
+    return backend
 
 
 def make_pixels(task: str) -> gymnasium.Env[Any, Any]:
@@ -92,6 +98,5 @@ def make_pixels(task: str) -> gymnasium.Env[Any, Any]:
     Raises:
         EnvError: this machine cannot render.
     """
-    if _gl_backend() is None:
-        raise EnvError(f"metaworld/{task}-pixels renders, which no GL library here can do; {rendering.REMEDY}")
+    require_gl()
     return Pixels(SeededMetaWorld(task, Camera(RENDERED, RENDERED, PIXELS.name)))
