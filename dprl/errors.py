@@ -10,7 +10,7 @@ class DprlError(Exception):
     """Base of all errors that say what was wrong with the input and what would be right."""
 
 
-class ConfigError(DprlError, ValueError):
+class ConfigError(DprlError):
     """A setting that is unknown, of the wrong type, out of range, or at odds with another one."""
 
 
