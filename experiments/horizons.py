@@ -69,4 +69,4 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
         "were spent on training (a policy that is looked at several times counts as often)."
     )
     columns = ["horizon", "executed", "success (95 %)"]
-    return write_table(config.out, "horizons", "Horizons, closed loop to open loop", columns, rows, [setting])
+    return write_table(config, "horizons", "Horizons, closed loop to open loop", columns, rows, [setting])

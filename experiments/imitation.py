@@ -82,7 +82,7 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
         )
     draw(success, config.out / "imitation.png")
     return write_table(
-        config.out,
+        config,
         "imitation",
         "Imitation on Meta-World",
         ["policy", *TASKS, "mean", "million weights", "minutes of training", "ms per decision"],

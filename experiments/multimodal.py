@@ -95,7 +95,7 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
         )
     draw(paths, config.out / "multimodal.png")
     return write_table(
-        config.out,
+        config,
         "multimodal",
         "Both ways round",
         ["policy", "success (95 %)", "left of those that passed", "right", "passed neither side", "ms per decision"],

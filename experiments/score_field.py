@@ -72,7 +72,7 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
         if seed == config.seeds[0]:
             draw(policy, points, config.out / "score-field.png")
     return write_table(
-        config.out,
+        config,
         "score-field",
         "The score field of a 2-D mixture",
         ["seed", "timestep", "noise", "relative error of the score", "cosine to the true score"],

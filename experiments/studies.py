@@ -16,6 +16,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import platform
 import signal
 import threading
 import time
@@ -29,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import dprl
 from dprl import checkpoint
 from dprl.config import to_json
 from dprl.errors import check
@@ -333,17 +335,35 @@ def mean_interval(rates: Sequence[float], episodes: int) -> tuple[float, float, 
 
 
 def write_table(
-    out: Path, name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]
+    config: StudyConfig,
+    name: str,
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    notes: Sequence[str],
 ) -> Path:
-    """Write ``name.md`` and ``name.csv``; return the former."""
+    """Write ``name.md`` and ``name.csv``, with `notes` and how they were made; return the former."""
+    out = config.out
     with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([columns, *rows])
     lines = [f"# {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    lines += ["", *notes, ""]
+    lines += ["", *notes, "", provenance(name, config), ""]
     file = out / f"{name}.md"
     file.write_text("\n".join(lines), encoding="utf-8")
     return file
+
+
+def provenance(name: str, config: StudyConfig) -> str:
+    """Return which command made a table, on what."""
+    seeds = " ".join(map(str, config.seeds))
+    scale = "" if config.scale == 1 else f" --scale {config.scale:g}"
+    return (
+        f"`dprl experiment {name} --seeds {seeds} --episodes {config.episodes}{scale}`, dprl {dprl.__version__}, torch "
+        f"{torch.__version__}, {os.cpu_count()} cores ({platform.machine()}), {config.jobs} training(s) at a time, on a "
+        "thread each; times were taken beside whatever else ran. Intervals are Wilson's, of the episodes of "
+        "all seeds together."
+    )
 
 
 def shown(mean: float, low: float, high: float) -> str:

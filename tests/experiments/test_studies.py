@@ -315,11 +315,20 @@ def test_modes_are_counted_where_the_disc_was_passed() -> None:
 
 def test_a_table_is_markdown_and_csv(tmp_path: Path) -> None:
     rows = [["a, b", "0.5 (0.4 to 0.6)"], ["c", "1"]]
-    file = write_table(tmp_path, "name", "Title", ["policy", "success"], rows, ["A note.", "Another."])
+    file = write_table(
+        StudyConfig(tmp_path, seeds=(3, 5), scale=0.5),
+        "name",
+        "Title",
+        ["policy", "success"],
+        rows,
+        ["A note.", "Another."],
+    )
     assert file == tmp_path / "name.md"
-    assert file.read_text().splitlines() == [
+    *lines, made_by = file.read_text().splitlines()
+    assert made_by.startswith("`dprl experiment name --seeds 3 5 --episodes 100 --scale 0.5`")
+    assert lines == [
         "# Title", "", "| policy | success |", "|---|---|", "| a, b | 0.5 (0.4 to 0.6) |", "| c | 1 |", "",
-        "A note.", "Another.",
+        "A note.", "Another.", "",
     ]  # fmt: skip
     with (tmp_path / "name.csv").open(newline="") as stream:
         assert list(csv.reader(stream)) == [["policy", "success"], *rows]
