@@ -30,7 +30,7 @@ HORIZON, EXECUTED = 8, 4
 STEPS = 15_000
 DEFAULT = "default"
 # Gradient steps in place of STEPS, so that every training takes about as long.
-SLOWER = {"diffusion, U-Net": 6_000, "diffusion, transformer": 5_000, "LSTM-GMM": 6_000, "IBC": 8_000}
+SLOWER = {"diffusion, U-Net": 6_000, "diffusion, transformer": 5_000, "LSTM-GMM": 6_000, "IBC": 5_000}
 
 
 def cells(config: StudyConfig) -> list[Cell]:

@@ -32,6 +32,8 @@ Path2D = np.ndarray[Any, Any]
 LOOK = "default"
 HORIZON, EXECUTED = 16, 8
 STEPS = 8_000
+SLOWER = {"IBC": 4_000}
+"""Gradient steps in place of STEPS."""
 # The diffusion policies sample as in the paper. Few steps of a deterministic solver map some noise between the modes.
 SAMPLING = SolverConfig("ddpm")
 
@@ -56,7 +58,12 @@ def cells(config: StudyConfig) -> list[Cell]:
         Cell(
             f"{slug(name)}-seed{seed}",
             CollectConfig(avoid.STATE_ID, noise=0.1, episodes=100, seed=seed),
-            PretrainConfig("", policy=with_sampling(with_chunks(policy, HORIZON, EXECUTED)), steps=STEPS, seed=seed),
+            PretrainConfig(
+                "",
+                policy=with_sampling(with_chunks(policy, HORIZON, EXECUTED)),
+                steps=SLOWER.get(name, STEPS),
+                seed=seed,
+            ),
             (Look(LOOK, episodes=config.episodes, keep_paths=True),),
         )
         for name, policy in ALL.items()
@@ -135,7 +142,7 @@ def _notes(config: StudyConfig, outcomes: list[Outcome]) -> list[str]:
     minutes = sum(o.train_s for o in outcomes) / 60
     return [
         f"`{avoid.STATE_ID}`, 100 scripted demonstrations with action noise 0.1, half of them on either side; "
-        f"{STEPS * config.scale:,.0f} gradient steps of 256 chunks, which are of {HORIZON} actions, {EXECUTED} of them "
+        f"{STEPS * config.scale:,.0f} gradient steps (IBC: half) of 256 chunks, of {HORIZON} actions, {EXECUTED} of them "
         "executed (the LSTM: one); diffusion samples with ddpm, 50 steps, the flow with 10. "
         f"Seeds {', '.join(map(str, config.seeds))}; {config.episodes} held-out episodes each, the policy as it is "
         "after the last step. Blue in the figure: reached the line; red: did not. Shares are of the episodes that "

@@ -24,7 +24,7 @@ DIFFUSION: dict[str, DiffusionConfig] = {
     "diffusion, MLP": MLP,
     "diffusion, U-Net": replace(MLP, denoiser=UNetConfig(down_dims=(24, 48), time_size=16)),
     "diffusion, transformer": replace(
-        MLP, denoiser=TransformerConfig(n_layers=2, embedding_size=64, attention_dropout=0.1)
+        MLP, denoiser=TransformerConfig(n_layers=2, embedding_size=64, attention_dropout=0.01)
     ),
     "rectified flow, MLP": DiffusionConfig(
         num_train_timesteps=100,
@@ -42,7 +42,7 @@ COMPETITORS: dict[str, PolicyChoice] = {
     "LSTM-GMM": LSTMGMMConfig(hidden_size=128),
     "categorical": CategoricalConfig(),
     "BeT (k-means bins, offsets)": BeTConfig(),
-    "IBC": IBCConfig(),
+    "IBC": IBCConfig(hidden_size=128, n_negatives=32),
 }
 
 ALL: dict[str, PolicyChoice] = {**DIFFUSION, **COMPETITORS}

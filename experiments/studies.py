@@ -360,9 +360,9 @@ def provenance(name: str, config: StudyConfig) -> str:
     scale = "" if config.scale == 1 else f" --scale {config.scale:g}"
     return (
         f"`dprl experiment {name} --seeds {seeds} --episodes {config.episodes}{scale}`, dprl {dprl.__version__}, torch "
-        f"{torch.__version__}, {os.cpu_count()} cores ({platform.machine()}), {config.jobs} training(s) at a time, on a "
-        "thread each; times were taken beside whatever else ran. Intervals are Wilson's, of the episodes of "
-        "all seeds together."
+        f"{torch.__version__}, {os.cpu_count()} cores ({platform.machine()}), {config.jobs} training(s) at a time on a "
+        "thread each; times were taken beside whatever else ran. Intervals are Wilson's, of the episodes of all seeds "
+        "together."
     )
 
 
