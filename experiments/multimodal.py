@@ -142,8 +142,8 @@ def _notes(config: StudyConfig, outcomes: list[Outcome]) -> list[str]:
     minutes = sum(o.train_s for o in outcomes) / 60
     return [
         f"`{avoid.STATE_ID}`, 100 scripted demonstrations with action noise 0.1, half of them on either side; "
-        f"{STEPS * config.scale:,.0f} gradient steps (IBC: half) of 256 chunks, of {HORIZON} actions, {EXECUTED} of them "
-        "executed (the LSTM: one); diffusion samples with ddpm, 50 steps, the flow with 10. "
+        f"{STEPS * config.scale:,.0f} gradient steps (IBC: half) of 256 chunks of {HORIZON} actions, {EXECUTED} "
+        "of them executed (the LSTM: one); diffusion samples with ddpm, 50 steps, the flow with 10. "
         f"Seeds {', '.join(map(str, config.seeds))}; {config.episodes} held-out episodes each, the policy as it is "
         "after the last step. Blue in the figure: reached the line; red: did not. Shares are of the episodes that "
         f"came past the disc. {minutes:.0f} minutes of training on one core each.",
