@@ -57,7 +57,7 @@ def demo(
         solver: How the policy turns noise into actions; euler makes it a rectified flow.
         num_inference_steps: In so many steps. Default: 10.
         seed: Of everything.
-        out: New folder. Default: runs/NAME-seedS-DATE-TIME.
+        out: New folder, or that of an interrupted demo, which then goes on. Default: runs/NAME-seedS-DATE-TIME.
         pictures: Also draw trajectories and record a video.
         quiet: Show no progress bars.
     """

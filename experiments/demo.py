@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,9 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from dprl import checkpoint
+from dprl.config import to_json
+from dprl.data import load_dataset
 from dprl.diffusion import SolverConfig, solver_steps
 from dprl.diffusion.solvers import SolverName, default_solver
 from dprl.envs import rendering
+from dprl.errors import RunExistsError
 from dprl.experiments import plots, runs, video
 from dprl.experiments.catalogue import Experiment
 from dprl.networks import DENOISERS, DenoiserConfig, MLPConfig, TransformerConfig, UNetConfig
@@ -21,10 +27,12 @@ from dprl.policy import DiffusionConfig, DiffusionPolicy
 from dprl.rollout import Evaluation, evaluate
 from dprl.spec import EnvSpec, resolve
 from dprl.training import RunFolder
+from dprl.training.loop import InterruptedRunError
 from dprl.training.progress import ProgressBar
 
 # Final evaluations and videos use seeds that no training run of the same seed uses.
 HELD_OUT = 1_000_000
+DEMO_FILE, RESULTS_FILE = "demo.json", "results.json"
 
 
 @dataclass(frozen=True)
@@ -90,34 +98,38 @@ def with_solver(experiment: Experiment, solver: SolverName, num_inference_steps:
 
 
 def run(experiment: Experiment, seed: int, out: Path, *, progress_bar: bool = True, pictures: bool = True) -> list[Row]:
-    """Run `experiment` in the new folder `out`; print its table and leave data, runs, plots and a video there.
+    """Run `experiment` in the folder `out`; print its table and leave data, runs, plots and a video there.
+
+    What an interrupted demo of the same settings left in `out` is continued.
 
     Raises:
-        RunExistsError: `out` exists and is not empty.
+        RunExistsError: `out` holds something else, or a demo that is complete.
+        InterruptedRunError: on SIGINT or SIGTERM, with what was trained so far saved.
     """
-    RunFolder.require_free(out)
     console = Console()
+    _require_own(out, experiment, seed)
     spec = resolve(experiment.collect.env, experiment.collect.options)
     collect = replace(experiment.collect, seed=seed)
     pretrain = replace(experiment.pretrain, data=str(out / "data"), seed=seed)
     finetune = replace(experiment.finetune, policy=str(out / "pretrain"), seed=seed)
-    out.mkdir(parents=True, exist_ok=True)
 
     console.print(f"[bold]1/5[/] {experiment.collect.episodes} demonstrations of {spec.id}, "
                   f"action noise {experiment.collect.noise}")  # fmt: skip
     start = time.perf_counter()
-    data = runs.collect(collect, out / "data", progress_bar=progress_bar)
+    if (out / "data").exists():
+        data = load_dataset(out / "data")
+    else:
+        data = runs.collect(collect, out / "data", progress_bar=progress_bar)
     collected = time.perf_counter()
 
     console.print(f"[bold]2/5[/] behaviour cloning, {experiment.pretrain.steps} gradient steps")
-    cloned = runs.pretrain(pretrain, out / "pretrain", progress_bar=progress_bar)
-    trained = time.perf_counter()
+    with _goes_on():
+        cloned = runs.run_or_resume(pretrain, out / "pretrain", progress_bar=progress_bar)
     before = _evaluate(cloned.path, spec, experiment, seed, "before", progress_bar=progress_bar)
 
     console.print(f"[bold]3/5[/] DPPO, {experiment.finetune.total_timesteps:,} environment steps")
-    tuning = time.perf_counter()
-    tuned = runs.finetune(finetune, out / "finetune", progress_bar=progress_bar)
-    finished = time.perf_counter()
+    with _goes_on():
+        tuned = runs.run_or_resume(finetune, out / "finetune", progress_bar=progress_bar)
 
     console.print(f"[bold]4/5[/] evaluation on {experiment.eval_episodes} held-out episodes")
     after = _evaluate(tuned.path, spec, experiment, seed, "after", progress_bar=progress_bar)
@@ -126,10 +138,10 @@ def run(experiment: Experiment, seed: int, out: Path, *, progress_bar: bool = Tr
     rows = [
         Row("demonstrations", data.success_rate, *demonstrations, data.n_episodes, f"{data.ends[-1]:,} env",
             (collected - start) / 60),
-        _row("behaviour cloning", before, f"{experiment.pretrain.steps:,} gradient", (trained - collected) / 60),
-        _row("fine-tuned (DPPO)", after, f"{steps:,} env", (finished - tuning) / 60),
+        _row("behaviour cloning", before, f"{experiment.pretrain.steps:,} gradient", runs.minutes_of(cloned)),
+        _row("fine-tuned (DPPO)", after, f"{steps:,} env", runs.minutes_of(tuned)),
     ]  # fmt: skip
-    checkpoint.write_json(out / "results.json", {
+    checkpoint.write_json(out / RESULTS_FILE, {
         "experiment": experiment.name, "policy": policy_in_words(experiment), "seed": seed,
         "before": before.to_json(), "after": after.to_json(), "rows": [vars(row) for row in rows],
     })  # fmt: skip
@@ -143,11 +155,36 @@ def run(experiment: Experiment, seed: int, out: Path, *, progress_bar: bool = Tr
             _pictures(cloned.path, tuned.path, spec, seed, out, console)
     except Exception as error:  # graphics fail in many ways; none of them may spoil a finished run
         console.print(f"[yellow]not all pictures were drawn: {escape(str(error))}[/]")
-    minutes = (time.perf_counter() - collected) / 60
-    print(f"{minutes:.1f} minutes from the first training step to the end.")
+    minutes = runs.minutes_of(cloned) + runs.minutes_of(tuned)
+    print(
+        f"{minutes:.1f} minutes of training, {(time.perf_counter() - start) / 60:.1f} from the start of this command."
+    )
     print(f"Everything is in {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     print(f"Next: dprl evaluate {out / 'finetune'} --env {spec.id} --episodes 100 --seed 1")
     return rows
+
+
+def _require_own(out: Path, experiment: Experiment, seed: int) -> None:
+    """Make `out`, or find there an incomplete demo of the same settings."""
+    file, ours = out / DEMO_FILE, json.loads(json.dumps({"experiment": to_json(experiment), "seed": seed}))
+    if not file.exists():
+        RunFolder.require_free(out)
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(file, ours)
+    elif (out / RESULTS_FILE).exists():
+        raise RunExistsError(f"'{out}' already holds a complete demo: choose another folder")
+    elif checkpoint.read_json(file) != ours:
+        raise RunExistsError(f"'{out}' already holds a demo of other settings: choose another folder")
+
+
+@contextmanager
+def _goes_on() -> Iterator[None]:
+    """Let an interruption say how to continue the demo, and not one of its runs."""
+    try:
+        yield
+    except InterruptedRunError as error:
+        remedy = "the same command, with the --out of this folder, goes on from there"
+        raise InterruptedRunError(error.signum, remedy) from error
 
 
 def _evaluate(

@@ -44,6 +44,7 @@ from dprl.rollout.pool import checked_slice_size
 from dprl.seeding import derive_seed
 from dprl.spec import EnvOptions, EnvSpec, resolve, with_n_obs_steps
 from dprl.training import LoopConfig, RunFolder, train
+from dprl.training.run import RUN_FILE
 
 policy_name = partial(tyro.conf.subcommand, prefix_name=False)
 FLOW = DiffusionConfig(
@@ -231,6 +232,20 @@ def resume(path: Path, *, data: Path | None = None, progress_bar: bool = True) -
     with _pool(config, prepared.spec) as pool:
         _finetune(config, run, prepared, pool, resume=started, progress_bar=progress_bar)
     return run
+
+
+def run_or_resume(config: PretrainConfig | FinetuneConfig, out: Path, *, progress_bar: bool = True) -> RunFolder:
+    """Do what `config` says in `out`, or go on with the run that is there."""
+    if (out / RUN_FILE).exists():
+        return resume(out, progress_bar=progress_bar)
+    if isinstance(config, PretrainConfig):
+        return pretrain(config, out, progress_bar=progress_bar)
+    return finetune(config, out, progress_bar=progress_bar)
+
+
+def minutes_of(run: RunFolder) -> float:
+    """Return the minutes that a run has taken, those before it was resumed included."""
+    return float(read_metrics(run.path)[-1]["time/elapsed_s"]) / 60
 
 
 def wilson_of(data: Episodes) -> tuple[float, float]:

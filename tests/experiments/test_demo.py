@@ -1,6 +1,8 @@
 """The main job, cut down to seconds, end to end."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -16,9 +18,11 @@ from dprl.envs import envpool, rendering
 from dprl.errors import ConfigError
 from dprl.experiments.catalogue import CATALOGUE, find
 from dprl.experiments.demo import NETWORKS, with_network, with_solver
+from dprl.log import read_metrics
 from dprl.mdp import DenoisingMDP
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
 from dprl.seeding import torch_generator
+from dprl.training import RunFolder
 
 PUSH = find("push")
 
@@ -39,6 +43,30 @@ def test_smoke_demo_leaves_everything(
     for name in ("learning_curve.png", "trajectories.png", "data/data/main_data.hdf5", "finetune/checkpoints/last"):
         assert (out / name).exists()
     assert main(["demo", "smoke", "--out", str(out), "--quiet"]) == 2, "nothing is overwritten"
+
+
+@pytest.mark.skipif(not envpool.available(), reason="EnvPool is not installed")
+def test_an_interrupted_demo_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, seen, out = RunFolder.save, [], tmp_path / "demo"
+
+    def interrupted(self: RunFolder, *args: object, **options: object) -> None:
+        save(self, *args, **options)
+        seen.append(self.path.name)
+        if seen == ["pretrain", "pretrain", "finetune"]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    command = ["demo", "smoke", "--out", str(out), "--quiet", "--no-pictures"]
+    monkeypatch.setattr(RunFolder, "save", interrupted)
+    assert main(command) == 130
+    assert "the same command, with the --out of this folder, goes on" in capsys.readouterr().err
+    assert main([*command, "--seed", "1"]) == 2, "that is another demo"
+    cloned = (out / "pretrain" / "metrics.jsonl").read_bytes()
+    assert main(command) == 0
+    assert (out / "pretrain" / "metrics.jsonl").read_bytes() == cloned, "cloned once"
+    assert [row["iteration"] for row in read_metrics(out / "finetune")] == list(range(seen.count("finetune")))
+    assert len(json.loads((out / "results.json").read_text())["rows"]) == 3
 
 
 def test_every_experiment_resolves_and_agrees_with_itself() -> None:
