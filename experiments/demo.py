@@ -107,11 +107,11 @@ def run(experiment: Experiment, seed: int, out: Path, *, progress_bar: bool = Tr
         InterruptedRunError: on SIGINT or SIGTERM, with what was trained so far saved.
     """
     console = Console()
-    _require_own(out, experiment, seed)
     spec = resolve(experiment.collect.env, experiment.collect.options)
     collect = replace(experiment.collect, seed=seed)
     pretrain = replace(experiment.pretrain, data=str(out / "data"), seed=seed)
     finetune = replace(experiment.finetune, policy=str(out / "pretrain"), seed=seed)
+    _require_own(out, experiment, seed)
 
     console.print(f"[bold]1/5[/] {experiment.collect.episodes} demonstrations of {spec.id}, "
                   f"action noise {experiment.collect.noise}")  # fmt: skip
@@ -155,10 +155,8 @@ def run(experiment: Experiment, seed: int, out: Path, *, progress_bar: bool = Tr
             _pictures(cloned.path, tuned.path, spec, seed, out, console)
     except Exception as error:  # graphics fail in many ways; none of them may spoil a finished run
         console.print(f"[yellow]not all pictures were drawn: {escape(str(error))}[/]")
-    minutes = runs.minutes_of(cloned) + runs.minutes_of(tuned)
-    print(
-        f"{minutes:.1f} minutes of training, {(time.perf_counter() - start) / 60:.1f} from the start of this command."
-    )
+    training, all_of_it = runs.minutes_of(cloned) + runs.minutes_of(tuned), (time.perf_counter() - start) / 60
+    print(f"{training:.1f} minutes of training, {all_of_it:.1f} from the start of this command.")
     print(f"Everything is in {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     print(f"Next: dprl evaluate {out / 'finetune'} --env {spec.id} --episodes 100 --seed 1")
     return rows
