@@ -19,7 +19,6 @@ import os
 import platform
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
@@ -256,12 +255,7 @@ def _run_cell(cell: Cell, config: StudyConfig) -> None:
 def _train_and_look(cell: Cell, config: StudyConfig) -> None:
     pretrain = cell.pretrain
     folder = policy_folder(config, cell)
-    start = time.perf_counter()
-    if (folder / RUN_FILE).exists():
-        runs.resume(folder, data=Path(pretrain.data), progress_bar=False)
-    else:
-        runs.pretrain(pretrain, folder, progress_bar=False)
-    seconds = _training_seconds(folder, time.perf_counter() - start)
+    run = runs.run_or_resume(pretrain, folder, progress_bar=False)
     spec = resolve(cell.collect.env, cell.collect.options)
     looks = {}
     for look in cell.looks:
@@ -282,7 +276,7 @@ def _train_and_look(cell: Cell, config: StudyConfig) -> None:
                 result.success_rate,
                 look.episodes,
                 result.policy_latency_ms_p50,
-                seconds,
+                60 * runs.minutes_of(run),
                 sum(p.numel() for p in policy.parameters()),
             )
         )
@@ -300,13 +294,6 @@ def _blindfold(policy: Policy) -> None:
         return ({name: torch.zeros_like(image) for name, image in images.items()}, *rest)
 
     policy.encoder.register_forward_pre_hook(blacken)
-
-
-def _training_seconds(folder: Path, fallback: float) -> float:
-    from dprl.log import read_metrics
-
-    rows = read_metrics(folder)
-    return float(rows[-1].get("time/elapsed_s", fallback)) if rows else fallback
 
 
 def _save_paths(config: StudyConfig, cell: Cell, look: Look, trajectories: list[Trajectory]) -> None:
