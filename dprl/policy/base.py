@@ -189,6 +189,17 @@ class Policy(nn.Module, ABC):
         seen = seen.view(batch, steps, self.encoder.feature_size)
         return seen if state is None else torch.cat([state, seen], dim=-1)
 
+    def normalized(self, actions: Tensor) -> Tensor:
+        """Normalise the chunks that a loss is of: (B, H, A) -> (B, H, A).
+
+        Raises:
+            ConfigError: another shape, which would broadcast.
+        """
+        expected = (self.config.horizon, self.features.action_size)
+        fits = actions.ndim == 3 and tuple(actions.shape[1:]) == expected
+        check(fits, "actions", tuple(actions.shape), f"must have the shape (B, {expected[0]}, {expected[1]})")
+        return self.action_normalizer.normalize(actions)
+
     def check_inference(self, inference: InferenceConfig) -> None:
         """Raise ConfigError where a setting is not one that this kind of policy has."""
         for name in ("solver", "num_inference_steps", "timestep_spacing", "warm_start_steps"):

@@ -127,7 +127,7 @@ class DiffusionPolicy(Policy):
             self.config.num_train_timesteps, (len(actions),), device=actions.device, generator=generator
         )
         noise = torch.randn(actions.shape, device=actions.device, generator=generator)
-        clean = self.action_normalizer.normalize(actions)
+        clean = self.normalized(actions)
         condition = self.condition(obs, generator if self.training else None)
         return denoising_loss(self.base, self.schedule, clean, condition, timesteps, noise, valid)
 

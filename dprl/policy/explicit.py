@@ -145,7 +145,7 @@ class MSEPolicy(ExplicitMLP):
         self, obs: TensorObservation, actions: Tensor, *, valid: Tensor | None = None, generator: torch.Generator
     ) -> Tensor:
         """Return the mean squared error of normalised actions, see `Policy.loss`."""
-        error = self._chunk(self._outputs(obs, generator)) - self.action_normalizer.normalize(actions)
+        error = self._chunk(self._outputs(obs, generator)) - self.normalized(actions)
         return masked_mean(error**2, valid)
 
     @torch.no_grad()
@@ -188,7 +188,7 @@ class _Mixture(Explicit):
     ) -> Tensor:
         """Return the negative log-likelihood per number of the chunk, see `Policy.loss`."""
         log_weight, mean, std = self._mixture(obs, generator)
-        target = self.action_normalizer.normalize(actions)[:, None]
+        target = self.normalized(actions)[:, None]
         log_prob = (-0.5 * ((target - mean) / std) ** 2 - std.log() - LOG_SQRT_2PI).sum(-1)
         if valid is None:
             valid = torch.ones(log_prob.shape[0], log_prob.shape[2], device=log_prob.device)

@@ -75,7 +75,7 @@ class IBCPolicy(Policy):
         self, obs: TensorObservation, actions: Tensor, *, valid: Tensor | None = None, generator: torch.Generator
     ) -> Tensor:
         """Return InfoNCE: the cross-entropy of telling the demonstrated chunk from uniform ones, see `Policy.loss`."""
-        shown = self.action_normalizer.normalize(actions)[:, None]
+        shown = self.normalized(actions)[:, None]
         shape = (len(actions), self.config.n_negatives, *actions.shape[1:])
         negatives = BOX * (2 * torch.rand(shape, generator=generator, device=actions.device) - 1)
         chunks = torch.cat([shown, negatives], dim=1)

@@ -446,3 +446,12 @@ def test_sizes_and_cameras_come_from_the_data(kind: str) -> None:
         weights, same, different = (list(p.state_dict().values()) for p in (policy, again, other))
         assert all(a.equal(b) for a, b in zip(weights, same, strict=True))
         assert not all(a.equal(b) for a, b in zip(weights, different, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("part", [(slice(None), slice(1)), (slice(None), slice(None), slice(1))])
+def test_actions_that_would_broadcast_are_refused(kind: str, part: tuple[slice, ...]) -> None:
+    policy = small_policy(kind, horizon=3)
+    obs, actions = random_batch(policy, 4)
+    with pytest.raises(ConfigError, match=r"actions = .* must have the shape \(B, 3, 2\)"):
+        policy.loss(obs, actions[part], generator=torch_generator(0))
