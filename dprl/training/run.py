@@ -95,8 +95,10 @@ class RunFolder:
         for name in ("best", "last"):
             copy = self.checkpoints / name
             if copy.is_dir() and not copy.is_symlink():
-                iteration = checkpoint.read_json(copy / AGENT_FILE)["iteration"]
-                target = self.checkpoints / f"iteration-{iteration:06d}"
+                about = checkpoint.read_json(copy / AGENT_FILE)
+                if not isinstance(about, dict) or not isinstance(about.get("iteration"), int):
+                    raise CheckpointError(f"'{copy / AGENT_FILE}' is damaged: it must name an iteration")
+                target = self.checkpoints / f"iteration-{about['iteration']:06d}"
                 if target.exists():
                     shutil.rmtree(copy)
                 else:
