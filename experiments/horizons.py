@@ -8,7 +8,17 @@ from pathlib import Path
 from dprl.experiments import plots
 from dprl.experiments.policies import MLP
 from dprl.experiments.runs import CollectConfig, PretrainConfig
-from dprl.experiments.studies import Cell, Look, StudyConfig, grouped, mean_interval, run_cells, shown, write_table
+from dprl.experiments.studies import (
+    Cell,
+    Look,
+    StudyConfig,
+    grouped,
+    mean_interval,
+    run_cells,
+    shown,
+    training_hours,
+    write_table,
+)
 
 TASK = "push"
 HORIZONS = (1, 2, 4, 8, 16, 32)
@@ -65,8 +75,7 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
     setting = (
         f"Meta-World {TASK}, 100 demonstrations with action noise 0.5; diffusion policy with an MLP, "
         f"{10_000 * config.scale:,.0f} gradient steps; ddim, 10 steps. Seeds {', '.join(map(str, config.seeds))}, "
-        f"{config.episodes} held-out episodes each; {sum(o.train_s for o in outcomes) / 3600:.1f} hours of one core "
-        "were spent on training (a policy that is looked at several times counts as often)."
+        f"{config.episodes} held-out episodes each; {training_hours(outcomes):.1f} hours of training on one core."
     )
     columns = ["horizon", "executed", "success (95 %)"]
     return write_table(config, "horizons", "Horizons, closed loop to open loop", columns, rows, [setting])

@@ -20,6 +20,7 @@ from dprl.experiments.studies import (
     mean_interval,
     run_cells,
     shown,
+    training_hours,
     write_table,
 )
 from dprl.policy import DiffusionConfig, InferenceConfig, MSEConfig
@@ -150,12 +151,12 @@ def _gains(success: dict[tuple[str, str], tuple[float, float, float]]) -> list[s
 
 
 def _setting(config: StudyConfig, outcomes: Sequence[Outcome]) -> str:
-    trainings = [o for o in outcomes if o.look == DEFAULT]
+    trainings = len({o.cell for o in outcomes})
     return (
         f"{DEMONSTRATIONS} demonstrations of the scripted expert with action noise {NOISE}, failures included; chunks "
         f"of {HORIZON} actions of which {EXECUTED} are executed (the LSTM: one action after 10 observations); "
         f"{STEPS * config.scale:,.0f} gradient steps of 256 chunks, for the slower networks fewer; the policy as it is "
         f"after the last. Seeds {', '.join(map(str, config.seeds))}, {config.episodes} held-out episodes each; "
-        f"{len(trainings)} trainings, {sum(o.train_s for o in trainings) / 3600:.1f} hours of one core. A mixture "
+        f"{trainings} trainings, {training_hours(outcomes):.1f} hours of one core. A mixture "
         "returns the mean of the mode that it draws; at a lower temperature a likelier one."
     )

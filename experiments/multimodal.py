@@ -24,6 +24,7 @@ from dprl.experiments.studies import (
     paths_of,
     run_cells,
     shown,
+    training_hours,
     write_table,
 )
 from dprl.policy import DiffusionConfig
@@ -32,8 +33,8 @@ Path2D = np.ndarray[Any, Any]
 LOOK = "default"
 HORIZON, EXECUTED = 16, 8
 STEPS = 8_000
-SLOWER = {"IBC": 4_000}
-"""Gradient steps in place of STEPS."""
+STEPS_OF = {"diffusion, transformer": 12_000, "IBC": 4_000}
+"""Gradient steps in place of STEPS: attention learns later, a step of IBC's takes many times as long."""
 # The diffusion policies sample as in the paper. Few steps of a deterministic solver map some noise between the modes.
 SAMPLING = SolverConfig("ddpm")
 
@@ -61,7 +62,7 @@ def cells(config: StudyConfig) -> list[Cell]:
             PretrainConfig(
                 "",
                 policy=with_sampling(with_chunks(policy, HORIZON, EXECUTED)),
-                steps=SLOWER.get(name, STEPS),
+                steps=STEPS_OF.get(name, STEPS),
                 seed=seed,
             ),
             (Look(LOOK, episodes=config.episodes, keep_paths=True),),
@@ -139,12 +140,11 @@ def draw(paths: dict[str, list[Path2D]], file: Path) -> None:
 
 
 def _notes(config: StudyConfig, outcomes: list[Outcome]) -> list[str]:
-    minutes = sum(o.train_s for o in outcomes) / 60
     return [
         f"`{avoid.STATE_ID}`, 100 scripted demonstrations with action noise 0.1, half of them on either side; "
-        f"{STEPS * config.scale:,.0f} gradient steps (IBC: half) of 256 chunks of {HORIZON} actions, {EXECUTED} "
-        "of them executed (the LSTM: one); diffusion samples with ddpm, 50 steps, the flow with 10. "
+        f"{STEPS * config.scale:,.0f} gradient steps (transformer: half as many again; IBC: half) of 256 "
+        f"chunks of {HORIZON} actions, {EXECUTED} of them executed (the LSTM: one); diffusion samples with ddpm, 50 steps, the flow with 10. "
         f"Seeds {', '.join(map(str, config.seeds))}; {config.episodes} held-out episodes each, the policy as it is "
         "after the last step. Blue in the figure: reached the line; red: did not. Shares are of the episodes that "
-        f"came past the disc. {minutes:.0f} minutes of training on one core each.",
+        f"came past the disc. {training_hours(outcomes):.1f} hours of training on one core.",
     ]

@@ -353,6 +353,11 @@ def provenance(name: str, config: StudyConfig) -> str:
     )
 
 
+def training_hours(outcomes: Sequence[Outcome]) -> float:
+    """Hours of all trainings together, each counted once however often it was looked at."""
+    return sum({o.cell: o.train_s for o in outcomes}.values()) / 3600
+
+
 def shown(mean: float, low: float, high: float) -> str:
     """``0.87 (0.80 to 0.92)``."""
     return f"{mean:.2f} ({low:.2f} to {high:.2f})"
