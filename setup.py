@@ -43,7 +43,7 @@ setup(
     packages=packages,
     package_dir={"dprl": "dprl", **{f"dprl.{folder}": folder for folder in FOLDERS}},
     package_data={"dprl": ["py.typed"]},
-    install_requires=["torch>=2.4", "numpy>=1.26", "safetensors>=0.4", "tyro>=0.9", "rich>=13"],
+    install_requires=["torch>=2.4", "numpy>=1.26", "safetensors>=0.4", "tyro>=0.9", "rich>=13", "filelock>=3.16"],
     extras_require=extras,
     entry_points={"console_scripts": ["dprl=dprl.cli:main"]},
 )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -19,12 +20,12 @@ from dprl.agents import BC, DPPO
 from dprl.config import to_json
 from dprl.diffusion.solvers import SolverName
 from dprl.doctor import examine
-from dprl.errors import DprlError
+from dprl.errors import DprlError, check
 from dprl.experiments import demo as demo_module
 from dprl.experiments import runs
 from dprl.experiments.catalogue import CATALOGUE, STUDIES, find
 from dprl.experiments.studies import StudyConfig
-from dprl.policy import DiffusionConfig, InferenceConfig, Policy, find_policy
+from dprl.policy import DiffusionConfig, InferenceConfig, Policy, RecedingHorizon, find_policy
 from dprl.rollout import evaluate as evaluate_policy
 from dprl.rollout.evaluation import require_fit
 from dprl.spec import EnvOptions, load, resolve
@@ -39,7 +40,7 @@ Quiet = Annotated[bool, tyro.conf.arg(help="Show no progress bar.")]
 
 @app.command
 def demo(
-    experiment: tyro.conf.Positional[str] = "push",
+    experiment: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="NAME")]] = "push",
     *,
     denoiser: Literal["mlp", "unet", "transformer"] = "mlp",
     solver: SolverName = "ddpm",
@@ -158,7 +159,7 @@ def finetune(config: Annotated[runs.FinetuneConfig, Flat], *, out: Out, quiet: Q
 
 
 @app.command
-def resume(run: tyro.conf.Positional[Path], *, quiet: Quiet = False) -> None:
+def resume(run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]], *, quiet: Quiet = False) -> None:
     """Continue an interrupted run from its newest checkpoint, as if it had never stopped.
 
     Args:
@@ -171,7 +172,7 @@ def resume(run: tyro.conf.Positional[Path], *, quiet: Quiet = False) -> None:
 
 @app.command
 def evaluate(
-    policy: tyro.conf.Positional[Path],
+    policy: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="POLICY")]],
     *,
     env: str,
     episodes: int = 100,
@@ -201,12 +202,16 @@ def evaluate(
     spec = resolve(env, options)
     loaded = Policy.from_pretrained(policy, device=device)
     require_fit(loaded, spec)
-    loaded.check_inference(inference)
+    control = RecedingHorizon(loaded, inference)
     if n_action_steps is not None:
+        ensembles = inference.temporal_ensembling is not None
+        check(
+            not ensembles, "n_action_steps", n_action_steps, "temporal_ensembling decides at every step; leave it out"
+        )
         loaded.set_n_action_steps(n_action_steps)
     with ProgressBar("evaluate", episodes, shown=not quiet and not json_) as bar:
         result = evaluate_policy(loaded, spec, episodes, seed, inference=inference, on_progress=bar.advance)
-    how = {"policy": str(policy), "n_action_steps": loaded.n_action_steps, "inference": to_json(inference)}
+    how = {"policy": str(policy), "n_action_steps": control.n_action_steps, "inference": to_json(inference)}
     if json_:
         print(json.dumps({**how, **result.to_json()}))
         return
@@ -245,7 +250,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"dprl: error: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory_error(error):
+            raise
+        remedy = "a smaller network, batch or number of environments needs less"
+        print(f"dprl: error: {str(error).splitlines()[0]}: {remedy}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("dprl: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
+
+
+def _is_memory_error(error: Exception) -> bool:
+    """Whether memory ran out; torch says so of the CPU's in words only."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)

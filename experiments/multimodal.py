@@ -143,7 +143,8 @@ def _notes(config: StudyConfig, outcomes: list[Outcome]) -> list[str]:
     return [
         f"`{avoid.STATE_ID}`, 100 scripted demonstrations with action noise 0.1, half of them on either side; "
         f"{STEPS * config.scale:,.0f} gradient steps (transformer: half as many again; IBC: half) of 256 "
-        f"chunks of {HORIZON} actions, {EXECUTED} of them executed (the LSTM: one); diffusion samples with ddpm, 50 steps, the flow with 10. "
+        f"chunks of {HORIZON} actions, {EXECUTED} of them executed (the LSTM: one); diffusion samples "
+        "with ddpm, 50 steps, the flow with 10. "
         f"Seeds {', '.join(map(str, config.seeds))}; {config.episodes} held-out episodes each, the policy as it is "
         "after the last step. Blue in the figure: reached the line; red: did not. Shares are of the episodes that "
         f"came past the disc. {training_hours(outcomes):.1f} hours of training on one core.",

@@ -59,7 +59,7 @@ FLOW = DiffusionConfig(
 class CollectConfig:
     """Play episodes with an expert and write them as a Minari data set."""
 
-    env: tyro.conf.Positional[str]
+    env: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="ENV")]]
     """Environment, see `dprl list envs`."""
     expert: str = "scripted"
     """Who plays, see `dprl list experts`."""
@@ -103,7 +103,7 @@ PolicyChoice = (
 class PretrainConfig:
     """Behaviour cloning on a data set, of a diffusion policy or another."""
 
-    data: tyro.conf.Positional[str]
+    data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
     """Folder of the data set."""
     policy: PolicyChoice = field(default_factory=lambda: DiffusionConfig(num_train_timesteps=10))
     """Which policy: diffusion with an `mlp` (default), `unet` or `transformer`, a rectified `flow`, or another kind:
@@ -138,7 +138,7 @@ class PretrainConfig:
 class FinetuneConfig:
     """DPPO: improve a pretrained policy with reward."""
 
-    policy: tyro.conf.Positional[str]
+    policy: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="POLICY")]]
     """Folder of the policy, or of the run that trained it."""
     env: str
     """Environment, see `dprl list envs`."""

@@ -32,7 +32,7 @@ import torch
 import dprl
 from dprl import checkpoint
 from dprl.config import to_json
-from dprl.errors import check
+from dprl.errors import DprlError, check
 from dprl.experiments import plots, runs
 from dprl.experiments.runs import CollectConfig, PretrainConfig
 from dprl.policy import InferenceConfig, Policy
@@ -123,6 +123,7 @@ def run_cells(cells: Sequence[Cell], config: StudyConfig, *, progress_bar: bool 
 
     Raises:
         ConfigError: the folder holds a result or a training of the same name with other settings.
+        DprlError: some cells failed, say by diverging; the others were run to their end all the same.
         InterruptedRunError: on SIGINT or SIGTERM, with what was trained so far saved.
     """
     cells = [_scaled(cell, config) for cell in cells]
@@ -134,13 +135,18 @@ def run_cells(cells: Sequence[Cell], config: StudyConfig, *, progress_bar: bool 
         folder = _data_folder(config, collect)
         if not folder.exists():
             runs.collect(collect, folder, progress_bar=progress_bar)
+    failures: list[str] = []
     with ProgressBar("cells", len(cells), len(cells) - len(todo), shown=progress_bar) as bar:
         try:
-            for _ in _one_by_one(todo, config) if config.jobs == 1 else _side_by_side(todo, config):
+            for failure in _one_by_one(todo, config) if config.jobs == 1 else _side_by_side(todo, config):
+                failures += [failure] if failure else []
                 bar.advance(1)
         except (InterruptedRunError, KeyboardInterrupt) as error:
             signum = error.signum if isinstance(error, InterruptedRunError) else signal.SIGINT
             raise InterruptedRunError(signum, "the same command goes on from there") from error
+    if failures:
+        others = "every other has its result in" if len(failures) < len(cells) else "see"
+        raise DprlError("\n".join([f"{len(failures)} of {len(cells)} cells failed; {others} {config.out}", *failures]))
     outcomes = []
     for cell in cells:
         data = checkpoint.read_json(_result_file(config, cell))
@@ -206,18 +212,17 @@ def _differences(stored: Any, ours: Any, where: str = "") -> list[str]:
     return [] if stored == ours else [f"{where} = {stored}, not {ours}"]
 
 
-def _one_by_one(cells: Sequence[Cell], config: StudyConfig) -> Iterator[None]:
+def _one_by_one(cells: Sequence[Cell], config: StudyConfig) -> Iterator[str | None]:
     for cell in cells:
-        _run_cell(cell, config)
-        yield
+        yield _run_cell(cell, config)
 
 
-def _side_by_side(cells: Sequence[Cell], config: StudyConfig) -> Iterator[None]:
+def _side_by_side(cells: Sequence[Cell], config: StudyConfig) -> Iterator[str | None]:
     """Run cells in processes of their own; yield whenever one is done. An interruption ends the processes."""
     context, waiting = multiprocessing.get_context("spawn"), iter(cells)
     with ProcessPoolExecutor(config.jobs, mp_context=context, initializer=_follow_parent) as executor:
         try:
-            running: set[Future[None]] = set()
+            running: set[Future[str | None]] = set()
             while True:  # hand out no more than run: the executor could not take a cell back
                 for cell in islice(waiting, config.jobs - len(running)):
                     running.add(executor.submit(_run_cell, cell, config))
@@ -225,8 +230,7 @@ def _side_by_side(cells: Sequence[Cell], config: StudyConfig) -> Iterator[None]:
                     return
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
-                    future.result()
-                    yield
+                    yield future.result()
         except BaseException:
             for child in multiprocessing.active_children():
                 child.terminate()  # a training then saves its iteration
@@ -247,9 +251,16 @@ def _follow_parent() -> None:
     threading.Thread(target=end, daemon=True).start()
 
 
-def _run_cell(cell: Cell, config: StudyConfig) -> None:
-    with one_thread():
-        _train_and_look(cell, config)
+def _run_cell(cell: Cell, config: StudyConfig) -> str | None:
+    """Run a cell; return what went wrong, if anything did."""
+    try:
+        with one_thread():
+            _train_and_look(cell, config)
+    except InterruptedRunError:
+        raise
+    except DprlError as error:
+        return f"{cell.name}: {error}"
+    return None
 
 
 def _train_and_look(cell: Cell, config: StudyConfig) -> None:

@@ -133,6 +133,18 @@ ERRORS = {
     "warm start and ensembling": (f"{EVALUATE} --warm-start-steps 1 --temporal-ensembling 0", "warm_start_steps = 1"),
     "warm start of too many steps": (f"{EVALUATE} --warm-start-steps 5", "warm_start_steps = 5", "which are 4"),
     "negative temperature": (f"{EVALUATE} --temperature -1", "temperature = -1.0"),
+    "temperature of a solver that draws nothing": (
+        f"{EVALUATE} --solver ddim --temperature 0.5",
+        "temperature = 0.5",
+        "draws no noise",
+        "ddpm",
+    ),
+    "executed actions and ensembling": (
+        f"{EVALUATE} --n-action-steps 2 --temporal-ensembling 0",
+        "n_action_steps = 2",
+        "decides at every step",
+    ),
+    "a network beyond all memory": (f"{PRETRAIN} mse --policy.hidden-size 40000000", "allocate", "smaller network"),
     "not a diffusion policy to tune": (f"finetune gmm --env {PENDULUM} --out new", "gmm policy", "diffusion"),
     "dpmsolver to tune": (
         f"{FINETUNE} --dppo.solver.solver dpmsolver++",

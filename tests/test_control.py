@@ -335,6 +335,17 @@ def test_what_only_diffusion_policies_have_is_refused_elsewhere(kind: str, infer
         policy.predict(np.zeros((1, D)), inference=inference)
 
 
+def test_a_temperature_that_would_change_nothing_is_refused() -> None:
+    hot, policy = InferenceConfig(temperature=0.5), make_policy()
+    with pytest.raises(ConfigError, match=r"temperature = 0.5: an mse policy draws nothing"):
+        Policy.kinds["mse"](Features(D, A)).check_inference(hot)
+    with pytest.raises(ConfigError, match=r"temperature = 0.5: the solver draws no noise after the initial one"):
+        policy.check_inference(replace(hot, solver="ddim"))
+    for fits in (replace(hot, solver="ddim", eta=0.5), replace(hot, solver="ddpm"), replace(hot, solver="ddpm",
+                 num_inference_steps=1), InferenceConfig("ddim")):  # fmt: skip
+        policy.check_inference(fits)
+
+
 @pytest.mark.parametrize("kind", Policy.kinds)
 def test_every_policy_can_be_ensembled(kind: str) -> None:
     policy = Policy.kinds[kind](Features(D, A))

@@ -177,8 +177,12 @@ class DiffusionPolicy(Policy):
 
     def check_inference(self, inference: InferenceConfig) -> None:
         """See `Policy.check_inference`."""
-        n, steps = inference.warm_start_steps, len(self._steps(inference))
-        check(n is None or n <= steps, "warm_start_steps", n, f"must be at most the solver's steps, which are {steps}")
+        n, steps = inference.warm_start_steps, self._steps(inference)
+        fits = n is None or n <= len(steps)
+        check(fits, "warm_start_steps", n, f"must be at most the solver's steps, which are {len(steps)}")
+        draws = inference.temperature == 1 or len(steps) == 1 or n_draws(steps) > 1
+        check(draws, "temperature", inference.temperature, "the solver draws no noise after the initial one, which a "
+              "temperature leaves as it is; choose ddpm, sde-dpmsolver++, or ddim with an eta above 0")  # fmt: skip
 
     @torch.no_grad()
     def draw(

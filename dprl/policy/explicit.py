@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from dprl.config import validate
+from dprl.errors import check
 from dprl.networks.mlp import Activation, ResidualMLP
 from dprl.observations import TensorObservation
 from dprl.policy.base import Policy, PolicyConfig, masked_mean
+from dprl.policy.control import InferenceConfig
 
 LOG_SQRT_2PI = math.log(math.sqrt(2 * math.pi))
 MAX_STD = 2.0
@@ -154,6 +156,11 @@ class MSEPolicy(ExplicitMLP):
     ) -> Tensor:
         """Return the one chunk there is, see `Policy.sample`."""
         return self.action_normalizer.unnormalize(self._chunk(self._outputs(self.checked(obs))))
+
+    def check_inference(self, inference: InferenceConfig) -> None:
+        """See `Policy.check_inference`."""
+        super().check_inference(inference)
+        check(inference.temperature == 1, "temperature", inference.temperature, "an mse policy draws nothing")
 
 
 class _Mixture(Explicit):

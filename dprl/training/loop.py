@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -93,23 +93,24 @@ def train(
 
     Raises:
         InterruptedRunError: on SIGINT or SIGTERM, after the current iteration was finished and, in a run, saved.
+        RunExistsError: another process trains the same run.
     """
-    progress = _Progress()
-    if run is not None and resume:
-        assert run.last is not None
-        about = load_agent_state(agent, run.last)
-        progress = _Progress(about["iteration"], about["best_score"], seconds_before=about["elapsed_s"])
-    kept = progress.iteration if resume else -1
-    log = MetricsLog(run.path, keep_iterations=kept, wandb_project=wandb_project) if run else None
-    bar = ProgressBar(agent.name, config.total_timesteps, agent.timesteps, shown=progress_bar)
-    with bar, _interruptible() as interrupted:
+    with run.locked() if run is not None else nullcontext(), _interruptible() as interrupted:
+        progress = _Progress()
+        if run is not None and resume:
+            assert run.last is not None
+            about = load_agent_state(agent, run.last)
+            progress = _Progress(about["iteration"], about["best_score"], seconds_before=about["elapsed_s"])
+        kept = progress.iteration if resume else -1
+        log = MetricsLog(run.path, keep_iterations=kept, wandb_project=wandb_project) if run else None
         try:
-            if not resume:
-                _finish_iteration(agent, config, progress, {}, run, evaluate, log, bar)
-            while agent.timesteps < config.total_timesteps and not interrupted:
-                progress.iteration += 1
-                metrics = _iterate(agent)
-                _finish_iteration(agent, config, progress, metrics, run, evaluate, log, bar)
+            with ProgressBar(agent.name, config.total_timesteps, agent.timesteps, shown=progress_bar) as bar:
+                if not resume:
+                    _finish_iteration(agent, config, progress, {}, run, evaluate, log, bar)
+                while agent.timesteps < config.total_timesteps and not interrupted:
+                    progress.iteration += 1
+                    metrics = _iterate(agent)
+                    _finish_iteration(agent, config, progress, metrics, run, evaluate, log, bar)
             if run is not None and (run.last is None or run.progress()["iteration"] != progress.iteration):
                 run.save(agent, progress.iteration, best=progress.best, is_best=False, elapsed_s=progress.elapsed_s)
         finally:

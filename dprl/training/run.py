@@ -5,20 +5,27 @@ metrics.jsonl             one row per iteration
 checkpoints/iteration-N/  policy and training state; `last` and `best` are links to two of them
 tensorboard/              the same for TensorBoard, where it is installed
 plots/training.png        drawn when the run is complete
+.lock                     held by the process that trains it
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from dprl import checkpoint
 from dprl.errors import CheckpointError, ConfigError, RunExistsError
 from dprl.training.agent import AGENT_FILE, Agent, write_agent
 
 RUN_FILE = "run.json"
+LOCK_PATIENCE_S = 6.0
+"""Worker processes of a trainer that was killed hold its lock until they notice."""
 
 
 class RunFolder:
@@ -66,6 +73,25 @@ class RunFolder:
         run = cls(path)
         run._mend_links()
         return run, about["kind"], about["config"]
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training this run.
+
+        Raises:
+            RunExistsError: one of them is at it.
+        """
+        lock = FileLock(self.path / ".lock", timeout=LOCK_PATIENCE_S)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunExistsError(
+                f"'{self.path}' is being trained by another process: wait for it, or choose another folder"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     @property
     def last(self) -> Path | None:

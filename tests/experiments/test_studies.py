@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from dprl.agents import BCConfig
-from dprl.errors import ConfigError, MissingDependencyError, RunExistsError
+from dprl.errors import ConfigError, DprlError, MissingDependencyError, RunExistsError
 from dprl.experiments import horizons, imitation, multimodal, plots, policies, score_field, solvers, studies, vision
 from dprl.experiments.catalogue import STUDIES
 from dprl.experiments.policies import ALL, COMPETITORS, DIFFUSION, slug, with_chunks
@@ -205,6 +205,16 @@ def test_an_interrupted_study_says_how_to_go_on(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(InterruptedRunError, match="the same command goes on from there") as caught:
         run(CELLS, tmp_path / "study")
     assert caught.value.exit_code == 143
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_cell_that_fails_does_not_end_the_study(jobs: int, tmp_path: Path) -> None:
+    diverging = cell("diverging")
+    bc = replace(diverging.pretrain.bc, learning_rate=1e30)
+    diverging = replace(diverging, pretrain=replace(diverging.pretrain, bc=bc))
+    with pytest.raises(DprlError, match=r"1 of 3 cells failed; every other has its result(.|\n)*diverging: bc/loss"):
+        run([CELLS[0], diverging, CELLS[1]], tmp_path, jobs=jobs)
+    assert sorted(file.name for file in (tmp_path / "cells").glob("*.json")) == ["one.json", "two.json"]
 
 
 def test_scale_multiplies_the_gradient_steps(tmp_path: Path) -> None:

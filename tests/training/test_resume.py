@@ -154,6 +154,27 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(inputs: Path, tmp_
     assert_same_checkpoint(killed / "checkpoints" / "last", whole / "checkpoints" / "last")
 
 
+def test_a_run_that_another_process_trains_is_left_alone(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(command("pretrain", inputs, run)) == 0
+    before = sorted((file, file.stat().st_mtime_ns) for file in run.rglob("*") if file.is_file())
+    monkeypatch.setattr("dprl.training.run.LOCK_PATIENCE_S", 0.1)
+    held = "import sys; from dprl.training import RunFolder; from pathlib import Path\n" \
+           "with RunFolder(Path(sys.argv[1])).locked(): print('held', flush=True); sys.stdin.read()"  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-c", held, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        assert main(["resume", str(run), "--quiet"]) == 2
+        other.communicate()
+    assert "is being trained by another process" in capsys.readouterr().err
+    assert sorted((file, file.stat().st_mtime_ns) for file in run.rglob("*") if file.is_file()) == before
+    assert main(["resume", str(run), "--quiet"]) == 0, "the lock is free again"
+
+
 @pytest.mark.parametrize("content", ["[]", "{}", '{"kind": "x", "config": {}}', "not json"])
 def test_a_damaged_run_is_refused(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.json").write_text(content)
