@@ -15,7 +15,7 @@ from rich.table import Table
 
 from dprl import checkpoint
 from dprl.config import to_json
-from dprl.data import load_dataset
+from dprl.data import Episodes, load_dataset
 from dprl.diffusion import SolverConfig, solver_steps
 from dprl.diffusion.solvers import SolverName, default_solver
 from dprl.envs import rendering
@@ -106,60 +106,87 @@ def run(experiment: Experiment, seed: int, out: Path, *, progress_bar: bool = Tr
         RunExistsError: `out` holds something else, or a demo that is complete.
         InterruptedRunError: on SIGINT or SIGTERM, with what was trained so far saved.
     """
-    console = Console()
+    console, start = Console(), time.perf_counter()
     spec = resolve(experiment.collect.env, experiment.collect.options)
+    _require_own(out, experiment, seed)
+    found = _stages(experiment, spec, seed, out, console, progress_bar=progress_bar)
+    rows = _rows(experiment, found)
+    checkpoint.write_json(out / RESULTS_FILE, {
+        "experiment": experiment.name, "policy": policy_in_words(experiment), "seed": seed,
+        "before": found.before.to_json(), "after": found.after.to_json(), "rows": [vars(row) for row in rows],
+    })  # fmt: skip
+    console.print(_table(experiment, seed, rows))
+
+    console.print("[bold]5/5[/] plot and video")
+    try:
+        plots.learning_curve(found.tuned.path, out / "learning_curve.png", before=found.before, after=found.after)
+        if pictures:
+            _pictures(found.cloned.path, found.tuned.path, spec, seed, out, console)
+    except Exception as error:  # graphics fail in many ways; none of them may spoil a finished run
+        console.print(f"[yellow]not all pictures were drawn: {escape(str(error))}[/]")
+    training = runs.minutes_of(found.cloned) + runs.minutes_of(found.tuned)
+    print(f"{training:.1f} minutes of training, {_minutes_since(start):.1f} from the start of this command.")
+    print(f"Everything is in {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    print(f"Next: dprl evaluate {out / 'finetune'} --env {spec.id} --episodes 100 --seed 1")
+    return rows
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the stages of a demo made."""
+
+    data: Episodes
+    collect_minutes: float
+    cloned: RunFolder
+    before: Evaluation
+    tuned: RunFolder
+    after: Evaluation
+
+
+def _stages(
+    experiment: Experiment, spec: EnvSpec, seed: int, out: Path, console: Console, *, progress_bar: bool
+) -> _Found:
+    """Do, or go on with, all that takes long."""
     collect = replace(experiment.collect, seed=seed)
     pretrain = replace(experiment.pretrain, data=str(out / "data"), seed=seed)
     finetune = replace(experiment.finetune, policy=str(out / "pretrain"), seed=seed)
-    _require_own(out, experiment, seed)
 
-    console.print(f"[bold]1/5[/] {experiment.collect.episodes} demonstrations of {spec.id}, "
-                  f"action noise {experiment.collect.noise}")  # fmt: skip
+    console.print(f"[bold]1/5[/] {collect.episodes} demonstrations of {spec.id}, action noise {collect.noise}")
     start = time.perf_counter()
     if (out / "data").exists():
         data = load_dataset(out / "data")
     else:
         data = runs.collect(collect, out / "data", progress_bar=progress_bar)
-    collected = time.perf_counter()
+    collect_minutes = _minutes_since(start)
 
-    console.print(f"[bold]2/5[/] behaviour cloning, {experiment.pretrain.steps} gradient steps")
+    console.print(f"[bold]2/5[/] behaviour cloning, {pretrain.steps} gradient steps")
     with _goes_on():
         cloned = runs.run_or_resume(pretrain, out / "pretrain", progress_bar=progress_bar)
     before = _evaluate(cloned.path, spec, experiment, seed, "before", progress_bar=progress_bar)
 
-    console.print(f"[bold]3/5[/] DPPO, {experiment.finetune.total_timesteps:,} environment steps")
+    console.print(f"[bold]3/5[/] DPPO, {finetune.total_timesteps:,} environment steps")
     with _goes_on():
         tuned = runs.run_or_resume(finetune, out / "finetune", progress_bar=progress_bar)
 
     console.print(f"[bold]4/5[/] evaluation on {experiment.eval_episodes} held-out episodes")
     after = _evaluate(tuned.path, spec, experiment, seed, "after", progress_bar=progress_bar)
+    return _Found(data, collect_minutes, cloned, before, tuned, after)
+
+
+def _rows(experiment: Experiment, found: _Found) -> list[Row]:
+    """The table's rows, one a stage."""
+    data, cloned, tuned = found.data, found.cloned, found.tuned
     demonstrations = runs.wilson_of(data)
-    steps = runs.last_timesteps(tuned)
-    rows = [
+    return [
         Row("demonstrations", data.success_rate, *demonstrations, data.n_episodes, f"{data.ends[-1]:,} env",
-            (collected - start) / 60),
-        _row("behaviour cloning", before, f"{experiment.pretrain.steps:,} gradient", runs.minutes_of(cloned)),
-        _row("fine-tuned (DPPO)", after, f"{steps:,} env", runs.minutes_of(tuned)),
+            found.collect_minutes),
+        _row("behaviour cloning", found.before, f"{experiment.pretrain.steps:,} gradient", runs.minutes_of(cloned)),
+        _row("fine-tuned (DPPO)", found.after, f"{runs.last_timesteps(tuned):,} env", runs.minutes_of(tuned)),
     ]  # fmt: skip
-    checkpoint.write_json(out / RESULTS_FILE, {
-        "experiment": experiment.name, "policy": policy_in_words(experiment), "seed": seed,
-        "before": before.to_json(), "after": after.to_json(), "rows": [vars(row) for row in rows],
-    })  # fmt: skip
 
-    console.print(_table(experiment, seed, rows))
 
-    console.print("[bold]5/5[/] plot and video")
-    try:
-        plots.learning_curve(tuned.path, out / "learning_curve.png", before=before, after=after)
-        if pictures:
-            _pictures(cloned.path, tuned.path, spec, seed, out, console)
-    except Exception as error:  # graphics fail in many ways; none of them may spoil a finished run
-        console.print(f"[yellow]not all pictures were drawn: {escape(str(error))}[/]")
-    training, all_of_it = runs.minutes_of(cloned) + runs.minutes_of(tuned), (time.perf_counter() - start) / 60
-    print(f"{training:.1f} minutes of training, {all_of_it:.1f} from the start of this command.")
-    print(f"Everything is in {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
-    print(f"Next: dprl evaluate {out / 'finetune'} --env {spec.id} --episodes 100 --seed 1")
-    return rows
+def _minutes_since(start: float) -> float:
+    return (time.perf_counter() - start) / 60
 
 
 def _require_own(out: Path, experiment: Experiment, seed: int) -> None:
