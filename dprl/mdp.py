@@ -21,6 +21,7 @@ from dprl.diffusion import SolverConfig, posterior_steps, solver_steps
 from dprl.errors import check
 from dprl.observations import TensorObservation
 from dprl.policy import DiffusionPolicy
+from dprl.seeding import draw_normal
 
 LOG_SQRT_2PI = math.log(math.sqrt(2 * math.pi))
 
@@ -109,7 +110,7 @@ class DenoisingMDP:
         policy, explore = self.policy, self.exploration
         condition = policy.condition(policy.checked(obs))
         shape = (len(self._grid) + 1, len(condition), policy.config.horizon, policy.features.action_size)
-        draws = torch.randn(shape, generator=generator, device=generator.device).to(policy.device)
+        draws = draw_normal(shape, generator, policy.device)
         draws[1:] = draws[1:].clamp(-explore.noise_clip, explore.noise_clip)
         x, chain = draws[0], []
         known = policy.prepare_steps([step.timestep for step in reversed(self._grid)], condition)

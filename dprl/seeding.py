@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dprl.errors import check
 
@@ -28,6 +29,18 @@ def torch_generator(seed: int, *names: str | int, device: torch.device | str = "
 def numpy_generator(seed: int, *names: str | int) -> np.random.Generator:
     """Return a numpy `Generator` for the stream `names` of the run seeded `seed`."""
     return np.random.default_rng(derive_seed(seed, *names))
+
+
+def draw_normal(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Draw from N(0, 1) where `generator` is, else on `device` with torch's own; return it on `device`."""
+    source = device if generator is None else generator.device
+    return torch.randn(tuple(shape), generator=generator, device=source).to(device)
+
+
+def draw_uniform(shape: Sequence[int], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Draw from [0, 1) where `generator` is, else on `device` with torch's own; return it on `device`."""
+    source = device if generator is None else generator.device
+    return torch.rand(tuple(shape), generator=generator, device=source).to(device)
 
 
 @contextmanager

@@ -71,8 +71,8 @@ class Avoid:
     """N points. An episode depends on its environment's seed and its number alone.
 
     An action (2,) in [-1, 1] moves the point by 0.05 of it. Crossing the line is a success, in ``AvoidPixels-v0`` only
-    within the goal; crossing it elsewhere, touching the disc or leaving the world ends the episode without one. The
-    dense reward is the progress in y.
+    within the goal; crossing it elsewhere, touching the disc or leaving the world ends the episode without one; where
+    it is counts at the end of each step, not between. The dense reward is the progress in y.
     """
 
     def __init__(self, seeds: list[int], *, pixels: bool) -> None:

@@ -113,7 +113,7 @@ class PretrainConfig:
     episodes: int | None = None
     """Use only the first so many episodes. Default: all."""
     memory_map: bool | None = None
-    """Leave images on disk, where `bc.num_workers` read them. Default: if they would fill half of the memory."""
+    """Leave images on disk, where `bc.num_workers` read them. Default: if they would fill a third of the memory."""
     bc: BCConfig = field(default_factory=BCConfig)
     checkpoint_every: int = 10
     """Iterations (of `bc.steps_per_iteration` gradient steps) between checkpoints."""
@@ -287,7 +287,8 @@ def _prepare_pretrain(config: PretrainConfig) -> _Pretraining:
         check(fits, "episodes", config.episodes, f"the data set has {data.n_episodes}")
         data = data.select(np.arange(config.episodes))
     kind = next(kind for kind in Policy.kinds.values() if kind.config_class is type(config.policy))
-    policy = kind.for_dataset(data, config.policy, seed=config.seed).to(config.device)
+    shown, _ = data.split(config.bc.validation_share, config.seed)  # ranges and bins come from these alone
+    policy = kind.for_dataset(shown, config.policy, seed=config.seed).to(config.device)
     policy.check_inference(config.inference)
     agent = BC(policy, config.bc, seed=config.seed)
     agent.set_data(data, config.steps)

@@ -339,28 +339,35 @@ def write_table(
     columns: Sequence[str],
     rows: Sequence[Sequence[str]],
     notes: Sequence[str],
+    *,
+    of_episodes: bool = True,
 ) -> Path:
-    """Write ``name.md`` and ``name.csv``, with `notes` and how they were made; return the former."""
+    """Write ``name.md`` and ``name.csv``, with `notes` and how they were made; return the former.
+
+    `of_episodes` says whether episodes were played, whose number and intervals are then explained.
+    """
     out = config.out
     with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([columns, *rows])
     lines = [f"# {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    lines += ["", *notes, "", provenance(name, config), ""]
+    lines += ["", *notes, "", provenance(name, config, of_episodes=of_episodes), ""]
     file = out / f"{name}.md"
     file.write_text("\n".join(lines), encoding="utf-8")
     return file
 
 
-def provenance(name: str, config: StudyConfig) -> str:
+def provenance(name: str, config: StudyConfig, *, of_episodes: bool = True) -> str:
     """Return which command made a table, on what."""
-    seeds = " ".join(map(str, config.seeds))
-    scale = "" if config.scale == 1 else f" --scale {config.scale:g}"
+    command = f"dprl experiment {name} --seeds {' '.join(map(str, config.seeds))}"
+    command += f" --episodes {config.episodes}" if of_episodes else ""
+    command += "" if config.scale == 1 else f" --scale {config.scale:g}"
+    machine = f"dprl {dprl.__version__}, torch {torch.__version__}, {os.cpu_count()} cores ({platform.machine()})"
+    if not of_episodes:
+        return f"`{command}`, {machine}."
     return (
-        f"`dprl experiment {name} --seeds {seeds} --episodes {config.episodes}{scale}`, dprl {dprl.__version__}, torch "
-        f"{torch.__version__}, {os.cpu_count()} cores ({platform.machine()}), {config.jobs} training(s) at a time on a "
-        "thread each; times were taken beside whatever else ran. Intervals are Wilson's, of the episodes of all seeds "
-        "together."
+        f"`{command}`, {machine}, {config.jobs} training(s) at a time on a thread each; times were taken beside "
+        "whatever else ran. Intervals are Wilson's, of the episodes of all seeds together."
     )
 
 

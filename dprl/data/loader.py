@@ -59,7 +59,7 @@ class ChunkBatches:
         self._rows = ChunkRows(data, chunks)
         self._padded = not chunks.valid.all()
         if num_workers == 0:
-            self._obs = map_parts(self._moved, data.observe(np.arange(len(data.actions))))
+            self._obs = map_parts(self._moved, data.observe(slice(None)))
             self._actions = self._moved(data.actions)
             self._index = [self._moved(a) for a in (chunks.observation_rows, chunks.action_rows, chunks.valid)]
 

@@ -78,8 +78,8 @@ def load_dataset(path: str | Path, *, memory_map: bool | None = None) -> Episode
         path: the folder.
         memory_map: leave images on disk, as `numpy.memmap`: they need not fit in memory. They are decoded once, into
             ``<path>/.images/<SHA-256 of the HDF5 file>/``, as large as the images themselves. Another HDF5 file makes
-            another cache; the old one may be deleted at any time. Default: where the images would fill more than half
-            of this machine's memory.
+            another cache; the old one may be deleted at any time. Default: where the images would fill more than a
+            third of this machine's memory: splitting episodes off holds them twice for a moment.
 
     Raises:
         DatasetError: missing, damaged, empty, of wrong shapes, or with numbers that are not finite; the message names
@@ -116,7 +116,7 @@ def _read(file: Path, env_id: str | None, folder: Path, memory_map: bool | None)
         lengths = [len(e["actions"]) for e in episodes]
         sources = [e["images"] for e in episodes]
         if memory_map is None:
-            memory_map = _size(sources, lengths) > physical_memory() // 2
+            memory_map = _size(sources, lengths) > physical_memory() // 3
         images, final_images = (
             _cached(folder, sources, lengths) if memory_map else _decode(sources, lengths, _in_memory)
         )

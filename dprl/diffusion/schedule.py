@@ -52,6 +52,11 @@ class ScheduleConfig:
         fits = (self.prediction_type == "velocity") == self.is_flow
         allowed = "velocity" if self.is_flow else "epsilon, sample or v_prediction"
         check(fits, "prediction_type", self.prediction_type, f"must be {allowed} with the schedule {self.schedule}")
+        if self.schedule.endswith("linear"):  # the cosine's are safe for any K
+            signal, noise = self.levels()
+            check(float(noise[0]) > 0, "beta_start", self.beta_start, "is lost in float32; must be at least 1e-7")
+            check(float(signal[-1]) > 0, "beta_end", self.beta_end, f"leaves no float32 number of the signal after "
+                  f"{self.num_train_timesteps} timesteps; lower it")  # fmt: skip
 
     @property
     def is_flow(self) -> bool:

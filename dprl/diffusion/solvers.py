@@ -24,6 +24,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -148,15 +149,18 @@ def _grid(solver: str, spacing: Spacing | None, n: int, k: int) -> list[int]:
     multistep = solver.endswith("dpmsolver++")
     if spacing is None:
         spacing = "linspace" if multistep else "trailing" if solver == "euler" else "leading"
+    # The dpmsolvers' n intervals end beyond timestep 0, which they do not visit. numpy's own numbers, because rounding
+    # decides by their last digits.
     if spacing == "leading":
-        grid = [i * (k // n) for i in reversed(range(n))]
+        stride = k // (n + multistep)
+        fits = stride > 0
+        check(fits, "num_inference_steps", n, f"must be below {k} for the dpmsolvers with the spacing leading")
+        grid = np.arange(float(multistep), n + multistep) * stride
     elif spacing == "trailing":
-        grid = [round(k - i * k / n) - 1 for i in range(n)]
-    elif multistep:  # n intervals, of which the last ends beyond timestep 0
-        grid = [round((k - 1) * (n - i) / n) for i in range(n)]
+        grid = np.arange(k, 0, -k / n).round()[:n] - 1
     else:
-        grid = [round((k - 1) * (n - 1 - i) / max(n - 1, 1)) for i in range(n)]
-    return sorted(set(grid), reverse=True)  # rounding may visit one twice where n is close to k
+        grid = np.linspace(0, k - 1, n + multistep).round()[int(multistep) :]
+    return sorted({int(t) for t in grid}, reverse=True)  # rounding may visit one twice where n is close to k
 
 
 def posterior_steps(schedule: ScheduleConfig) -> tuple[Step, ...]:

@@ -68,6 +68,7 @@ class DenoisingMLP(Denoiser):
     def __init__(self, horizon: int, action_size: int, n_obs_steps: int, feature_size: int, config: MLPConfig) -> None:
         super().__init__()
         n_inputs = horizon * action_size + config.time_size + n_obs_steps * feature_size
+        self.n_numbers = horizon * action_size
         self.time = TimestepEmbedding(config.time_size, 2 * config.time_size)
         self.net = ResidualMLP(n_inputs, horizon * action_size, config.hidden_size, config.n_blocks, config.activation)
 
@@ -76,13 +77,13 @@ class DenoisingMLP(Denoiser):
         first = cast("nn.Linear", self.net[0])
         time = self.time(timestep).expand(len(condition), -1)
         known = torch.cat([time, condition.flatten(1)], dim=-1)
-        return linear(known, first.weight[:, -known.shape[1] :], first.bias)
+        return linear(known, first.weight[:, self.n_numbers :], first.bias)
 
     def denoise(self, noisy_actions: Tensor, prepared: Tensor) -> Tensor:
         """See `Denoiser.denoise`."""
         first, *rest = self.net
         flat, weight = noisy_actions.flatten(1), cast("nn.Linear", first).weight
-        x = torch.addmm(prepared, flat, weight[:, : flat.shape[1]].t())
+        x = torch.addmm(prepared, flat, weight[:, : self.n_numbers].t())
         for layer in rest:
             x = layer(x)
         return x.view_as(noisy_actions)

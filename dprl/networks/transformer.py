@@ -33,8 +33,9 @@ class TransformerConfig:
     causal: bool = True
     """Whether an action sees no later action than itself."""
     masks_observations: bool = False
-    """Whether action t sees only observations 0 to t, as in Diffusion Policy's code, whose chunks begin at the first
-    observation. Chunks here begin at the latest one, so every action may see all of them."""
+    """Whether action t attends only to observations 0 to t, as in Diffusion Policy's code, whose chunks begin at the
+    first observation. Chunks here begin at the latest one, so every action may see all of them. Without `causal` it
+    sees later ones through the other actions all the same."""
 
     def __post_init__(self) -> None:
         validate(self, at_least={"n_layers": 1, "n_heads": 1, "n_condition_layers": 0})

@@ -189,16 +189,28 @@ class Policy(nn.Module, ABC):
         seen = seen.view(batch, steps, self.encoder.feature_size)
         return seen if state is None else torch.cat([state, seen], dim=-1)
 
-    def normalized(self, actions: Tensor) -> Tensor:
+    def targets(self, obs: TensorObservation, actions: Tensor, valid: Tensor | None) -> Tensor:
         """Normalise the chunks that a loss is of: (B, H, A) -> (B, H, A).
 
+        What fills a chunk up cannot matter: an action that is not valid repeats the last one before it that is, and is
+        zero where there is none.
+
         Raises:
-            ConfigError: another shape, which would broadcast.
+            ConfigError: shapes that do not fit, which might broadcast.
         """
-        expected = (self.config.horizon, self.features.action_size)
-        fits = actions.ndim == 3 and tuple(actions.shape[1:]) == expected
-        check(fits, "actions", tuple(actions.shape), f"must have the shape (B, {expected[0]}, {expected[1]})")
-        return self.action_normalizer.normalize(actions)
+        n, horizon, size = batch_size(obs), self.config.horizon, self.features.action_size
+        parts = dict(obs) if isinstance(obs, Mapping) else {STATE: obs}
+        for name, shape in self.part_shapes().items():
+            self._check_part(name, parts[name], shape)
+        for name, tensor, expected in (("actions", actions, (n, horizon, size)), ("valid", valid, (n, horizon))):
+            fits = tensor is None or tuple(tensor.shape) == expected
+            check(fits, name, tuple(() if tensor is None else tensor.shape), f"must have the shape {expected}")
+        if valid is None:
+            return self.action_normalizer.normalize(actions)
+        steps = torch.arange(horizon, device=actions.device)
+        last = torch.where(valid.bool(), steps, -1).cummax(1).values[..., None].expand_as(actions)
+        clean = self.action_normalizer.normalize(actions.gather(1, last.clamp(min=0)))
+        return torch.where(last >= 0, clean, 0.0)
 
     def check_inference(self, inference: InferenceConfig) -> None:
         """Raise ConfigError where a setting is not one that this kind of policy has."""
@@ -332,15 +344,19 @@ class Policy(nn.Module, ABC):
         moved: dict[str, Tensor] = {}
         for name, shape in shapes.items():
             part = torch.as_tensor(parts[name])
-            expected = (self.config.n_obs_steps, *shape)
-            fits = part.ndim == 1 + len(expected) and tuple(part.shape[1:]) == expected
-            label = "obs" if name == STATE else name
-            check(fits, label, tuple(part.shape), f"must have the shape (batch, {', '.join(map(str, expected))})")
-            check(name == STATE or part.dtype == torch.uint8, label, str(part.dtype), "images must be uint8")
+            self._check_part(name, part, shape)
             moved[name] = part.to(self.device, torch.float32 if name == STATE else None)
         sizes = {name: len(part) for name, part in moved.items()}
         check(len(set(sizes.values())) == 1, "obs", sizes, "all parts must have the same batch size")
         return moved if isinstance(obs, Mapping) else moved[STATE]
+
+    def _check_part(self, name: str, part: Tensor, shape: tuple[int, ...]) -> None:
+        """Raise ConfigError unless a part of a batch of observations is (B, O, *shape), and of the right type."""
+        expected = (self.config.n_obs_steps, *shape)
+        fits = part.ndim == 1 + len(expected) and tuple(part.shape[1:]) == expected
+        label = "obs" if name == STATE else name
+        check(fits, label, tuple(part.shape), f"must have the shape (batch, {', '.join(map(str, expected))})")
+        check(name == STATE or part.dtype == torch.uint8, label, str(part.dtype), "images must be uint8")
 
     def _require_parts(self, parts: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
         missing = [name for name in shapes if name not in parts]

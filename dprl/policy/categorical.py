@@ -76,7 +76,7 @@ class CategoricalPolicy(ExplicitMLP):
     ) -> Tensor:
         """Return the cross-entropy of the bins that hold the actions, see `Policy.loss`."""
         n = self.config.n_bins
-        bins = ((self.normalized(actions) + 1) / 2 * n).long().clamp(0, n - 1)
+        bins = ((self.targets(obs, actions, valid) + 1) / 2 * n).long().clamp(0, n - 1)
         logits = self._logits(obs, generator)
         entropy = nn.functional.cross_entropy(logits.flatten(0, 2), bins.flatten(), reduction="none")
         return masked_mean(entropy.view(bins.shape), valid)
@@ -124,7 +124,7 @@ class BeTPolicy(ExplicitMLP):
         self, obs: TensorObservation, actions: Tensor, *, valid: Tensor | None = None, generator: torch.Generator
     ) -> Tensor:
         """Return focal loss of the nearest centre plus scaled squared error of its offset, see `Policy.loss`."""
-        target = self.normalized(actions)
+        target = self.targets(obs, actions, valid)
         if valid is None:
             valid = torch.ones(target.shape[:2], device=target.device)
         mask = valid[..., None].expand_as(target).flatten(1).to(target)

@@ -9,6 +9,7 @@ Shapes: N environments, H actions of a plan, E of them executed, A action size.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,11 @@ class InferenceConfig(SolverConfig):
         validate(self, at_least={"temperature": 0, "temporal_ensembling": 0, "warm_start_steps": 1})
         both = self.temporal_ensembling is not None and self.warm_start_steps is not None
         check(not both, "warm_start_steps", self.warm_start_steps, "cannot be combined with temporal_ensembling")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ConfigError unless it is a number of at least 0."""
+    check(0 <= temperature < math.inf, "temperature", temperature, "must be a finite number of at least 0")
 
 
 @dataclass(frozen=True)

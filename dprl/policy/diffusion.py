@@ -23,8 +23,8 @@ from dprl.errors import CheckpointError, check, did_you_mean
 from dprl.networks import DENOISERS, Denoiser, DenoiserConfig, MLPConfig, build_denoiser
 from dprl.observations import TensorObservation, batch_size
 from dprl.policy.base import Policy, PolicyConfig, masked_mean
-from dprl.policy.control import InferenceConfig
-from dprl.seeding import torch_generator
+from dprl.policy.control import InferenceConfig, check_temperature
+from dprl.seeding import draw_normal, torch_generator
 
 if TYPE_CHECKING:
     from dprl.data import Episodes
@@ -126,8 +126,8 @@ class DiffusionPolicy(Policy):
         timesteps = torch.randint(
             self.config.num_train_timesteps, (len(actions),), device=actions.device, generator=generator
         )
-        noise = torch.randn(actions.shape, device=actions.device, generator=generator)
-        clean = self.normalized(actions)
+        noise = draw_normal(actions.shape, generator, actions.device)
+        clean = self.targets(obs, actions, valid)
         condition = self.condition(obs, generator if self.training else None)
         return denoising_loss(self.base, self.schedule, clean, condition, timesteps, noise, valid)
 
@@ -149,7 +149,8 @@ class DiffusionPolicy(Policy):
         Args:
             obs: (B, O, D), or named parts; not normalised, images uint8.
             generator: draws the noise where `noise` is not given. Default: torch's own.
-            temperature: scales the noise of every step but the initial one.
+            temperature: scales the noise of every step but the initial one, so of ddpm, sde-dpmsolver++, and ddim
+                with an eta.
             solver: see `SolverConfig`; without any of these four the policy's own way, `config.sampling`.
             num_inference_steps: see `SolverConfig`.
             eta: see `SolverConfig`.
@@ -161,13 +162,18 @@ class DiffusionPolicy(Policy):
             Actions (B, H, A) in the environment's units.
 
         Raises:
-            ConfigError: unknown solver, or a shape that does not fit.
+            ConfigError: unknown solver, a temperature below 0, or a shape that does not fit.
         """
+        check_temperature(temperature)
         obs = self.checked(obs)
         own = self.config.sampling.solver if eta else None  # a policy's own solver may be the one that has an eta
         steps = self._steps(_solver_config(solver or own, num_inference_steps, eta, timestep_spacing))
         shape = (n_draws(steps), batch_size(obs), *self._chunk_shape)
-        draws = self._noise(shape, generator) if noise is None else torch.as_tensor(noise).float().to(self.device)
+        draws = (
+            draw_normal(shape, generator, self.device)
+            if noise is None
+            else torch.as_tensor(noise).float().to(self.device)
+        )
         check(draws.shape == shape, "noise", tuple(draws.shape), f"must have the shape {shape}")
         return self._denoise(obs, steps, draws[0], draws[1:], temperature)
 
@@ -201,8 +207,8 @@ class DiffusionPolicy(Policy):
             steps = steps[-inference.warm_start_steps :]
         if deterministic:
             generator = torch_generator(0, "deterministic")
-        draws = self._noise((n_draws(steps), 1 if deterministic else n, *self._chunk_shape), generator)
-        draws = draws.expand(-1, n, -1, -1)
+        shape = (n_draws(steps), 1 if deterministic else n, *self._chunk_shape)
+        draws = draw_normal(shape, generator, self.device).expand(-1, n, -1, -1)
         x = draws[0]
         if plan is not None:
             level = self.schedule.timesteps[steps[0].timestep].expand(n)
@@ -234,10 +240,6 @@ class DiffusionPolicy(Policy):
     def _steps(self, solver: SolverConfig) -> tuple[Step, ...]:
         """The solver's steps; the policy's own way where nothing is asked for."""
         return _resolved(self.schedule.config, self.config.sampling, solver)
-
-    def _noise(self, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
-        source = self.device if generator is None else generator.device
-        return torch.randn(shape, device=source, generator=generator).to(self.device)
 
     @property
     def _chunk_shape(self) -> tuple[int, int]:

@@ -21,7 +21,8 @@ from dprl.errors import check
 from dprl.networks.mlp import Activation, ResidualMLP
 from dprl.observations import TensorObservation
 from dprl.policy.base import Policy, PolicyConfig, masked_mean
-from dprl.policy.control import InferenceConfig
+from dprl.policy.control import InferenceConfig, check_temperature
+from dprl.seeding import draw_normal, draw_uniform
 
 LOG_SQRT_2PI = math.log(math.sqrt(2 * math.pi))
 MAX_STD = 2.0
@@ -147,8 +148,8 @@ class MSEPolicy(ExplicitMLP):
         self, obs: TensorObservation, actions: Tensor, *, valid: Tensor | None = None, generator: torch.Generator
     ) -> Tensor:
         """Return the mean squared error of normalised actions, see `Policy.loss`."""
-        error = self._chunk(self._outputs(obs, generator)) - self.normalized(actions)
-        return masked_mean(error**2, valid)
+        target = self.targets(obs, actions, valid)
+        return masked_mean((self._chunk(self._outputs(obs, generator)) - target) ** 2, valid)
 
     @torch.no_grad()
     def sample(
@@ -194,13 +195,13 @@ class _Mixture(Explicit):
         self, obs: TensorObservation, actions: Tensor, *, valid: Tensor | None = None, generator: torch.Generator
     ) -> Tensor:
         """Return the negative log-likelihood per number of the chunk, see `Policy.loss`."""
+        target = self.targets(obs, actions, valid)[:, None]
         log_weight, mean, std = self._mixture(obs, generator)
-        target = self.normalized(actions)[:, None]
         log_prob = (-0.5 * ((target - mean) / std) ** 2 - std.log() - LOG_SQRT_2PI).sum(-1)
         if valid is None:
             valid = torch.ones(log_prob.shape[0], log_prob.shape[2], device=log_prob.device)
         per_chunk = torch.logsumexp(log_weight + (log_prob * valid[:, None]).sum(-1), dim=-1)
-        return -per_chunk.sum() / (valid.sum() * self.features.action_size)
+        return -per_chunk.sum() / (valid.sum().clamp(min=1) * self.features.action_size)
 
     @torch.no_grad()
     def sample(
@@ -212,8 +213,7 @@ class _Mixture(Explicit):
         rows = torch.arange(len(mode), device=mode.device)
         chunk = mean[rows, mode]
         if not self._low_noise:
-            noise = torch.randn(chunk.shape, generator=generator, device=(generator or chunk).device).to(chunk.device)
-            chunk = chunk + temperature * std[rows, mode] * noise
+            chunk = chunk + temperature * std[rows, mode] * draw_normal(chunk.shape, generator, chunk.device)
         return self.action_normalizer.unnormalize(chunk)
 
 
@@ -254,9 +254,9 @@ class LSTMGMMPolicy(_Mixture):
 
 def draw_category(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
     """Draw from softmax(logits / temperature): (..., n) -> (...). Temperature 0 takes the largest."""
+    check_temperature(temperature)
     if temperature == 0:
         return logits.argmax(-1)
-    source = logits.device if generator is None else generator.device
-    uniform = torch.rand(logits.shape, generator=generator, device=source).to(logits.device)
+    uniform = draw_uniform(logits.shape, generator, logits.device)
     gumbel = -torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
     return (logits / temperature + gumbel).argmax(-1)

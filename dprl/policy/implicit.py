@@ -17,7 +17,7 @@ from dprl.networks.mlp import ResidualMLP
 from dprl.observations import TensorObservation, batch_size
 from dprl.policy.base import Policy
 from dprl.policy.explicit import ExplicitConfig, draw_category
-from dprl.seeding import torch_generator
+from dprl.seeding import draw_normal, draw_uniform, torch_generator
 
 BOX = 1.05
 """Candidates lie within ± this, in normalised units."""
@@ -75,9 +75,9 @@ class IBCPolicy(Policy):
         self, obs: TensorObservation, actions: Tensor, *, valid: Tensor | None = None, generator: torch.Generator
     ) -> Tensor:
         """Return InfoNCE: the cross-entropy of telling the demonstrated chunk from uniform ones, see `Policy.loss`."""
-        shown = self.normalized(actions)[:, None]
+        shown = self.targets(obs, actions, valid)[:, None]
         shape = (len(actions), self.config.n_negatives, *actions.shape[1:])
-        negatives = BOX * (2 * torch.rand(shape, generator=generator, device=actions.device) - 1)
+        negatives = BOX * (2 * draw_uniform(shape, generator, actions.device) - 1)
         chunks = torch.cat([shown, negatives], dim=1)
         if valid is not None:  # what only fills up is the same in all of them
             chunks = chunks * valid[:, None, :, None]
@@ -103,8 +103,7 @@ class IBCPolicy(Policy):
     def _search(self, condition: Tensor, generator: torch.Generator | None, temperature: float) -> Tensor:
         """(B, O, F) -> (B, H, A) in the environment's units."""
         shape = (len(condition), self.config.n_candidates, self.config.horizon, self.features.action_size)
-        source = condition.device if generator is None else generator.device
-        chunks = BOX * (2 * torch.rand(shape, generator=generator, device=source).to(condition.device) - 1)
+        chunks = BOX * (2 * draw_uniform(shape, generator, condition.device) - 1)
         search = self._derivative_free if self.config.inference == "derivative_free" else self._langevin
         chunks = search(condition, chunks, generator)
         picked = draw_category(-self.energy(condition, chunks), temperature, generator)
@@ -120,7 +119,7 @@ class IBCPolicy(Policy):
                 weights = weights.to(generator.device)
             picked = torch.multinomial(weights, chunks.shape[1], replacement=True, generator=generator)
             chunks = chunks[rows, picked.to(chunks.device)]
-            chunks = (chunks + std * _noise_like(chunks, generator)).clamp(-BOX, BOX)
+            chunks = (chunks + std * draw_normal(chunks.shape, generator, chunks.device)).clamp(-BOX, BOX)
             std /= 2
         return chunks
 
@@ -133,12 +132,7 @@ class IBCPolicy(Policy):
             with torch.enable_grad():
                 chunks.requires_grad_(True)
                 (gradient,) = torch.autograd.grad(self.energy(condition, chunks).sum(), chunks)
-            noise = _noise_like(chunks, generator)
+            noise = draw_normal(chunks.shape, generator, chunks.device)
             move = -size * (0.5 * gradient - config.langevin_noise_scale * noise)
             chunks = (chunks.detach() + move.clamp(-config.langevin_clip, config.langevin_clip)).clamp(-BOX, BOX)
         return chunks
-
-
-def _noise_like(values: Tensor, generator: torch.Generator | None) -> Tensor:
-    source = values.device if generator is None else generator.device
-    return torch.randn(values.shape, generator=generator, device=source).to(values.device)

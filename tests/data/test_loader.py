@@ -126,6 +126,15 @@ def test_a_batch_may_be_changed_without_changing_the_data() -> None:
     np.testing.assert_array_equal(data.actions, before.actions)
 
 
+def test_data_in_memory_are_not_held_twice() -> None:
+    data = random_episodes(SEES["state and images"])
+    batches = ChunkBatches(data, data.chunks(2, 3), CPU, num_workers=0)
+    held = {STATE: data.observations, **{IMAGES + name: images for name, images in data.images.items()}}
+    assert {name: part.data_ptr() for name, part in batches._obs.items()} == {
+        name: array.ctypes.data for name, array in held.items()
+    }
+
+
 def test_its_length_is_the_number_of_chunks() -> None:
     data = random_episodes()
     for pad_after, n in ((0, 20), (1, 24), (2, 28), (9, 28)):
@@ -135,7 +144,7 @@ def test_its_length_is_the_number_of_chunks() -> None:
 
 def test_what_does_not_fit_stays_on_disk_and_is_read_by_workers(on_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = sum(images.nbytes for images in load_dataset(on_disk, memory_map=False).images.values())
-    for memory, workers in ((2 * size, 0), (2 * size - 2, 2)):
+    for memory, workers in ((3 * size, 0), (3 * size - 3, 2)):
         monkeypatch.setattr(minari, "physical_memory", lambda memory=memory: memory)
         data = load_dataset(on_disk)
         batches = ChunkBatches(data, data.chunks(2, 3, pad_after=2), CPU)

