@@ -36,7 +36,7 @@ class BCConfig:
     learning_rate: float = 1e-3
     """AdamW's, after the warm-up."""
     final_learning_rate: float = 1e-4
-    """At the end of a cosine decay over the whole run."""
+    """At the end of a cosine decay over the whole run; at most learning_rate."""
     warmup_steps: int = 0
     """Gradient steps over which the learning rate rises from zero."""
     weight_decay: float = 1e-6
@@ -73,6 +73,8 @@ class BCConfig:
             at_least={**dict.fromkeys(counts, 1), **dict.fromkeys(unsigned, 0)},
             above={"learning_rate": 0, "final_learning_rate": 0},
         )
+        rates = (self.final_learning_rate, self.learning_rate)
+        check(rates[0] <= rates[1], "final_learning_rate", rates[0], f"must be at most learning_rate = {rates[1]}")
         check(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "must be at least 0 and below 1")
         share = self.validation_share
         check(0 <= share < 1, "validation_share", share, "must be at least 0 and below 1")

@@ -176,9 +176,11 @@ class DPPO(Agent[Rollout]):
             seed: of exploration, critic and minibatches.
 
         Raises:
-            ConfigError: more tuned than denoising steps.
+            ConfigError: not a diffusion policy, or more tuned than denoising steps.
             EnvError: the policy does not fit the environment.
         """
+        known = isinstance(policy, DiffusionPolicy)
+        check(known, "policy", type(policy).__name__, "must be a DiffusionPolicy: DPPO tunes denoising steps")
         config = config or DPPOConfig()
         self.config = config if tuned_steps is None else replace(config, tuned_steps=tuned_steps)
         self.policy = policy

@@ -39,9 +39,11 @@ def publish(path: Path, write: Callable[[Path], None], *, overwrite: bool = Fals
         overwrite: whether an existing folder may be replaced; the old one is kept until the new one is complete.
 
     Raises:
-        RunExistsError: `path` exists and `overwrite` is not set.
+        RunExistsError: `path` exists and `overwrite` is not set, or it is no folder.
     """
-    occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if path.exists() and not path.is_dir():
+        raise RunExistsError(f"'{path}' already exists and is no folder; choose another name or remove it first")
+    occupied = path.exists() and any(path.iterdir())
     if occupied and not overwrite:
         raise RunExistsError(f"'{path}' already exists; choose another folder or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,7 @@ PACKAGES: tuple[tuple[str, str | None], ...] = (
     ("h5py", "envs"),
     ("matplotlib", "plots"),
     ("pillow", "plots"),
+    ("gym-pusht", "pusht"),
     ("tensorboard", "tensorboard"),
     ("ray", "ray"),
     ("wandb", "wandb"),

@@ -78,4 +78,4 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
         f"{config.episodes} held-out episodes each; {training_hours(outcomes):.1f} hours of training on one core."
     )
     columns = ["horizon", "executed", "success (95 %)"]
-    return write_table(config, "horizons", "Horizons, closed loop to open loop", columns, rows, [setting])
+    return write_table(config, "horizons", "Horizons, closed loop to open loop", columns, rows, [setting], outcomes)

@@ -109,6 +109,7 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
         ["policy", "success (95 %)", "left of those that passed", "right", "passed neither side", "ms per decision"],
         rows,
         _notes(config, outcomes),
+        outcomes,
     )
 
 

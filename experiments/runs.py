@@ -246,7 +246,7 @@ def run_or_resume(config: PretrainConfig | FinetuneConfig, out: Path, *, progres
 
 def minutes_of(run: RunFolder) -> float:
     """Return the minutes that a run has taken, those before it was resumed included."""
-    return float(read_metrics(run.path)[-1]["time/elapsed_s"]) / 60
+    return float(run.progress()["elapsed_s"]) / 60
 
 
 def wilson_of(data: Episodes) -> tuple[float, float]:
@@ -255,8 +255,15 @@ def wilson_of(data: Episodes) -> tuple[float, float]:
 
 
 def last_timesteps(run: RunFolder) -> int:
-    """Return how many timesteps a run has logged."""
-    return int(read_metrics(run.path)[-1]["timesteps"])
+    """Return how many timesteps a run has logged.
+
+    Raises:
+        CheckpointError: it has no log.
+    """
+    rows = read_metrics(run.path)
+    if not rows:
+        raise CheckpointError(f"'{run.path}' has lost its metrics.jsonl")
+    return int(rows[-1]["timesteps"])
 
 
 @dataclass(frozen=True)

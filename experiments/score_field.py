@@ -82,7 +82,6 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
             f"{STEPS * config.scale:,.0f} gradient steps. Errors over points drawn from the noised data: root mean "
             "squared difference over root mean squared score."
         ],
-        of_episodes=False,
     )
 
 

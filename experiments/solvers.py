@@ -82,4 +82,4 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
         f"{', '.join(map(str, config.seeds))}, {config.episodes} held-out episodes each, the same for every solver."
     )
     columns = ["solver", "steps", "success (95 %)", "ms per decision"]
-    return write_table(config, "solvers", "Solvers and steps", columns, rows, [setting])
+    return write_table(config, "solvers", "Solvers and steps", columns, rows, [setting], outcomes)

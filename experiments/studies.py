@@ -3,6 +3,7 @@
 A study is a list of cells. A cell trains one policy and evaluates it in some ways; its result is a JSON file, and a
 cell whose file exists is not run again. So an interrupted study goes on where it was, inside a training too.
 
+    OUT/study.json      says that this is a study's folder
     OUT/data/           demonstrations, one folder for each task and seed
     OUT/runs/CELL/      the training
     OUT/cells/CELL.json its evaluations
@@ -19,8 +20,10 @@ import os
 import platform
 import signal
 import threading
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -32,7 +35,7 @@ import torch
 import dprl
 from dprl import checkpoint
 from dprl.config import to_json
-from dprl.errors import DprlError, check
+from dprl.errors import CheckpointError, DprlError, check
 from dprl.experiments import plots, runs
 from dprl.experiments.runs import CollectConfig, PretrainConfig
 from dprl.policy import InferenceConfig, Policy
@@ -48,7 +51,9 @@ from dprl.training.run import RUN_FILE, RunFolder
 # Evaluations use start states that neither demonstrations nor training of the same seed have.
 HELD_OUT = 2_000_000
 MAX_SCALE = 1_000
-FOLDERS = ("data", "runs", "cells")
+STUDY_FILE = "study.json"
+FORMAT_VERSION = 1
+REMEDY = "Remove it, and the same command makes it again"
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,8 @@ class Outcome:
     train_s: float
     """Seconds of training."""
     parameters: int
+    made_with: str
+    """Versions, machine and trainings at a time."""
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -123,6 +130,7 @@ def run_cells(cells: Sequence[Cell], config: StudyConfig, *, progress_bar: bool 
 
     Raises:
         ConfigError: the folder holds a result or a training of the same name with other settings.
+        CheckpointError: a file of the study is damaged; the message names it.
         DprlError: some cells failed, say by diverging; the others were run to their end all the same.
         InterruptedRunError: on SIGINT or SIGTERM, with what was trained so far saved.
     """
@@ -130,7 +138,7 @@ def run_cells(cells: Sequence[Cell], config: StudyConfig, *, progress_bar: bool 
     require_ready(config)
     for cell in cells:
         _require_same(cell, config)
-    todo = [cell for cell in cells if not _result_file(config, cell).exists()]
+    todo = [cell for cell in cells if not _is_done(cell, config)]
     for collect in dict.fromkeys(cell.collect for cell in todo):
         folder = _data_folder(config, collect)
         if not folder.exists():
@@ -138,7 +146,7 @@ def run_cells(cells: Sequence[Cell], config: StudyConfig, *, progress_bar: bool 
     failures: list[str] = []
     with ProgressBar("cells", len(cells), len(cells) - len(todo), shown=progress_bar) as bar:
         try:
-            for failure in _one_by_one(todo, config) if config.jobs == 1 else _side_by_side(todo, config):
+            for failure in (_one_by_one if config.jobs == 1 else _side_by_side)(todo, config, bar):
                 failures += [failure] if failure else []
                 bar.advance(1)
         except (InterruptedRunError, KeyboardInterrupt) as error:
@@ -147,25 +155,27 @@ def run_cells(cells: Sequence[Cell], config: StudyConfig, *, progress_bar: bool 
     if failures:
         others = "every other has its result in" if len(failures) < len(cells) else "see"
         raise DprlError("\n".join([f"{len(failures)} of {len(cells)} cells failed; {others} {config.out}", *failures]))
-    outcomes = []
-    for cell in cells:
-        data = checkpoint.read_json(_result_file(config, cell))
-        outcomes += [Outcome(**data["looks"][look.name]) for look in cell.looks]
-    return outcomes
+    return [outcome for cell in cells for outcome in _outcomes(cell, config)]
 
 
 def require_ready(config: StudyConfig) -> None:
     """Raise an error unless figures can be drawn and `config.out` is the folder of a study, or can become one."""
     plots.new_figure()
-    out = config.out
-    if not out.is_dir() or not any((out / name).is_dir() for name in FOLDERS) or (out / RUN_FILE).exists():
-        RunFolder.require_free(out)
+    file = config.out / STUDY_FILE
+    if not file.exists():
+        RunFolder.require_free(config.out)
+        config.out.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(file, {"format_version": FORMAT_VERSION})
 
 
 def paths_of(config: StudyConfig, cell: Cell, look: str) -> list[np.ndarray[Any, Any]]:
     """Return the states (T+1, D) of every episode of a look that keeps them."""
-    with np.load(config.out / "cells" / f"{cell.name}.{look}.npz") as data:
-        return [data[name] for name in data.files]
+    file = _paths_file(config, cell, look)
+    try:
+        with np.load(file) as data:
+            return [data[name] for name in data.files]
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"'{file}' is damaged: {error}. {REMEDY}") from error
 
 
 def policy_folder(config: StudyConfig, cell: Cell) -> Path:
@@ -189,12 +199,16 @@ def _settings(cell: Cell) -> Any:
 
 def _require_same(cell: Cell, config: StudyConfig) -> None:
     """Raise ConfigError if what is there for `cell` was made with other settings."""
-    file, run = _result_file(config, cell), policy_folder(config, cell) / RUN_FILE
+    file, run = _result_file(config, cell), policy_folder(config, cell)
     ours = _settings(cell)
     if file.exists():
-        stored = checkpoint.read_json(file).get("settings", {})
-    elif run.exists():
-        trained = checkpoint.read_json(run)["config"]
+        stored = checkpoint.read_json(file)
+        stored = stored.get("settings") if isinstance(stored, dict) else None
+        if not isinstance(stored, dict):
+            raise CheckpointError(f"'{file}' is damaged: it has no settings. {REMEDY}")
+        _outcomes(cell, config)
+    elif (run / RUN_FILE).exists():
+        _, _, trained = RunFolder.open(run)
         stored = ours | {"pretrain": {key: trained.get(key) for key in ours["pretrain"]}}
     else:
         return
@@ -203,8 +217,25 @@ def _require_same(cell: Cell, config: StudyConfig) -> None:
           "folder, or the settings (or the version of dprl) that it was made with")  # fmt: skip
 
 
+def _is_done(cell: Cell, config: StudyConfig) -> bool:
+    kept = [_paths_file(config, cell, look.name) for look in cell.looks if look.keep_paths]
+    return all(file.exists() for file in (_result_file(config, cell), *kept))
+
+
+def _outcomes(cell: Cell, config: StudyConfig) -> list[Outcome]:
+    """What was found of a cell that is done."""
+    file = _result_file(config, cell)
+    data = checkpoint.read_json(file)
+    try:
+        return [Outcome(**data["looks"][look.name]) for look in cell.looks]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"'{file}' is damaged: {error}. {REMEDY}") from error
+
+
 def _differences(stored: Any, ours: Any, where: str = "") -> list[str]:
     """What differs between two settings, leaf by leaf: ``pretrain.steps = 10, not 20``."""
+    if isinstance(stored, list) and isinstance(ours, list):
+        stored, ours = ({str(i): value for i, value in enumerate(values)} for values in (stored, ours))
     if isinstance(stored, dict) and isinstance(ours, dict):
         names = list(dict.fromkeys([*stored, *ours]))
         pairs = [(f"{where}.{name}".strip("."), stored.get(name), ours.get(name)) for name in names]
@@ -212,25 +243,31 @@ def _differences(stored: Any, ours: Any, where: str = "") -> list[str]:
     return [] if stored == ours else [f"{where} = {stored}, not {ours}"]
 
 
-def _one_by_one(cells: Sequence[Cell], config: StudyConfig) -> Iterator[str | None]:
+def _one_by_one(cells: Sequence[Cell], config: StudyConfig, bar: ProgressBar) -> Iterator[str | None]:
     for cell in cells:
+        bar.note(cell.name)
         yield _run_cell(cell, config)
 
 
-def _side_by_side(cells: Sequence[Cell], config: StudyConfig) -> Iterator[str | None]:
+def _side_by_side(cells: Sequence[Cell], config: StudyConfig, bar: ProgressBar) -> Iterator[str | None]:
     """Run cells in processes of their own; yield whenever one is done. An interruption ends the processes."""
     context, waiting = multiprocessing.get_context("spawn"), iter(cells)
     with ProcessPoolExecutor(config.jobs, mp_context=context, initializer=_follow_parent) as executor:
         try:
-            running: set[Future[str | None]] = set()
+            running: dict[Future[str | None], str] = {}
             while True:  # hand out no more than run: the executor could not take a cell back
                 for cell in islice(waiting, config.jobs - len(running)):
-                    running.add(executor.submit(_run_cell, cell, config))
+                    running[executor.submit(_run_cell, cell, config)] = cell.name
                 if not running:
                     return
-                done, running = wait(running, return_when=FIRST_COMPLETED)
+                bar.note(", ".join(running.values()))
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
+                    del running[future]
                     yield future.result()
+        except BrokenProcessPool as error:
+            raise DprlError("a process was killed, perhaps because memory ran out: the same command goes on; with "
+                            "fewer jobs it needs less") from error  # fmt: skip
         except BaseException:
             for child in multiprocessing.active_children():
                 child.terminate()  # a training then saves its iteration
@@ -258,7 +295,7 @@ def _run_cell(cell: Cell, config: StudyConfig) -> str | None:
             _train_and_look(cell, config)
     except InterruptedRunError:
         raise
-    except DprlError as error:
+    except (DprlError, OSError, MemoryError) as error:
         return f"{cell.name}: {error}"
     return None
 
@@ -289,6 +326,7 @@ def _train_and_look(cell: Cell, config: StudyConfig) -> None:
                 result.policy_latency_ms_p50,
                 60 * runs.minutes_of(run),
                 sum(p.numel() for p in policy.parameters()),
+                made_with(config),
             )
         )
     file = _result_file(config, cell)
@@ -308,7 +346,7 @@ def _blindfold(policy: Policy) -> None:
 
 
 def _save_paths(config: StudyConfig, cell: Cell, look: Look, trajectories: list[Trajectory]) -> None:
-    file = config.out / "cells" / f"{cell.name}.{look.name}.npz"
+    file = _paths_file(config, cell, look.name)
     file.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(file, *[t.states() for t in trajectories])
 
@@ -316,6 +354,10 @@ def _save_paths(config: StudyConfig, cell: Cell, look: Look, trajectories: list[
 def _data_folder(config: StudyConfig, collect: CollectConfig) -> Path:
     digest = hashlib.sha256(json.dumps(to_json(collect), sort_keys=True).encode()).hexdigest()[:8]
     return config.out / "data" / f"{collect.env.replace('/', '-')}-seed{collect.seed}-{digest}"
+
+
+def _paths_file(config: StudyConfig, cell: Cell, look: str) -> Path:
+    return config.out / "cells" / f"{cell.name}.{look}.npz"
 
 
 def _result_file(config: StudyConfig, cell: Cell) -> Path:
@@ -339,36 +381,37 @@ def write_table(
     columns: Sequence[str],
     rows: Sequence[Sequence[str]],
     notes: Sequence[str],
-    *,
-    of_episodes: bool = True,
+    outcomes: Sequence[Outcome] = (),
 ) -> Path:
-    """Write ``name.md`` and ``name.csv``, with `notes` and how they were made; return the former.
-
-    `of_episodes` says whether episodes were played, whose number and intervals are then explained.
-    """
+    """Write ``name.md`` and ``name.csv`` with `notes` and how its `outcomes`, if any, were made; return the former."""
     out = config.out
     with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([columns, *rows])
     lines = [f"# {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    lines += ["", *notes, "", provenance(name, config, of_episodes=of_episodes), ""]
+    lines += ["", *notes, "", provenance(name, config, outcomes), ""]
     file = out / f"{name}.md"
     file.write_text("\n".join(lines), encoding="utf-8")
     return file
 
 
-def provenance(name: str, config: StudyConfig, *, of_episodes: bool = True) -> str:
-    """Return which command made a table, on what."""
+def provenance(name: str, config: StudyConfig, outcomes: Sequence[Outcome] = ()) -> str:
+    """Return which command made a table, on what: of outcomes, what each was made with."""
     command = f"dprl experiment {name} --seeds {' '.join(map(str, config.seeds))}"
-    command += f" --episodes {config.episodes}" if of_episodes else ""
+    command += f" --episodes {config.episodes}" if outcomes else ""
     command += "" if config.scale == 1 else f" --scale {config.scale:g}"
-    machine = f"dprl {dprl.__version__}, torch {torch.__version__}, {os.cpu_count()} cores ({platform.machine()})"
-    if not of_episodes:
-        return f"`{command}`, {machine}."
+    if not outcomes:
+        return f"`{command}`, {made_with()}."
     return (
-        f"`{command}`, {machine}, {config.jobs} training(s) at a time on a thread each; times were taken beside "
-        "whatever else ran. Intervals are Wilson's, of the episodes of all seeds together."
+        f"`{command}`, {'; '.join(dict.fromkeys(o.made_with for o in outcomes))}; times were taken beside whatever "
+        "else ran. Intervals are Wilson's, of the episodes of all seeds together."
     )
+
+
+def made_with(config: StudyConfig | None = None) -> str:
+    """Return versions and machine in words, and of a study how many trainings run at a time."""
+    machine = f"dprl {dprl.__version__}, torch {torch.__version__}, {os.cpu_count()} cores ({platform.machine()})"
+    return machine if config is None else f"{machine}, {config.jobs} training(s) at a time on a thread each"
 
 
 def training_hours(outcomes: Sequence[Outcome]) -> float:

@@ -128,4 +128,4 @@ def _run(
     )
     columns = ["encoder", "success (95 %)", "with black images", "million weights", "minutes of training",
                "ms per decision"]  # fmt: skip
-    return write_table(config, study, "Seeing", columns, rows, [setting])
+    return write_table(config, study, "Seeing", columns, rows, [setting], outcomes)

@@ -315,3 +315,11 @@ def test_nothing_in_the_library_unpickles():
     found = {str(file): list(unpickling(file.read_text(encoding="utf-8"))) for file in files}
     assert {file: names for file, names in found.items() if names} == {}
     assert list(unpickling("import torch as t, torch\ntorch.load('x')\nfrom pickle import loads")) != []
+
+
+def test_a_file_is_not_replaced_by_a_folder(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(RunExistsError, match="is no folder"):
+        checkpoint.publish(tmp_path / "notes", lambda folder: None, overwrite=True)
+    assert (tmp_path / "notes").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 1

@@ -103,6 +103,9 @@ class Episodes:
         self._check_numbers("actions", self.actions, 2, len(self.actions))
         self._check_numbers("rewards", self.rewards, 1, len(self.actions))
         self._check_numbers("final_observations", self.final_observations, 2, self.n_episodes)
+        if self.final_observations.shape[1] != self.observations.shape[1]:
+            raise DatasetError(f"final_observations have {self.final_observations.shape[1]} numbers, observations "
+                               f"{self.observations.shape[1]}")  # fmt: skip
         if set(self.images) != set(self.final_images):
             raise DatasetError(f"images are of the cameras {sorted(self.images)}, "
                                f"but final_images of {sorted(self.final_images)}")  # fmt: skip
@@ -111,9 +114,21 @@ class Episodes:
                 if array.dtype != np.uint8 or len(array.shape) != 4 or array.shape[0] != rows:
                     raise DatasetError(f"images of the camera '{camera}' are {array.dtype} {array.shape}; "
                                        f"they must be uint8 ({rows}, height, width, channels)")  # fmt: skip
+        for camera, array in self.images.items():
+            last = self.final_images[camera].shape[1:]
+            if array.shape[1:] != last:
+                raise DatasetError(f"images of the camera '{camera}' have the size {array.shape[1:]}, its final_images "
+                                   f"{last}")  # fmt: skip
 
     def _check_ends(self) -> None:
-        """Raise DatasetError unless every episode has steps and together they have all of them."""
+        """Raise DatasetError unless every episode has steps, together all of them, and one of each number."""
+        kinds = {"ends": np.integer, "terminated": np.bool_, "success": np.bool_, "seeds": np.integer}
+        for name, kind in kinds.items():
+            array = getattr(self, name)
+            if not np.issubdtype(array.dtype, kind) or array.shape != (self.n_episodes,):
+                expected = "whole numbers" if kind is np.integer else "bool"
+                raise DatasetError(f"{name} are {array.dtype} {array.shape}; they must be {expected} "
+                                   f"({self.n_episodes},)")  # fmt: skip
         empty = np.flatnonzero(self.lengths < 1)
         if len(empty):
             i = empty[0]
@@ -199,13 +214,21 @@ class Episodes:
             )
         return chunks
 
-    def select(self, indices: Sequence[int] | IntArray) -> Episodes:
+    def select(self, indices: Sequence[int] | IntArray | BoolArray) -> Episodes:
         """Return the episodes `indices`, in that order. Images on disk stay there.
+
+        Args:
+            indices: which; or a mask (episodes,) bool, as `success` is.
 
         Raises:
             DatasetError: none, or one that is not there.
         """
-        chosen = np.asarray(indices, np.int64)
+        chosen = np.atleast_1d(np.asarray(indices, np.int64 if len(indices) == 0 else None))
+        if chosen.dtype == np.bool_ and chosen.shape == (self.n_episodes,):
+            chosen = np.flatnonzero(chosen)
+        if not np.issubdtype(chosen.dtype, np.integer) or chosen.ndim != 1:
+            raise DatasetError(f"episodes are selected by whole numbers, or by a mask of {self.n_episodes}, not by "
+                               f"{chosen.dtype} {chosen.shape}")  # fmt: skip
         outside = chosen[(chosen < 0) | (chosen >= self.n_episodes)]
         if len(outside):
             raise DatasetError(f"there is no episode {outside[0]}: the data set has {self.n_episodes}, counted from 0")

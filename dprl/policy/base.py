@@ -89,6 +89,8 @@ class Policy(nn.Module, ABC):
     def __init__(self, features: Features, config: Any = None, *, seed: int = 0) -> None:
         super().__init__()
         self.features = features
+        fits = config is None or isinstance(config, self.config_class)
+        check(fits, "config", type(config).__name__, f"must be a {self.config_class.__name__}")
         self.config = self.config_class() if config is None else config
         self.observation_normalizer = MinMaxNormalizer(features.observation_size)
         self.action_normalizer = MinMaxNormalizer(features.action_size)
@@ -312,6 +314,8 @@ class Policy(nn.Module, ABC):
                 value = float(array[row, number])
                 raise ConfigError(f"observation[{row}, {number}] = {value}: observations must be finite")
             tensors[key] = torch.as_tensor(np.ascontiguousarray(array), device=self.device)
+        counts = {key: len(part) for key, part in tensors.items()}
+        check(len(set(counts.values())) == 1, "observation", counts, "all parts must be of as many environments")
         return (tensors if isinstance(observation, Mapping) else tensors[STATE]), single
 
     def part_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -49,6 +49,10 @@ class ProgressBar:
         figures = " ".join(f"{name} {value}" for name, value in self._figures.items())
         self._progress.update(self._task, completed=done, figures=figures)
 
+    def note(self, text: str) -> None:
+        """Show `text`, what is being worked at."""
+        self._progress.update(self._task, figures=text)
+
     def advance(self, n: int) -> None:
         """Add `n` to what is done."""
         self._progress.advance(self._task, n)

@@ -378,6 +378,7 @@ def test_workers_train_as_memory_does_and_resume(on_disk: Path, tmp_path: Path) 
         ({"num_workers": -1}, "num_workers = -1"),
         ({"precision": "float16"}, "precision = 'float16': must be one of float32, bfloat16"),
         ({"weight_decay": -1.0}, "weight_decay = -1.0"),
+        ({"learning_rate": 5e-5}, "final_learning_rate = 0.0001: must be at most learning_rate = 5e-05"),
     ],
     ids=str,
 )

@@ -166,9 +166,40 @@ def test_selected_episodes_are_whole_and_unchanged(lengths, data):
     assert some.env_id == "toy"
 
 
+def test_a_mask_selects_the_episodes_where_it_is_true():
+    episodes = make([2, 5, 1, 4])
+    assert episodes.select(episodes.success).seeds.tolist() == [0, 2]
+    assert episodes.select(~episodes.success).lengths.tolist() == [5, 4]
+    assert episodes.select((~episodes.success).tolist()).seeds.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("success", np.zeros(2, np.bool_), r"success are bool \(2,\); they must be bool \(3,\)"),
+        ("success", np.array([0.5, 0, 1]), "success are float64"),
+        ("terminated", np.zeros(4, np.bool_), "terminated are bool"),
+        ("seeds", np.arange(2), r"seeds are int64 \(2,\); they must be whole numbers \(3,\)"),
+        ("ends", np.array([2.0, 7.0, 8.0]), "ends are float64"),
+        ("final_observations", np.zeros((3, 5), np.float32), "final_observations have 5 numbers, observations 2"),
+    ],
+)
+def test_numbers_of_episodes_that_do_not_add_up_are_refused(field, value, message):
+    with pytest.raises(DatasetError, match=message):
+        replace(make([2, 5, 1]), **{field: value})
+
+
 @pytest.mark.parametrize(
     ("chosen", "message"),
-    [([], "no episodes are selected"), ([0, 3], "no episode 3: the data set has 3"), ([-1], "-1")],
+    [
+        ([], "no episodes are selected"),
+        ([0, 3], "no episode 3: the data set has 3"),
+        ([-1], "-1"),
+        ([1.7], "whole numbers"),
+        ([True, False], "a mask of 3"),
+        ([[0]], "whole numbers"),
+        (np.zeros(3, np.bool_), "no episodes are selected"),
+    ],
 )
 def test_impossible_selections_are_refused(chosen, message):
     with pytest.raises(DatasetError, match=message):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from dprl.agents import BCConfig
-from dprl.errors import ConfigError, DprlError, MissingDependencyError, RunExistsError
+from dprl.errors import CheckpointError, ConfigError, DprlError, MissingDependencyError, RunExistsError
 from dprl.experiments import horizons, imitation, multimodal, plots, policies, score_field, solvers, studies, vision
 from dprl.experiments.catalogue import STUDIES
 from dprl.experiments.policies import ALL, COMPETITORS, DIFFUSION, slug, with_chunks
@@ -73,7 +73,7 @@ def run(cells: list[Cell], out: Path, **changes: object) -> list[Outcome]:
 
 
 def timeless(outcomes: list[Outcome]) -> list[Outcome]:
-    return [replace(o, latency_ms=0.0, train_s=0.0) for o in outcomes]
+    return [replace(o, latency_ms=0.0, train_s=0.0, made_with="") for o in outcomes]
 
 
 def changed_at(out: Path) -> dict[Path, int]:
@@ -291,7 +291,7 @@ def test_a_rate_is_shown_with_its_interval() -> None:
 
 
 def test_outcomes_are_grouped_in_order() -> None:
-    outcomes = [Outcome(name, "x", 0.0, 1, 0.0, 0.0, 0) for name in ("b.1", "a.1", "b.2")]
+    outcomes = [Outcome(name, "x", 0.0, 1, 0.0, 0.0, 0, "") for name in ("b.1", "a.1", "b.2")]
     groups = grouped(outcomes, lambda o: o.cell.split(".")[0])
     assert {key: [o.cell for o in group] for key, group in groups.items()} == {"b": ["b.1", "b.2"], "a": ["a.1"]}
     assert list(groups) == ["b", "a"]
@@ -308,7 +308,10 @@ def test_relative_gain_by_hand() -> None:
         success["peg-insert-side", name] = (0.0, 0, 1)
     success["peg-insert-side", diffusion] = (0.02, 0, 1)
     assert imitation.relative_gain(success, diffusion) == pytest.approx((0.5 - 0.75) / 2)
-    assert math.isnan(imitation.relative_gain(dict.fromkeys(success, (0.0, 0, 1)), diffusion))
+    assert "Without peg-insert-side, where no competitor" in imitation._gains(success)[0]
+    nothing = dict.fromkeys(success, (0.0, 0, 1))
+    assert math.isnan(imitation.relative_gain(nothing, diffusion))
+    assert imitation._gains(nothing)[0] == "No competitor ever succeeded, so there is no relative gain."
 
 
 def test_modes_are_counted_where_the_disc_was_passed() -> None:
@@ -332,12 +335,14 @@ def test_a_table_is_markdown_and_csv(tmp_path: Path) -> None:
         ["policy", "success"],
         rows,
         ["A note.", "Another."],
+        [Outcome("one", "x", 0.0, 1, 0.0, 0.0, 0, made) for made in ("a laptop", "a cluster", "a laptop")],
     )
     assert file == tmp_path / "name.md"
     *lines, made_by = file.read_text().splitlines()
     assert made_by.startswith("`dprl experiment name --seeds 3 5 --episodes 100 --scale 0.5`")
+    assert "`, a laptop; a cluster; times" in made_by, "not the machine that draws"
     assert "Intervals are Wilson's" in made_by
-    bare = studies.provenance("name", StudyConfig(tmp_path, seeds=(3, 5)), of_episodes=False)
+    bare = studies.provenance("name", StudyConfig(tmp_path, seeds=(3, 5)))
     assert bare.startswith("`dprl experiment name --seeds 3 5`")
     assert "Intervals" not in bare
     assert lines == [
@@ -423,7 +428,7 @@ def test_a_study_writes_table_and_figure(module: object, tmp_path: Path, monkeyp
 
     def invented(todo: list[Cell], config: StudyConfig, *, progress_bar: bool = True) -> list[Outcome]:
         assert [c.name for c in todo] == [c.name for c in cells]
-        return [Outcome(c.name, look.name, 0.5, 10, 2.0, 60.0, 1_000_000) for c in todo for look in c.looks]
+        return [Outcome(c.name, look.name, 0.5, 10, 2.0, 60.0, 1_000_000, "a laptop") for c in todo for look in c.looks]
 
     path = np.array([(0.0, -0.8), (-0.5, 0.1), (0.0, 0.9)])
     monkeypatch.setattr(module, "run_cells", invented)
@@ -478,7 +483,7 @@ def test_inference_of_a_look_is_used(tmp_path: Path) -> None:
     assert not np.array_equal(cold[0][1], warm[0][1])
 
 
-@pytest.mark.parametrize("holds", ["a run", "something else", "a file"])
+@pytest.mark.parametrize("holds", ["a run", "something else", "a file", "data", "cells"])
 def test_a_folder_of_something_else_is_refused(holds: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     if holds == "a file":
@@ -486,7 +491,7 @@ def test_a_folder_of_something_else_is_refused(holds: str, tmp_path: Path) -> No
     else:
         out.mkdir()
         (out / ("run.json" if holds == "a run" else "letters.txt")).write_text("{}")
-        (out / "checkpoints").mkdir()
+        (out / (holds if holds in ("data", "cells") else "checkpoints")).mkdir()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(RunExistsError, match="already"):
         run(CELLS, out)
@@ -519,6 +524,72 @@ def test_what_differs_is_named(done: tuple[Path, list[Outcome]], tmp_path: Path)
     changed = replace(CELLS[0], pretrain=replace(CELLS[0].pretrain, steps=20))
     with pytest.raises(ConfigError, match=r"holds 'one' with pretrain.steps = 10, not 20"):
         run([changed], out)
+
+
+def test_what_differs_within_a_list_is_named(done: tuple[Path, list[Outcome]], tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    shutil.copytree(done[0], out, symlinks=True)
+    look = replace(CELLS[1].looks[1], episodes=9)
+    with pytest.raises(ConfigError, match=r"holds 'two' with looks.1.episodes = 2, not 9\. Choose"):
+        run([replace(CELLS[1], looks=(CELLS[1].looks[0], look))], out)
+
+
+DAMAGE = {
+    "cells/one.json": ["[]", "{}", "not json", '{"settings": {}, "looks": {}}', '{"settings": SETTINGS, "looks": {}}'],
+    "runs/one/run.json": ["[]", "{}"],
+}
+
+
+@pytest.mark.parametrize(("file", "content"), [(f, c) for f, contents in DAMAGE.items() for c in contents])
+def test_a_damaged_file_is_named_and_can_be_made_again(
+    file: str, content: str, done: tuple[Path, list[Outcome]], tmp_path: Path
+) -> None:
+    out = tmp_path / "study"
+    shutil.copytree(done[0], out, symlinks=True)
+    result = out / "cells" / "one.json"
+    settings = json.dumps(json.loads(result.read_text())["settings"])
+    if file.startswith("runs"):
+        result.unlink()
+    (out / file).write_text(content.replace("SETTINGS", settings))
+    with pytest.raises(DprlError, match=r"one\.json|run\.json|holds 'one' with"):
+        run([CELLS[0]], out)
+    (out / file).unlink()
+    if file.startswith("runs"):
+        shutil.rmtree(out / "runs" / "one")
+    assert timeless(run([CELLS[0]], out)) == timeless(done[1])[:1]
+
+
+def test_paths_that_are_lost_or_damaged_are_recorded_anew(tmp_path: Path) -> None:
+    kept = cell("kept", looks=(Look("default", episodes=2, keep_paths=True),))
+    run([kept], tmp_path)
+    file, config = tmp_path / "cells" / "kept.default.npz", StudyConfig(tmp_path)
+    before = paths_of(config, kept, "default")
+    file.write_bytes(b"junk")
+    with pytest.raises(CheckpointError, match=r"kept\.default\.npz' is damaged.*Remove it"):
+        paths_of(config, kept, "default")
+    file.unlink()
+    run([kept], tmp_path)
+    for one, other in zip(before, paths_of(config, kept, "default"), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_run_that_lost_its_log_is_evaluated(done: tuple[Path, list[Outcome]], tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    shutil.copytree(done[0], out, symlinks=True)
+    (out / "cells" / "one.json").unlink()
+    (out / "runs" / "one" / "metrics.jsonl").unlink()
+    (found,) = run([CELLS[0]], out)
+    assert found.train_s > 0
+
+
+def killed(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(studies, "_run_cell", killed)
+    with pytest.raises(DprlError, match="a process was killed, perhaps because memory ran out: the same command"):
+        run(CELLS, tmp_path, jobs=2)
 
 
 @pytest.mark.parametrize("changes", [{"seeds": (1, 1)}, {"scale": 1e308}, {"scale": float("nan")}, {"seeds": ()}])

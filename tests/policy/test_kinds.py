@@ -38,8 +38,6 @@ from tests.toys import reach_spec
 SEES = {"state": FEATURES, "state and images": Features(3, 2, (CAMERA,)), "images": Features(0, 2, (CAMERA,))}
 EXPLICIT = [kind for kind in KINDS if kind not in ("diffusion", "ibc")]
 """The others start from something drawn, at temperature 0 too."""
-MIXES_ACTIONS = ("diffusion",)
-"""Kinds whose network sees the padded actions beside the others."""
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -150,32 +148,26 @@ def test_padding_carries_no_gradient(kind: str, valid: np.ndarray, filling: np.n
         assert not second[-1].any()
 
 
-@pytest.mark.parametrize("kind", MIXES_ACTIONS)
-def test_what_is_predicted_for_padding_carries_no_gradient(kind: str) -> None:
-    policy = padded(kind)
-    obs, actions = random_batch(policy, 6)
-    mask = torch.arange(3) < torch.tensor([3, 1, 2, 3, 1, 2])[:, None]
-    predictions = []
-
-    def keep(_: object, __: object, predicted: torch.Tensor) -> torch.Tensor:
-        predictions.append(predicted.detach().requires_grad_())
-        return predictions[0]
-
-    hook = policy.base.register_forward_hook(keep)
-    policy.loss(obs, actions, valid=mask, generator=torch_generator(0)).backward()
-    hook.remove()
-    gradient = predictions[0].grad
-    assert gradient is not None
-    assert gradient[mask].all()
-    assert not gradient[~mask].any()
-
-
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mse"])
 @pytest.mark.parametrize("temperature", [-1.0, math.nan, math.inf])
 def test_a_temperature_is_a_number_of_at_least_0(kind: str, temperature: float) -> None:
     policy = make(kind)
     with pytest.raises(ConfigError, match="temperature = "):
         policy.sample(random_batch(policy, 2)[0], temperature=temperature)
+
+
+@every_kind
+def test_a_config_is_of_its_kind(kind: str) -> None:
+    other = "gmm" if kind == "mse" else "mse"
+    with pytest.raises(ConfigError, match=rf"config = '.*': must be a {Policy.kinds[kind].config_class.__name__}"):
+        Policy.kinds[kind](FEATURES, small_config(other))
+
+
+def test_parts_of_an_observation_are_of_as_many_environments() -> None:
+    policy = small_policy("mse", SEES["state and images"])
+    state, image = np.zeros((2, 3), np.float32), np.zeros((1, *CAMERA.shape), np.uint8)
+    with pytest.raises(ConfigError, match="all parts must be of as many environments"):
+        policy.predict({STATE: state, CAMERA.part: image})
 
 
 @every_kind
