@@ -120,7 +120,7 @@ def _run(
     axis.set_xticks(range(len(bars)), [name for name, _ in bars], fontsize=8)
     axis.set_ylabel("success (95 % interval)")
     axis.set_ylim(0, 1)
-    axis.legend(fontsize=8)
+    axis.legend(loc="center right", fontsize=8)
     figure.savefig(config.out / f"{study}.png", dpi=120)
     setting += (
         f"Seeds {', '.join(map(str, config.seeds))}, {config.episodes} held-out episodes each; one core. Black images "
