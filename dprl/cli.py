@@ -202,6 +202,8 @@ def evaluate(
     spec = resolve(env, options)
     loaded = Policy.from_pretrained(policy, device=device)
     require_fit(loaded, spec)
+    if loaded.features.env_id not in (None, spec.id):
+        print(f"note: the policy learned in {loaded.features.env_id}, not in {spec.id}", file=sys.stderr)
     control = RecedingHorizon(loaded, inference)
     if n_action_steps is not None:
         ensembles = inference.temporal_ensembling is not None

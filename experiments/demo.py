@@ -108,7 +108,6 @@ def run(experiment: Experiment, seed: int, out: Path, *, progress_bar: bool = Tr
     """
     console, start = Console(), time.perf_counter()
     spec = resolve(experiment.collect.env, experiment.collect.options)
-    _require_own(out, experiment, seed)
     found = _stages(experiment, spec, seed, out, console, progress_bar=progress_bar)
     rows = _rows(experiment, found)
     checkpoint.write_json(out / RESULTS_FILE, {
@@ -150,6 +149,7 @@ def _stages(
     collect = replace(experiment.collect, seed=seed)
     pretrain = replace(experiment.pretrain, data=str(out / "data"), seed=seed)
     finetune = replace(experiment.finetune, policy=str(out / "pretrain"), seed=seed)
+    _require_own(out, experiment, seed)
 
     console.print(f"[bold]1/5[/] {collect.episodes} demonstrations of {spec.id}, action noise {collect.noise}")
     start = time.perf_counter()

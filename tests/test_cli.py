@@ -116,11 +116,11 @@ ERRORS = {
     "flow of another schedule": (f"{PRETRAIN} flow --policy.schedule linear", "velocity"),
     "solver of no diffusion policy (pretrain)": (
         f"{PRETRAIN} --inference.solver ddim gmm",
-        "solver = 'ddim': a gmm policy has none",
+        "solver = 'ddim': policies of type gmm have none",
     ),
     "solver of no diffusion policy (evaluate)": (
         f"evaluate gmm --env {PENDULUM} --solver ddim",
-        "solver = 'ddim': a gmm policy has none",
+        "solver = 'ddim': policies of type gmm have none",
     ),
     "unknown solver": (f"{EVALUATE} --solver dpm", "--solver", "dpmsolver++"),
     "solver of the other family": (f"{EVALUATE} --solver euler", "solver = 'euler'", "squaredcos_cap_v2"),
@@ -289,6 +289,14 @@ def test_evaluate_json_prints_one_reproducible_object(folder, monkeypatch, capsy
     else:
         assert first["success_rate"] is first["success_ci95"] is None
     assert sorted(folder.rglob("*")) == before
+
+
+def test_another_environment_than_the_datas_is_noted(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    policy = DiffusionPolicy(Features(4, 1, env_id=PUSH), DiffusionConfig(num_train_timesteps=2))
+    policy.save_pretrained("learned-elsewhere")
+    assert main(f"evaluate learned-elsewhere --env {PENDULUM} --episodes 1 --json {SHORT}".split()) == 0
+    assert f"the policy learned in {PUSH}, not in {PENDULUM}" in capsys.readouterr().err
 
 
 def test_evaluate_json_of_a_single_episode_is_json(folder, monkeypatch, capsys):

@@ -331,13 +331,13 @@ def test_a_warm_start_and_ensembling_exclude_each_other() -> None:
 @pytest.mark.parametrize("kind", [name for name in Policy.kinds if name != "diffusion"])
 def test_what_only_diffusion_policies_have_is_refused_elsewhere(kind: str, inference: InferenceConfig) -> None:
     policy = Policy.kinds[kind](Features(D, A))
-    with pytest.raises(ConfigError, match=rf"a {kind} policy has none"):
+    with pytest.raises(ConfigError, match=rf"policies of type {kind} have none"):
         policy.predict(np.zeros((1, D)), inference=inference)
 
 
 def test_a_temperature_that_would_change_nothing_is_refused() -> None:
     hot, policy = InferenceConfig(temperature=0.5), make_policy()
-    with pytest.raises(ConfigError, match=r"temperature = 0.5: an mse policy draws nothing"):
+    with pytest.raises(ConfigError, match=r"temperature = 0.5: policies of type mse draw nothing"):
         Policy.kinds["mse"](Features(D, A)).check_inference(hot)
     with pytest.raises(ConfigError, match=r"temperature = 0.5: the solver draws no noise after the initial one"):
         policy.check_inference(replace(hot, solver="ddim"))

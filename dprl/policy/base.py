@@ -217,7 +217,12 @@ class Policy(nn.Module, ABC):
     def check_inference(self, inference: InferenceConfig) -> None:
         """Raise ConfigError where a setting is not one that this kind of policy has."""
         for name in ("solver", "num_inference_steps", "timestep_spacing", "warm_start_steps"):
-            check(getattr(inference, name) is None, name, getattr(inference, name), f"a {self.name} policy has none")
+            check(
+                getattr(inference, name) is None,
+                name,
+                getattr(inference, name),
+                f"policies of type {self.name} have none",
+            )
 
     def draw(
         self,

@@ -161,7 +161,7 @@ class MSEPolicy(ExplicitMLP):
     def check_inference(self, inference: InferenceConfig) -> None:
         """See `Policy.check_inference`."""
         super().check_inference(inference)
-        check(inference.temperature == 1, "temperature", inference.temperature, "an mse policy draws nothing")
+        check(inference.temperature == 1, "temperature", inference.temperature, "policies of type mse draw nothing")
 
 
 class _Mixture(Explicit):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dprl.errors import ConfigError, check
+from dprl.errors import ConfigError, EnvError, check
 from dprl.mdp import Chain
 from dprl.observations import Observation, TensorObservation, map_parts, take, to_tensors
 from dprl.seeding import torch_generator
@@ -245,7 +245,13 @@ class InProcessPool(RolloutPool):
 
 
 def as_pool(env: BatchedEnv | RolloutPool, seed: int) -> RolloutPool:
-    """Return `env` if it is a pool already, else a pool around it."""
+    """Return `env` if it is a pool already, else a pool around it.
+
+    Raises:
+        EnvError: it is neither.
+    """
+    if not hasattr(env, "spec"):
+        raise EnvError(f"{type(env).__name__} {env!r} is no batched environment: take dprl.make(id, n_envs=...)")
     return env if isinstance(env, RolloutPool) else InProcessPool(env, seed=seed)
 
 

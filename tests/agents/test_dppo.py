@@ -14,7 +14,7 @@ from dprl.diffusion import SolverConfig
 from dprl.errors import ConfigError, EnvError
 from dprl.mdp import DenoisingMDP, ExplorationConfig
 from dprl.networks import MLPConfig, TransformerConfig, UNetConfig
-from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
+from dprl.policy import DiffusionConfig, DiffusionPolicy, Features, MSEPolicy
 from dprl.rollout import InProcessPool
 from dprl.spec import EnvOptions
 from tests.test_mdp import record_timesteps
@@ -173,6 +173,13 @@ def test_a_policy_of_another_size_is_refused() -> None:
     policy = DiffusionPolicy(Features(observation_size=3, action_size=1))
     with pytest.raises(EnvError, match=r"observation_size = 3.* has 2"):
         DPPO(policy, make_toy(reach_spec(), 2))
+
+
+def test_what_it_cannot_tune_or_act_in_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"policy = 'MSEPolicy': must be a DiffusionPolicy"):
+        DPPO(MSEPolicy(Features(2, 1)), make_toy(reach_spec(), 2))
+    with pytest.raises(EnvError, match=r"str 'Avoid-v0' is no batched environment: take dprl.make"):
+        DPPO(toy_policy(), "Avoid-v0")
 
 
 def test_same_seed_same_parameters() -> None:

@@ -116,7 +116,12 @@ def test_ranges_are_not_of_the_held_out_episodes(data: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("kind", "changes", "error", "message"),
     [
-        ("gmm", {"inference": InferenceConfig(solver="ddim")}, ConfigError, "solver = 'ddim': a gmm policy has none"),
+        (
+            "gmm",
+            {"inference": InferenceConfig(solver="ddim")},
+            ConfigError,
+            "solver = 'ddim': policies of type gmm have none",
+        ),
         ("diffusion", {"inference": InferenceConfig(solver="euler")}, ConfigError, "solver = 'euler'"),
         ("diffusion", {"inference": InferenceConfig(num_inference_steps=5)}, ConfigError, "num_inference_steps = 5"),
         ("mse", {"episodes": 4}, ConfigError, "episodes = 4: the data set has 3"),

@@ -361,7 +361,7 @@ def test_settings_that_a_kind_does_not_have_are_refused(kind: str, changes: dict
         lambda: evaluate(policy, reach_spec(), 1, 0, inference=inference),
         lambda: policy.predict(np.zeros(2, np.float32), inference=inference),
     ):
-        with pytest.raises(ConfigError, match=f"{name}: a {kind} policy has none"):
+        with pytest.raises(ConfigError, match=f"{name}: policies of type {kind} have none"):
             call()
 
 
