@@ -223,14 +223,15 @@ def resume(path: Path, *, data: Path | None = None, progress_bar: bool = True) -
     if not isinstance(kind, str) or kind not in KINDS:
         raise CheckpointError(f"'{path}' is a run of the unknown kind '{kind}'")
     config = from_json(KINDS[kind], about, f"{path}/run.json")
-    started = run.last is not None
-    if isinstance(config, PretrainConfig):
-        config = replace(config, data=str(data)) if data else config
-        _pretrain(config, run, _prepare_pretrain(config), resume=started, progress_bar=progress_bar)
-        return run
-    prepared = _prepare_finetune(config, run.last or find_policy(Path(config.policy)))
-    with _pool(config, prepared.spec) as pool:
-        _finetune(config, run, prepared, pool, resume=started, progress_bar=progress_bar)
+    with run.locked():  # from before its newest checkpoint is read
+        started = run.last is not None
+        if isinstance(config, PretrainConfig):
+            config = replace(config, data=str(data)) if data else config
+            _pretrain(config, run, _prepare_pretrain(config), resume=started, progress_bar=progress_bar)
+            return run
+        prepared = _prepare_finetune(config, run.last or find_policy(Path(config.policy)))
+        with _pool(config, prepared.spec) as pool:
+            _finetune(config, run, prepared, pool, resume=started, progress_bar=progress_bar)
     return run
 
 

@@ -34,6 +34,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self._lock = FileLock(path / ".lock")
 
     @classmethod
     def create(cls, path: Path, kind: str, config: dict[str, Any]) -> RunFolder:
@@ -76,14 +77,13 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from training this run.
+        """Keep other processes from training this run; may be nested.
 
         Raises:
             RunExistsError: one of them is at it.
         """
-        lock = FileLock(self.path / ".lock", timeout=LOCK_PATIENCE_S)
         try:
-            lock.acquire()
+            self._lock.acquire(timeout=LOCK_PATIENCE_S)
         except Timeout:
             raise RunExistsError(
                 f"'{self.path}' is being trained by another process: wait for it, or choose another folder"
@@ -91,7 +91,7 @@ class RunFolder:
         try:
             yield
         finally:
-            lock.release()
+            self._lock.release()
 
     @property
     def last(self) -> Path | None:
