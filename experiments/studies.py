@@ -198,7 +198,7 @@ def _settings(cell: Cell) -> Any:
 
 
 def _require_same(cell: Cell, config: StudyConfig) -> None:
-    """Raise ConfigError if what is there for `cell` was made with other settings."""
+    """Raise ConfigError if what is there for `cell` was made with other settings, CheckpointError if it is damaged."""
     file, run = _result_file(config, cell), policy_folder(config, cell)
     ours = _settings(cell)
     if file.exists():
@@ -206,7 +206,6 @@ def _require_same(cell: Cell, config: StudyConfig) -> None:
         stored = stored.get("settings") if isinstance(stored, dict) else None
         if not isinstance(stored, dict):
             raise CheckpointError(f"'{file}' is damaged: it has no settings. {REMEDY}")
-        _outcomes(cell, config)
     elif (run / RUN_FILE).exists():
         _, _, trained = RunFolder.open(run)
         stored = ours | {"pretrain": {key: trained.get(key) for key in ours["pretrain"]}}
@@ -215,6 +214,8 @@ def _require_same(cell: Cell, config: StudyConfig) -> None:
     differing = _differences(stored, ours)
     check(not differing, "out", str(config.out), f"holds '{cell.name}' with {'; '.join(differing[:3])}. Choose another "
           "folder, or the settings (or the version of dprl) that it was made with")  # fmt: skip
+    if file.exists():
+        _outcomes(cell, config)
 
 
 def _is_done(cell: Cell, config: StudyConfig) -> bool:
