@@ -67,6 +67,7 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
         errors = [[max(m - low, 0) for m, low, _ in rates], [max(high - m, 0) for m, _, high in rates]]
         axis.errorbar(list(points), [m for m, _, _ in rates], yerr=errors, fmt="o-", capsize=3)
         axis.set_xscale("log", base=2)
+        axis.set_xticks(list(points), [str(n) for n in points])
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("success (95 % interval)")
