@@ -58,7 +58,7 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
     rates = {look: mean_interval([o.success for o in group], config.episodes) for look, group in groups.items()}
     latency = {look: float(np.mean([o.latency_ms for o in group])) for look, group in groups.items()}
     rows = [[*look.split(" | "), shown(*rates[look]), f"{latency[look]:.2f}"] for look in groups]
-    figure = plots.new_figure(figsize=(9, 3.8))
+    figure = plots.new_figure(figsize=(9, 4.2))
     axes = figure.subplots(1, 2, sharey=True)
     for name in (*SOLVERS, "euler"):
         looks = [f"{name} | {n}" for n in STEPS]
@@ -68,11 +68,11 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
     axes[0].set_xlabel("denoising steps")
     axes[1].set_xlabel("milliseconds per decision, one environment")
     axes[0].set_ylabel("success")
-    axes[0].set_ylim(0, 1)
+    axes[0].set_ylim(0, 1.02)
     for axis in axes:
         axis.set_xscale("log")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(config.out / "solvers.png", dpi=120)
     setting = (
         f"Meta-World {TASK}, 100 demonstrations with action noise 0.5; an MLP, 100 training timesteps, "
