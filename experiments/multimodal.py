@@ -34,7 +34,7 @@ LOOK = "default"
 HORIZON, EXECUTED = 16, 8
 STEPS = 8_000
 STEPS_OF = {"diffusion, transformer": 12_000, "IBC": 4_000}
-"""Gradient steps in place of STEPS: attention learns later, a step of IBC's takes many times as long."""
+"""Gradient steps in place of STEPS."""
 # The diffusion policies sample as in the paper. Few steps of a deterministic solver map some noise between the modes.
 SAMPLING = SolverConfig("ddpm")
 

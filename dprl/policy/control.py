@@ -39,7 +39,8 @@ class InferenceConfig(SolverConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        validate(self, at_least={"temperature": 0, "temporal_ensembling": 0, "warm_start_steps": 1})
+        validate(self, at_least={"temporal_ensembling": 0, "warm_start_steps": 1})
+        check_temperature(self.temperature)
         both = self.temporal_ensembling is not None and self.warm_start_steps is not None
         check(not both, "warm_start_steps", self.warm_start_steps, "cannot be combined with temporal_ensembling")
 
