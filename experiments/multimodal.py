@@ -12,7 +12,7 @@ import numpy as np
 from dprl.diffusion import SolverConfig
 from dprl.envs import avoid
 from dprl.experiments import plots
-from dprl.experiments.policies import ALL, slug, with_chunks
+from dprl.experiments.policies import COMPETITORS, DIFFUSION, MLP, TRANSFORMER, slug, with_chunks
 from dprl.experiments.runs import CollectConfig, PolicyChoice, PretrainConfig
 from dprl.experiments.studies import (
     Cell,
@@ -37,6 +37,9 @@ STEPS_OF = {"diffusion, transformer": 12_000, "IBC": 4_000}
 """Gradient steps in place of STEPS."""
 # The diffusion policies sample as in the paper. Few steps of a deterministic solver map some noise between the modes.
 SAMPLING = SolverConfig("ddpm")
+# With the mask an action's noise is predicted without the later actions: no network can make that the data's score.
+UNMASKED = {"diffusion, transformer, not causal": replace(MLP, denoiser=replace(TRANSFORMER, causal=False))}
+POLICIES: dict[str, PolicyChoice] = {**DIFFUSION, **UNMASKED, **COMPETITORS}
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def cells(config: StudyConfig) -> list[Cell]:
             ),
             (Look(LOOK, episodes=config.episodes, keep_paths=True),),
         )
-        for name, policy in ALL.items()
+        for name, policy in POLICIES.items()
         for seed in config.seeds
     ]
 
@@ -83,7 +86,7 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
     """Run the study; write ``multimodal.md``, ``.csv`` and ``.png`` and return the first."""
     todo = cells(config)
     outcomes = run_cells(todo, config, progress_bar=progress_bar)
-    by_name = {slug(name): name for name in ALL}
+    by_name = {slug(name): name for name in POLICIES}
     rows = []
     paths: dict[str, list[Path2D]] = {}
     for key, group in grouped(outcomes, lambda o: o.cell.rsplit("-seed", 1)[0]).items():
@@ -143,7 +146,7 @@ def draw(paths: dict[str, list[Path2D]], file: Path) -> None:
 def _notes(config: StudyConfig, outcomes: list[Outcome]) -> list[str]:
     return [
         f"`{avoid.STATE_ID}`, 100 scripted demonstrations with action noise 0.1, half of them on either side; "
-        f"{STEPS * config.scale:,.0f} gradient steps (transformer: half as many again; IBC: half) of 256 "
+        f"{STEPS * config.scale:,.0f} gradient steps (causal transformer: half as many again; IBC: half) of 256 "
         f"chunks of {HORIZON} actions, {EXECUTED} of them executed (the LSTM: one); diffusion samples "
         "with ddpm, 50 steps, the flow with 10. "
         f"Seeds {', '.join(map(str, config.seeds))}; {config.episodes} held-out episodes each, the policy as it is "

@@ -19,13 +19,12 @@ from dprl.policy import (
 )
 
 MLP = DiffusionConfig(num_train_timesteps=50, sampling=SolverConfig("ddim", 10), denoiser=MLPConfig(n_blocks=2))
+TRANSFORMER = TransformerConfig(n_layers=2, embedding_size=64, attention_dropout=0.01)
 
 DIFFUSION: dict[str, DiffusionConfig] = {
     "diffusion, MLP": MLP,
     "diffusion, U-Net": replace(MLP, denoiser=UNetConfig(down_dims=(24, 48), time_size=16)),
-    "diffusion, transformer": replace(
-        MLP, denoiser=TransformerConfig(n_layers=2, embedding_size=64, attention_dropout=0.01)
-    ),
+    "diffusion, transformer": replace(MLP, denoiser=TRANSFORMER),
     "rectified flow, MLP": DiffusionConfig(
         num_train_timesteps=100,
         schedule="rectified_flow",

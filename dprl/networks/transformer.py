@@ -31,7 +31,11 @@ class TransformerConfig:
     attention_dropout: float = 0.3
     """Dropout within the layers: of attention weights, and of what each sub-layer adds."""
     causal: bool = True
-    """Whether an action sees no later action than itself."""
+    """Whether an action sees no later action than itself, as in Diffusion Policy.
+
+    The noise of an action then has to be told without the later ones, which the data's score does not do: where
+    demonstrations go several ways, False keeps the actions of a chunk on one of them.
+    """
     masks_observations: bool = False
     """Whether action t attends only to observations 0 to t, as in Diffusion Policy's code, whose chunks begin at the
     first observation. Chunks here begin at the latest one, so every action may see all of them. Without `causal` it

@@ -19,7 +19,7 @@ import pytest
 
 from dprl.agents import BCConfig
 from dprl.errors import CheckpointError, ConfigError, DprlError, MissingDependencyError, RunExistsError
-from dprl.experiments import horizons, imitation, multimodal, plots, policies, score_field, solvers, studies, vision
+from dprl.experiments import horizons, imitation, multimodal, plots, score_field, solvers, studies, vision
 from dprl.experiments.catalogue import STUDIES
 from dprl.experiments.policies import ALL, COMPETITORS, DIFFUSION, slug, with_chunks
 from dprl.experiments.runs import CollectConfig, PretrainConfig
@@ -445,7 +445,7 @@ def test_a_study_writes_table_and_figure(module: object, tmp_path: Path, monkeyp
     assert len(rows) == len(table) - 1
     assert {len(row) for row in rows} == {width - 1}
     expected = {
-        "multimodal": len(ALL),
+        "multimodal": len(ALL) + 1,
         "imitation": 3 * 3 + 1 + 1 + 2 * 6,
         "horizons": 5 + 5,
         "solvers": 8 * len(solvers.STEPS),
@@ -460,8 +460,7 @@ def test_a_study_writes_table_and_figure(module: object, tmp_path: Path, monkeyp
 def test_a_whole_study_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kind of policy on Avoid-v0."""
     tiny = {kind: small_config(kind) for kind in KINDS}
-    for module in (policies, multimodal):
-        monkeypatch.setattr(module, "ALL", tiny)
+    monkeypatch.setattr(multimodal, "POLICIES", tiny)
     monkeypatch.setattr(multimodal, "with_chunks", lambda config, horizon, executed: config)
     config = StudyConfig(tmp_path, seeds=(0,), episodes=3, scale=0.001)
     file = multimodal.run(config, progress_bar=False)
