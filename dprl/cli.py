@@ -266,4 +266,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _is_memory_error(error: Exception) -> bool:
     """Whether memory ran out; torch says so of the CPU's in words only."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+    said = ("allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in said)

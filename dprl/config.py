@@ -13,6 +13,9 @@ from typing import Any, TypeVar, cast
 from dprl.errors import ConfigError, check, did_you_mean
 
 T = TypeVar("T")
+LARGEST_FLOAT = (2 - 2**-23) * 2.0**127
+"""Of float32, in which torch computes."""
+LARGEST_INT = 2**63 - 1
 Json = dict[str, Any]
 
 
@@ -56,7 +59,7 @@ def from_json(cls: type[T], data: Any, where: str) -> T:
 def validate(
     config: Any, *, at_least: Mapping[str, float] | None = None, above: Mapping[str, float] | None = None
 ) -> None:
-    """Check a config from its ``__post_init__``: every field's type, that numbers are finite, and lower bounds.
+    """Check a config from its ``__post_init__``: every field's type, that torch can hold its numbers, and lower bounds.
 
     Args:
         config: a dataclass instance.
@@ -70,7 +73,10 @@ def validate(
         value = getattr(config, name)
         _convert(hint, value, name)
         if isinstance(value, float):
-            check(math.isfinite(value), name, value, "must be a finite number")
+            fits = math.isfinite(value) and abs(value) <= LARGEST_FLOAT
+            check(fits, name, value, f"must be a finite number of at most {LARGEST_FLOAT:.1e}")
+        elif isinstance(value, int):
+            check(abs(value) <= LARGEST_INT, name, value, f"must be at most {LARGEST_INT:.1e}")
     for name, bound in (at_least or {}).items():
         value = getattr(config, name)
         check(value is None or value >= bound, name, value, f"must be at least {bound}")

@@ -52,7 +52,7 @@ class Row:
 NETWORKS: dict[str, DenoiserConfig] = {
     "mlp": MLPConfig(),
     "unet": UNetConfig(down_dims=(16, 32), time_size=16),
-    "transformer": TransformerConfig(n_layers=2, embedding_size=48, attention_dropout=0.0),
+    "transformer": TransformerConfig(n_layers=2, embedding_size=48, attention_dropout=0.0, causal=False),
 }
 
 

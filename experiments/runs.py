@@ -384,5 +384,5 @@ def check_device(name: str) -> None:
     """Raise ConfigError unless torch can use the device `name`."""
     try:
         torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise ConfigError(f"device = {name!r}: torch cannot use it here: {str(error).splitlines()[0]}") from error

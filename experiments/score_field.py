@@ -22,6 +22,10 @@ from dprl.experiments.policies import MLP
 from dprl.experiments.studies import StudyConfig, require_ready, write_table
 from dprl.policy import DiffusionConfig, DiffusionPolicy, InferenceConfig
 from dprl.seeding import numpy_generator, torch_generator
+from dprl.training import load_agent_state
+from dprl.training.loop import InterruptedRunError, LoopConfig
+from dprl.training.loop import train as train_agent
+from dprl.training.run import RUN_FILE, RunFolder
 
 CENTERS = np.array([[-0.6, -0.4], [0.6, -0.4], [0.0, 0.7]])
 STD = 0.12
@@ -86,21 +90,29 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
 
 
 def train(policy: DiffusionPolicy, data: Episodes, config: StudyConfig, seed: int, *, progress_bar: bool) -> None:
-    """Train `policy`, or load it where that was done.
+    """Train `policy`, or go on with the run that is there.
 
     Raises:
-        ConfigError: it was trained for another number of steps.
+        ConfigError: that run is for another number of steps.
+        InterruptedRunError: on SIGINT or SIGTERM, with what was trained so far saved.
     """
     folder, steps = config.out / "runs" / f"score-field.seed{seed}", max(1, round(STEPS * config.scale))
+    if not (folder / RUN_FILE).exists():
+        RunFolder.create(folder, "score-field", {"steps": steps})
+    run, _, about = RunFolder.open(folder)
+    same = about == {"steps": steps}
+    check(same, "out", str(config.out), f"'{folder}' is of {about}, not of {steps} steps: choose another folder, or "
+          "the scale it was made with")  # fmt: skip
     agent = BC(policy, BCConfig(), seed=seed)
-    if not folder.exists():
-        agent.fit(data, steps, progress_bar=progress_bar)
-        agent.save(folder)
+    agent.set_data(data, steps)
+    if run.last is not None:
+        load_agent_state(agent, run.last)
+    if agent.timesteps == steps:
         return
-    agent.load_state(folder)
-    same = agent.timesteps == steps
-    check(same, "out", str(config.out), f"'{folder}' was trained for {agent.timesteps} steps, not {steps}: choose "
-          "another folder, or the scale it was made with")  # fmt: skip
+    try:
+        train_agent(agent, LoopConfig(steps), run=run, resume=run.last is not None, progress_bar=progress_bar)
+    except InterruptedRunError as error:
+        raise InterruptedRunError(error.signum, "the same command goes on from there") from error
 
 
 @torch.no_grad()

@@ -184,6 +184,8 @@ REFUSED = [
     (BCConfig, {"steps_per_iteration": 0}, "steps_per_iteration"),
     (BCConfig, {"learning_rate": 0.0}, "learning_rate"),
     (BCConfig, {"learning_rate": NAN}, "learning_rate"),
+    (BCConfig, {"learning_rate": 1e300}, "learning_rate"),
+    (BCConfig, {"batch_size": 10**20}, "batch_size"),
     (BCConfig, {"final_learning_rate": -1e-4}, "final_learning_rate"),
     (BCConfig, {"weight_decay": -1e-6}, "weight_decay"),
     (BCConfig, {"ema_decay": 1.0}, "ema_decay"),

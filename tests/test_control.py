@@ -141,6 +141,30 @@ def test_a_state_of_other_environments_is_refused() -> None:
         policy.predict(np.zeros((2, D)), state)
 
 
+@pytest.mark.parametrize("features", [Features(D, A + 1), Features(D + 1, A)])
+def test_a_state_of_another_policy_is_not_executed(features: Features) -> None:
+    """Of other actions it is decided anew; of other observations nothing is remembered."""
+    _, state = DiffusionPolicy(features, CONFIG).predict(np.zeros((3, features.observation_size)))
+    policy = make_policy()
+    if features.observation_size != D:
+        with pytest.raises(ConfigError, match=r"state = .*: is of another policy"):
+            policy.predict(np.zeros((3, D)), state)
+        return
+    action, _ = policy.predict(np.zeros((3, D)), state, deterministic=True)
+    np.testing.assert_array_equal(action, policy.predict(np.zeros((3, D)), deterministic=True)[0])
+
+
+def test_a_plan_of_another_horizon_is_decided_anew() -> None:
+    _, state = DiffusionPolicy(Features(D, A), replace(CONFIG, horizon=2 * H)).predict(np.zeros((3, D)))
+    action, _ = make_policy().predict(np.zeros((3, D)), state, deterministic=True)
+    np.testing.assert_array_equal(action, make_policy().predict(np.zeros((3, D)), deterministic=True)[0])
+
+
+def test_a_solver_alone_is_no_way_to_act() -> None:
+    with pytest.raises(ConfigError, match=r"inference = SolverConfig\(.*: must be an InferenceConfig"):
+        make_policy().predict(np.zeros((3, D)), inference=SolverConfig("ddim"))
+
+
 # ---------------------------------------------------------------------------------------------- temporal ensembling
 
 

@@ -33,8 +33,8 @@ class TransformerConfig:
     causal: bool = True
     """Whether an action sees no later action than itself, as in Diffusion Policy.
 
-    The noise of an action then has to be told without the later ones, which the data's score does not do: where
-    demonstrations go several ways, False keeps the actions of a chunk on one of them.
+    An action's noise is then predicted without the later actions, which the data's score does depend on: where
+    demonstrations go several ways, False succeeds more often (docs/results/multimodal).
     """
     masks_observations: bool = False
     """Whether action t attends only to observations 0 to t, as in Diffusion Policy's code, whose chunks begin at the

@@ -126,14 +126,14 @@ class Policy(nn.Module, ABC):
 
         Args:
             obs: (B, O, D), or named parts; not normalised, images uint8.
-            generator: draws what the policy draws. Default: torch's own.
+            generator: draws what the policy draws; one of the same seed replays a sample. Default: torch's own.
             temperature: 1 samples the policy's distribution; towards 0 it draws ever closer to its mode.
 
         Returns:
             Actions (B, H, A) in the environment's units.
 
         Raises:
-            ConfigError: a shape that does not fit.
+            ConfigError: a shape that does not fit, or an observation that is not finite.
         """
 
     @classmethod
@@ -272,8 +272,7 @@ class Policy(nn.Module, ABC):
         if isinstance(state, PredictState):
             known = len(state.next_action)
             check(n == known, "observation", n, f"the state is of {known} environments")
-            alike = isinstance(parts, Mapping) == isinstance(state.history, Mapping)
-            check(alike, "observation", type(observation).__name__, "must be of the kind that the last call was given")
+            self._require_own(state.history, parts)
             if episode_start is not None:
                 shape = np.shape(episode_start)
                 check(shape == (n,), "episode_start", shape, f"must have the shape ({n},)")
@@ -323,6 +322,15 @@ class Policy(nn.Module, ABC):
         check(len(set(counts.values())) == 1, "observation", counts, "all parts must be of as many environments")
         return (tensors if isinstance(observation, Mapping) else tensors[STATE]), single
 
+    def _require_own(self, history: TensorObservation, parts: TensorObservation) -> None:
+        """Raise ConfigError unless the `history` of a state is of this policy and of observations like `parts`."""
+        alike = isinstance(parts, Mapping) == isinstance(history, Mapping)
+        check(alike, "observation", type(parts).__name__, "must be of the kind that the last call was given")
+        held = dict(history) if isinstance(history, Mapping) else {STATE: history}
+        shapes = {name: tuple(part.shape[1:]) for name, part in held.items()}
+        ours = {name: (self.config.n_obs_steps, *shape) for name, shape in self.part_shapes().items()}
+        check(shapes == ours, "state", shapes, f"is of another policy: this one remembers {ours}")
+
     def part_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of one step's observation: (D,) and (height, width, channels)."""
         shapes: dict[str, tuple[int, ...]] = {}
@@ -345,7 +353,7 @@ class Policy(nn.Module, ABC):
         """Return a batch of observations on the policy's device, the state float32.
 
         Raises:
-            ConfigError: parts, shapes or types that do not fit.
+            ConfigError: parts, shapes or types that do not fit, or a state that is not finite.
         """
         parts = dict(obs) if isinstance(obs, Mapping) else {STATE: obs}
         shapes = self.part_shapes()
@@ -355,6 +363,9 @@ class Policy(nn.Module, ABC):
             part = torch.as_tensor(parts[name])
             self._check_part(name, part, shape)
             moved[name] = part.to(self.device, torch.float32 if name == STATE else None)
+        if STATE in moved and not moved[STATE].isfinite().all():
+            row = int((~moved[STATE].isfinite()).flatten(1).any(1).nonzero()[0])
+            raise ConfigError(f"obs[{row}] = {moved[STATE][row].tolist()}: observations must be finite")
         sizes = {name: len(part) for name, part in moved.items()}
         check(len(set(sizes.values())) == 1, "obs", sizes, "all parts must have the same batch size")
         return moved if isinstance(obs, Mapping) else moved[STATE]

@@ -9,14 +9,13 @@ Shapes: N environments, H actions of a plan, E of them executed, A action size.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dprl.config import validate
+from dprl.config import LARGEST_FLOAT, validate
 from dprl.diffusion import SolverConfig
 from dprl.errors import check
 from dprl.observations import TensorObservation, batch_size, take
@@ -47,7 +46,8 @@ class InferenceConfig(SolverConfig):
 
 def check_temperature(temperature: float) -> None:
     """Raise ConfigError unless it is a number of at least 0."""
-    check(0 <= temperature < math.inf, "temperature", temperature, "must be a finite number of at least 0")
+    fits = isinstance(temperature, int | float) and 0 <= temperature <= LARGEST_FLOAT
+    check(fits, "temperature", temperature, "must be a finite number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ class RecedingHorizon:
 
     def __init__(self, policy: Policy, inference: InferenceConfig | None = None) -> None:
         """Raise ConfigError where `inference` does not fit the policy."""
+        known = inference is None or isinstance(inference, InferenceConfig)
+        check(known, "inference", inference, "must be an InferenceConfig")
         self.policy = policy
         self.inference = inference or InferenceConfig()
         policy.check_inference(self.inference)
@@ -114,8 +116,9 @@ class RecedingHorizon:
         return actions, torch.full((n,), self.n_action_steps, device=self.policy.device), self.start(n)
 
     def fits(self, memory: Memory, actions: Tensor) -> bool:
-        """Whether memory and actions (N, E, A) are of this way to act."""
-        return actions.shape[1] == self.n_action_steps and memory.plans.shape[1] == self.start(1).plans.shape[1]
+        """Whether memory and actions (N, E, A) are of this way to act and of plans of this policy's shape."""
+        ours, _, start = self.nothing(1)
+        return actions.shape[1:] == ours.shape[1:] and memory.plans.shape[1:] == start.plans.shape[1:]
 
     def plan(
         self,

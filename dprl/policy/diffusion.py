@@ -162,20 +162,22 @@ class DiffusionPolicy(Policy):
             Actions (B, H, A) in the environment's units.
 
         Raises:
-            ConfigError: unknown solver, a temperature below 0, or a shape that does not fit.
+            ConfigError: unknown solver, a temperature below 0, a shape that does not fit, or what is not finite.
         """
         check_temperature(temperature)
         obs = self.checked(obs)
         own = self.config.sampling.solver if eta else None  # a policy's own solver may be the one that has an eta
         steps = self._steps(_solver_config(solver or own, num_inference_steps, eta, timestep_spacing))
         shape = (n_draws(steps), batch_size(obs), *self._chunk_shape)
-        draws = (
-            draw_normal(shape, generator, self.device)
-            if noise is None
-            else torch.as_tensor(noise).float().to(self.device)
-        )
-        check(draws.shape == shape, "noise", tuple(draws.shape), f"must have the shape {shape}")
+        draws = draw_normal(shape, generator, self.device) if noise is None else self._given(noise, shape)
         return self._denoise(obs, steps, draws[0], draws[1:], temperature)
+
+    def _given(self, noise: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return the noise that a caller gave, on the device."""
+        draws = torch.as_tensor(noise).to(self.device, torch.float32)
+        check(draws.shape == shape, "noise", tuple(draws.shape), f"must have the shape {shape}")
+        check(bool(draws.isfinite().all()), "noise", "not finite", "must be finite")
+        return draws
 
     def n_draws(self, solver: SolverConfig | None = None) -> int:
         """Return how many normal draws one sample takes."""

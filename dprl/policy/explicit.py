@@ -58,6 +58,7 @@ class GaussianConfig(ExplicitConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         validate(self, above={"min_std": 0})
+        check(self.min_std < MAX_STD, "min_std", self.min_std, f"must be below {MAX_STD}")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class MixtureConfig(PolicyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         validate(self, at_least={"n_modes": 1}, above={"min_std": 0})
+        check(self.min_std < MAX_STD, "min_std", self.min_std, f"must be below {MAX_STD}")
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,7 @@ class MSEPolicy(ExplicitMLP):
         self, obs: TensorObservation, *, generator: torch.Generator | None = None, temperature: float = 1.0
     ) -> Tensor:
         """Return the one chunk there is, see `Policy.sample`."""
+        check_temperature(temperature)
         return self.action_normalizer.unnormalize(self._chunk(self._outputs(self.checked(obs))))
 
     def check_inference(self, inference: InferenceConfig) -> None:

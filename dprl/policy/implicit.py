@@ -82,7 +82,7 @@ class IBCPolicy(Policy):
         if valid is not None:  # what only fills up is the same in all of them
             chunks = chunks * valid[:, None, :, None]
         condition = self.condition(obs, generator if self.training else None)
-        return -(-self.energy(condition, chunks)).log_softmax(-1)[:, 0].mean()
+        return -(-self.energy(condition, chunks).float()).log_softmax(-1)[:, 0].mean()
 
     @torch.no_grad()
     def sample(

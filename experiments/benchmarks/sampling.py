@@ -16,12 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from dprl.config import validate
 from dprl.diffusion import SolverConfig, solver_steps
 from dprl.diffusion.solvers import SolverName
+from dprl.errors import check
+from dprl.experiments.benchmarks import command
+from dprl.experiments.runs import check_device
 from dprl.networks import DenoiserConfig, MLPConfig, TransformerConfig, UNetConfig
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
 from dprl.seeding import torch_generator
@@ -33,6 +36,7 @@ DENOISERS: dict[str, DenoiserConfig] = {
 }
 SOLVERS: tuple[SolverName, ...] = ("ddpm", "ddim", "dpmsolver++", "sde-dpmsolver++", "euler")
 BATCHES = (1, 64)
+TIMESTEPS = 100
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,12 @@ class SamplingBenchmark:
     device: str = "cpu"
     json: Path | None = None
     """Also write the figures to this file."""
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "horizon", "observation_size", "action_size", "repeats", "threads")
+        validate(self, at_least=dict.fromkeys(counts, 1))
+        check(self.steps <= TIMESTEPS, "steps", self.steps, f"must be at most {TIMESTEPS}, the training timesteps")
+        check_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ def measure(config: SamplingBenchmark, denoiser: str, solver: SolverName, batch:
     """Measure one cell of the table."""
     flow = solver == "euler"
     policy_config = DiffusionConfig(
-        num_train_timesteps=100,
+        num_train_timesteps=TIMESTEPS,
         schedule="rectified_flow" if flow else "squaredcos_cap_v2",
         prediction_type="velocity" if flow else "epsilon",
         horizon=config.horizon,
@@ -140,4 +150,4 @@ def _seconds(action: Callable[[], None], device: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(SamplingBenchmark))
+    command(main, SamplingBenchmark)

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from dprl.agents import DPPO, DPPOConfig
+from dprl.config import validate
+from dprl.experiments.benchmarks import command
 from dprl.mdp import DenoisingMDP
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
 from dprl.rollout import InProcessPool
@@ -34,6 +35,9 @@ class ThroughputConfig:
     n_steps: int = 25
     """Decisions per environment in one collection."""
     repeats: int = 3
+
+    def __post_init__(self) -> None:
+        validate(self, at_least=dict.fromkeys(("n_envs", "n_steps", "repeats"), 1))
 
 
 def main(config: ThroughputConfig) -> None:
@@ -91,4 +95,4 @@ def _median(action: Callable[[], object], repeats: int) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(ThroughputConfig))
+    command(main, ThroughputConfig)

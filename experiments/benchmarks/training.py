@@ -15,14 +15,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from dprl.agents import BC, BCConfig
+from dprl.config import validate
 from dprl.data import Episodes
 from dprl.experiments import vision
+from dprl.experiments.benchmarks import command
 from dprl.experiments.policies import DIFFUSION, MLP
+from dprl.experiments.runs import check_device
 from dprl.observations import Camera
 from dprl.policy import DiffusionConfig, DiffusionPolicy
 
@@ -66,6 +68,10 @@ class TrainingBenchmark:
     device: str = "cpu"
     json: Path | None = None
     """Also write the figures to this file."""
+
+    def __post_init__(self) -> None:
+        validate(self, at_least=dict.fromkeys(("horizon", "steps", "repeats", "threads"), 1))
+        check_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -146,4 +152,4 @@ def _iterate(agent: BC[DiffusionPolicy], config: TrainingBenchmark) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(TrainingBenchmark))
+    command(main, TrainingBenchmark)

@@ -237,6 +237,12 @@ def test_data_shorter_than_the_horizon_is_refused() -> None:
         BC(policy, BCConfig(pad_after=0)).fit(two_modes(), 10)
 
 
+def test_no_steps_are_refused() -> None:
+    policy = DiffusionPolicy.for_dataset(two_modes(), DiffusionConfig(horizon=1, denoiser=MLPConfig(hidden_size=8)))
+    with pytest.raises(ConfigError, match="steps = 0: must be a number of at least 1"):
+        BC(policy).fit(two_modes(), 0)
+
+
 def test_data_shorter_than_the_horizon_can_be_padded() -> None:
     policy = DiffusionPolicy.for_dataset(two_modes(), replace(SMALL, horizon=2))
     BC(policy, BCConfig(batch_size=8)).fit(two_modes(), 2)

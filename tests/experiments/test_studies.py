@@ -13,11 +13,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from dprl.agents import BCConfig
+from dprl.agents import BC, BCConfig
 from dprl.errors import CheckpointError, ConfigError, DprlError, MissingDependencyError, RunExistsError
 from dprl.experiments import horizons, imitation, multimodal, plots, score_field, solvers, studies, vision
 from dprl.experiments.catalogue import STUDIES
@@ -40,7 +41,7 @@ from dprl.log import read_metrics
 from dprl.policy import Features, GMMConfig, InferenceConfig, LSTMGMMConfig, MSEConfig, Policy
 from dprl.rollout.evaluation import wilson
 from dprl.spec import EnvOptions, load
-from dprl.training.loop import InterruptedRunError
+from dprl.training.loop import InterruptedRunError, LoopConfig, train
 from tests.policy.small import KINDS, small_config
 
 ENV, OPTIONS = "Avoid-v0", EnvOptions(max_episode_steps=12)
@@ -605,5 +606,21 @@ def test_the_score_field_is_learned_once(tmp_path: Path) -> None:
     assert at
     assert score_field.run(config, progress_bar=False).read_text() == text
     assert changed_at(tmp_path / "out" / "runs") == at
-    with pytest.raises(ConfigError, match="trained for 20 steps, not 50"):
+    with pytest.raises(ConfigError, match="'steps': 20}, not of 50 steps"):
         score_field.run(replace(config, scale=0.01), progress_bar=False)
+
+
+def test_an_interrupted_score_field_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = StudyConfig(tmp_path / "whole", seeds=(0,), scale=0.06)
+    text = score_field.run(whole, progress_bar=False).read_text()
+
+    def stop(agent: BC[Any], config: LoopConfig, **others: Any) -> None:
+        train(agent, replace(config, total_timesteps=100), **others)
+        raise InterruptedRunError(signal.SIGINT, "all is saved")
+
+    cut = replace(whole, out=tmp_path / "cut")
+    with monkeypatch.context() as patched:
+        patched.setattr(score_field, "train_agent", stop)
+        with pytest.raises(InterruptedRunError, match="the same command goes on"):
+            score_field.run(cut, progress_bar=False)
+    assert score_field.run(cut, progress_bar=False).read_text() == text

@@ -198,6 +198,8 @@ def test_the_lstm_can_use_what_only_the_past_shows() -> None:
         (lambda: MSEConfig(activation="tanh"), "activation = 'tanh': must be one of relu, mish"),
         (lambda: MSEConfig(horizon=2, n_action_steps=3), "n_action_steps = 3.*which is 2"),
         (lambda: GaussianConfig(min_std=0.0), "min_std = 0.0: must be above 0"),
+        (lambda: GaussianConfig(min_std=2.0), "min_std = 2.0: must be below 2.0"),
+        (lambda: GMMConfig(min_std=3.0), "min_std = 3.0: must be below 2.0"),
         (lambda: GMMConfig(n_modes=0), "n_modes = 0"),
         (lambda: LSTMGMMConfig(n_layers=0), "n_layers = 0"),
     ],

@@ -41,6 +41,19 @@ def test_the_loss_is_the_cross_entropy_of_telling_the_demonstration_apart() -> N
     assert policy.loss(obs, actions, generator=torch_generator(4)).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_what_fills_a_chunk_up_does_not_tell_the_demonstration_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = small_policy("ibc")
+    obs, actions = random_batch(policy, 4)
+    valid = torch.ones(4, 3, dtype=torch.bool)
+    valid[1, 2] = valid[3, 1] = valid[3, 2] = False
+    energy, seen = policy.energy, []
+    monkeypatch.setattr(policy, "energy", lambda condition, chunks: seen.append(chunks) or energy(condition, chunks))
+    policy.loss(obs, actions, valid=valid, generator=torch_generator(0))
+    (chunks,) = seen
+    alike = (chunks == chunks[:, :1]).all(dim=(1, 3))
+    assert alike.equal(~valid)
+
+
 def test_the_energy_knows_the_observation_and_the_chunk() -> None:
     policy = small_policy("ibc")
     obs, actions = random_batch(policy, 4)

@@ -148,9 +148,9 @@ def test_padding_carries_no_gradient(kind: str, valid: np.ndarray, filling: np.n
         assert not second[-1].any()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mse"])
-@pytest.mark.parametrize("temperature", [-1.0, math.nan, math.inf])
-def test_a_temperature_is_a_number_of_at_least_0(kind: str, temperature: float) -> None:
+@every_kind
+@pytest.mark.parametrize("temperature", [-1.0, math.nan, math.inf, 1e39, "1"])
+def test_a_temperature_is_a_number_of_at_least_0(kind: str, temperature: object) -> None:
     policy = make(kind)
     with pytest.raises(ConfigError, match="temperature = "):
         policy.sample(random_batch(policy, 2)[0], temperature=temperature)
@@ -390,6 +390,16 @@ def test_observations_of_a_wrong_shape_are_refused(kind: str) -> None:
     for observation in (np.zeros(4), np.zeros((5, 4)), np.zeros((5, 2, 3))):
         with pytest.raises(ConfigError, match=r"observation = \(.*must have the shape \(N, 3\) or \(3,\)"):
             policy.predict(observation)
+
+
+@every_kind
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_observations_that_are_not_finite_are_refused(kind: str, value: float) -> None:
+    policy = make(kind, "state and images")
+    obs, _ = random_batch(policy, 3)
+    obs[STATE][2, 0, 1] = value
+    with pytest.raises(ConfigError, match=rf"obs\[2\] = .*{value}.*: observations must be finite"):
+        policy.sample(obs)
 
 
 @every_kind
