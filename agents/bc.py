@@ -56,7 +56,7 @@ class BCConfig:
     validation_every: int = 10
     """Iterations between two looks at them."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the forward and backward pass."""
+    """Of the forward and backward pass. On processors without bfloat16 instructions it is many times slower."""
     compile: bool = False
     """Compile the networks with torch.compile."""
     num_workers: int | None = None

@@ -130,19 +130,20 @@ def is_competitor(name: str) -> bool:
 
 def draw(success: dict[tuple[str, str], tuple[float, float, float]], file: Path) -> None:
     """Bars of success with 95 % intervals, task by task."""
-    figure = plots.new_figure(figsize=(4.2 * len(TASKS), 4))
-    axes = np.atleast_1d(figure.subplots(1, len(TASKS), sharey=True))
     names = list(dict.fromkeys(name for _, name in success))
+    figure = plots.new_figure(figsize=(4 + 2.5 * len(TASKS), 1 + 0.24 * len(names)))
+    axes = np.atleast_1d(figure.subplots(1, len(TASKS), sharey=True))
     for axis, task in zip(axes, TASKS, strict=True):
         for i, name in enumerate(names):
             mean, low, high = success[task, name]
             colour = "0.6" if is_competitor(name) else "C0"
-            axis.bar(i, mean, color=colour, yerr=[[max(mean - low, 0)], [max(high - mean, 0)]], capsize=2)
-        axis.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=7)
+            axis.barh(i, mean, color=colour, xerr=[[max(mean - low, 0)], [max(high - mean, 0)]], capsize=2)
         axis.set_title(task)
-        axis.set_ylim(0, 1)
-        axis.grid(axis="y", alpha=0.3)
-    axes[0].set_ylabel("success (95 % interval)")
+        axis.set_xlim(0, 1)
+        axis.set_xlabel("success (95 % interval)")
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
     figure.savefig(file, dpi=120)
 
 
