@@ -53,7 +53,7 @@ def numbers(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def require_equal(what: str, ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> None:
     """Equal to 1e-5, or another part, of the largest number."""
     assert ours.dtype == theirs.dtype
-    difference = float((ours - theirs).abs().max() / theirs.abs().max())
+    difference = float((ours - theirs).detach().abs().max() / theirs.abs().max())
     name = f"{what} {str(ours.dtype).removeprefix('torch.')}"
     deviations[name] = max(deviations.get(name, 0.0), difference)
     assert difference < tolerance
