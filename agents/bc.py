@@ -117,7 +117,7 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
             ConfigError: no steps.
             DatasetError: the data are of other sizes, or no episode is as long as a chunk must be.
         """
-        check(isinstance(steps, int) and steps >= 1, "steps", steps, "must be a number of at least 1")
+        check(isinstance(steps, int) and steps >= 1, "steps", steps, "must be a whole number of at least 1")
         total = self.timesteps + steps
         self.set_data(data, total)
         train(self, LoopConfig(total), progress_bar=progress_bar)

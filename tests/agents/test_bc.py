@@ -239,7 +239,7 @@ def test_data_shorter_than_the_horizon_is_refused() -> None:
 
 def test_no_steps_are_refused() -> None:
     policy = DiffusionPolicy.for_dataset(two_modes(), DiffusionConfig(horizon=1, denoiser=MLPConfig(hidden_size=8)))
-    with pytest.raises(ConfigError, match="steps = 0: must be a number of at least 1"):
+    with pytest.raises(ConfigError, match="steps = 0: must be a whole number of at least 1"):
         BC(policy).fit(two_modes(), 0)
 
 

@@ -623,4 +623,12 @@ def test_an_interrupted_score_field_goes_on(tmp_path: Path, monkeypatch: pytest.
         patched.setattr(score_field, "train_agent", stop)
         with pytest.raises(InterruptedRunError, match="the same command goes on"):
             score_field.run(cut, progress_bar=False)
+    began_at = []
+
+    def go_on(agent: BC[Any], config: LoopConfig, **others: Any) -> None:
+        began_at.append(agent.timesteps)
+        train(agent, config, **others)
+
+    monkeypatch.setattr(score_field, "train_agent", go_on)
     assert score_field.run(cut, progress_bar=False).read_text() == text
+    assert began_at == [100]
