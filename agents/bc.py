@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -86,6 +87,11 @@ class BCConfig:
 AnyPolicy = TypeVar("AnyPolicy", bound=Policy)
 
 
+def _has_bfloat16() -> bool:
+    """Whether this processor computes in bfloat16."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 class BC(Agent[Tensor], Generic[AnyPolicy]):
     """Trains a policy on chunks of demonstrations; of a diffusion policy the base network."""
 
@@ -101,6 +107,9 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
         self.seed = seed
         self.timesteps = 0
         self._total_steps = 1
+        if self.config.precision == "bfloat16" and policy.device.type == "cpu" and not _has_bfloat16():
+            warnings.warn("this processor has no instructions for bfloat16 and will be many times slower with it: "
+                          "set precision = 'float32', or train on a GPU", stacklevel=2)  # fmt: skip
         self._online = copy.deepcopy(policy).train()
         if self.config.compile:
             for module in self._online.children():

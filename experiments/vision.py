@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -35,13 +36,14 @@ METAWORLD_STEPS = 40_000
 def cells(config: StudyConfig) -> list[Cell]:
     """Every encoder on every seed, looked at as it is and with black images."""
     collect = CollectConfig(avoid.PIXELS_ID, noise=0.1, episodes=DEMONSTRATIONS)
-    return _cells(config, collect, ENCODERS, STEPS)
+    return _cells(config, collect, ENCODERS, STEPS, precision="bfloat16")
 
 
 def metaworld_cells(config: StudyConfig) -> list[Cell]:
     """The same of Meta-World; a scale below 1 also takes fewer demonstrations, whose every frame is rendered."""
     episodes = max(2, round(METAWORLD.episodes * min(1.0, config.scale)))
-    return _cells(config, replace(METAWORLD, episodes=episodes), METAWORLD_ENCODERS, METAWORLD_STEPS)
+    collect = replace(METAWORLD, episodes=episodes)
+    return _cells(config, collect, METAWORLD_ENCODERS, METAWORLD_STEPS, precision="float32")
 
 
 def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
@@ -60,12 +62,19 @@ def run_metaworld(config: StudyConfig, *, progress_bar: bool = True) -> Path:
     setting = (
         f"`{METAWORLD.env}`: an image of 84 pixels, and a state without the goal; {todo[0].collect.episodes} "
         f"demonstrations with action noise {METAWORLD.noise}; {METAWORLD_STEPS * config.scale:,.0f} gradient steps of "
-        "64 chunks in bfloat16, images shifted by at most 4 pixels. "
+        "64 chunks, images shifted by at most 4 pixels. "
     )
     return _run("vision-metaworld", todo, METAWORLD_ENCODERS, setting, config, progress_bar=progress_bar)
 
 
-def _cells(config: StudyConfig, collect: CollectConfig, encoders: dict[str, VisionConfig], steps: int) -> list[Cell]:
+def _cells(
+    config: StudyConfig,
+    collect: CollectConfig,
+    encoders: dict[str, VisionConfig],
+    steps: int,
+    *,
+    precision: Literal["float32", "bfloat16"],
+) -> list[Cell]:
     return [
         Cell(
             f"{slug(name)}.seed{seed}",
@@ -74,7 +83,7 @@ def _cells(config: StudyConfig, collect: CollectConfig, encoders: dict[str, Visi
                 "",
                 policy=replace(MLP, horizon=8, n_action_steps=4, vision=vision),
                 steps=steps,
-                bc=BCConfig(batch_size=64, learning_rate=5e-4, precision="bfloat16"),
+                bc=BCConfig(batch_size=64, learning_rate=5e-4, precision=precision),
                 seed=seed,
             ),
             (Look("sees", episodes=config.episodes), Look("black images", episodes=config.episodes, blind=True)),

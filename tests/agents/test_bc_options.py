@@ -1,6 +1,7 @@
 """Behaviour cloning's options, for every kind of policy: what each does, and that runs with it resume bit for bit."""
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dprl.agents import BC, BCConfig
+from dprl.agents import BC, BCConfig, bc
 from dprl.agents.bc import VALIDATION_CHUNKS
 from dprl.data import Episodes, load_dataset, save_dataset
 from dprl.errors import ConfigError, DatasetError
@@ -303,7 +304,20 @@ def test_every_observation_is_learned_from_by_default(kind: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------- speed
 
 
+@pytest.mark.parametrize(("supported", "precision"), [(False, "bfloat16"), (True, "bfloat16"), (False, "float32")])
+def test_bfloat16_without_its_instructions_is_warned_of(
+    supported: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bc, "_has_bfloat16", lambda: supported)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make(config=replace(BASE, precision=precision))
+    slow = precision == "bfloat16" and not supported
+    assert ["set precision = 'float32'" in str(w.message) for w in caught] == [True] * slow
+
+
 @every_kind
+@pytest.mark.filterwarnings("ignore:this processor has no instructions for bfloat16")
 def test_bfloat16_runs_and_is_close(kind: str, tmp_path: Path) -> None:
     half, full = (make(kind, replace(BASE, precision=precision)) for precision in ("bfloat16", "float32"))
     losses = [iterate(agent)[0]["bc/loss"] for agent in (half, full)]
