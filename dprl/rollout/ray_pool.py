@@ -67,6 +67,8 @@ class RayPool(RolloutPool):
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            # Ray's default is 15: beside any busy process its workers then hardly run, and the learner waits for them
+            os.environ.setdefault("RAY_worker_niceness", "0")
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         self._require_capacity(num_workers, cpus_per_worker)
         self._envs_per_worker = n_envs // num_workers

@@ -317,7 +317,6 @@ def test_bfloat16_without_its_instructions_is_warned_of(
 
 
 @every_kind
-@pytest.mark.filterwarnings("ignore:this processor has no instructions for bfloat16")
 def test_bfloat16_runs_and_is_close(kind: str, tmp_path: Path) -> None:
     half, full = (make(kind, replace(BASE, precision=precision)) for precision in ("bfloat16", "float32"))
     losses = [iterate(agent)[0]["bc/loss"] for agent in (half, full)]

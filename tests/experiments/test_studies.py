@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,24 +170,36 @@ def test_cells_side_by_side_give_the_same(done: tuple[Path, list[Outcome]], tmp_
     assert timeless(run(CELLS, tmp_path / "study", jobs=2)) == timeless(done[1])
 
 
+@pytest.fixture
+def heeded_interrupts() -> Iterator[None]:
+    """What a shell starts in the background ignores them, and so does what that starts."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 @pytest.mark.full
+@pytest.mark.usefixtures("heeded_interrupts")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_study_leaves_no_process(tmp_path: Path, signum: signal.Signals) -> None:
     out = tmp_path / "study"
     command = [sys.executable, "-m", "dprl", "experiment", "multimodal", "--out", str(out), "--jobs", "2", "--quiet"]
     study = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while len(list(out.glob("runs/*/metrics.jsonl"))) < 2:
-        assert study.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    os.kill(study.pid, signum)
-    _, errors = study.communicate(timeout=60)
-    assert study.returncode == (130 if signum == signal.SIGINT else -signum)
-    assert "Traceback" not in errors
-    while group_has_processes(study.pid):
-        assert time.monotonic() < deadline, "a process goes on"
-        time.sleep(0.2)
+    try:
+        while len(list(out.glob("runs/*/metrics.jsonl"))) < 2:
+            assert study.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        os.kill(study.pid, signum)
+        _, errors = study.communicate(timeout=60)
+        assert study.returncode == (130 if signum == signal.SIGINT else -signum)
+        assert "Traceback" not in errors
+        while group_has_processes(study.pid):
+            assert time.monotonic() < deadline, "a process goes on"
+            time.sleep(0.2)
+    finally:
+        study.kill()
     assert not list(out.glob("cells/*.json")), "nothing was far enough for a result"
 
 

@@ -1,6 +1,5 @@
 """Pools: the same seed and slice size give the same rollouts, however the environments are spread."""
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -45,7 +44,6 @@ def actor(spec) -> DenoisingMDP:
 @pytest.fixture(scope="module")
 def ray() -> Iterator[object]:
     ray = pytest.importorskip("ray")
-    os.environ["RAY_AUTH_MODE"] = "disabled"
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
     yield ray
     ray.shutdown()
