@@ -22,14 +22,15 @@ extras = {
     "tensorboard": ["tensorboard>=2.16"],
     "pusht": ["gym-pusht>=0.1.8"],
     "ray": ["ray>=2.60,<2.61", "pyarrow<26"],
+    "sb3": ["stable-baselines3>=2.3"],
     "wandb": ["wandb>=0.25"],
 }  # fmt: skip
 extras["demo"] = [*extras["envs"], *extras["plots"], *extras["tensorboard"]]
 extras["all"] = sorted({requirement for group in extras.values() for requirement in group})
 extras["dev"] = [
     *extras["all"],
-    "diffusers>=0.35", "hypothesis>=6", "minari>=0.5", "mypy>=2", "pytest>=8", "pytest-cov>=5", "pytest-timeout>=2",
-    "pytest-xdist>=3", "ruff>=0.17", "setuptools>=77", "stable-baselines3>=2.3", "wheel",
+    "diffusers>=0.35", "hypothesis>=6", "minari>=0.5", "mypy>=2", "psutil>=6", "pytest>=8", "pytest-cov>=5",
+    "pytest-timeout>=2", "pytest-xdist>=3", "ruff>=0.17", "setuptools>=77", "wheel",
 ]  # fmt: skip
 
 setup(

@@ -23,13 +23,13 @@ from torch import Tensor
 from dprl import checkpoint
 from dprl.config import validate
 from dprl.diffusion import SolverConfig
-from dprl.errors import check
+from dprl.errors import CheckpointError, check
 from dprl.mdp import DenoisingMDP, ExplorationConfig
 from dprl.networks import ValueNet
 from dprl.networks.mlp import Activation
 from dprl.policy import DiffusionPolicy, PredictState
 from dprl.returns import RunningReturnStd, explained_variance, gae
-from dprl.rollout import PoolState, Rollout, RolloutPool, as_pool
+from dprl.rollout import Rollout, RolloutPool, as_pool
 from dprl.rollout.evaluation import require_fit
 from dprl.seeding import seeded_init, torch_generator
 from dprl.spec import BatchedEnv, EnvState
@@ -232,7 +232,7 @@ class DPPO(Agent[Rollout]):
 
     def collect(self) -> Rollout:
         """Take `n_steps` decisions in every environment, exploring."""
-        rollout = self.pool.collect(self.mdp, self.policy.n_action_steps, self.config.n_steps)
+        rollout = self.pool.collect(self.mdp, self.config.n_steps)
         self.timesteps += int(rollout.n_steps.sum())
         return rollout
 
@@ -305,7 +305,7 @@ class DPPO(Agent[Rollout]):
         shape = tensor["rewards"].shape
         reward = tensor["rewards"]
         if config.normalize_returns:
-            reward = self._reward_scaler(reward, tensor["ended"])
+            reward = self._reward_scaler(reward, tensor["ended"], torch.as_tensor(rollout.environments))
         condition = self.policy.condition(tensor["observations"].flatten(0, 1))
         value = self.critic(condition).view(shape)
         next_value = self.critic(self.policy.condition(tensor["final_observations"].flatten(0, 1))).view(shape)
@@ -338,10 +338,9 @@ class DPPO(Agent[Rollout]):
             "reward_scaler": self._reward_scaler.state(),
             "generator": self._generator.get_state(),
             "pool": {
-                "episodes": torch.from_numpy(pool.env.episodes),
-                "lengths": torch.from_numpy(pool.env.lengths),
-                "actions": torch.from_numpy(pool.env.actions),
-                "generators": pool.generators,
+                "episodes": torch.from_numpy(pool.episodes),
+                "lengths": torch.from_numpy(pool.lengths),
+                "actions": torch.from_numpy(pool.actions),
             },
         }
 
@@ -354,5 +353,6 @@ class DPPO(Agent[Rollout]):
         self._reward_scaler.restore(state["reward_scaler"])
         self._generator.set_state(state["generator"])
         pool = state["pool"]
-        env = EnvState(pool["episodes"].numpy(), pool["lengths"].numpy(), pool["actions"].numpy())
-        self.pool.restore(PoolState(env, pool["generators"]))
+        if "generators" in pool:
+            raise CheckpointError("this run was begun by an earlier dprl, whose noise was another: begin it anew")
+        self.pool.restore(EnvState(pool["episodes"].numpy(), pool["lengths"].numpy(), pool["actions"].numpy()))

@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config=(tyro.conf.CascadeSubcommandArgs,),
         )
     except DprlError as error:
-        print(f"dprl: error: {error}", file=sys.stderr)
+        print("; ".join([f"dprl: error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         return getattr(error, "exit_code", 2)
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

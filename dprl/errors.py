@@ -26,6 +26,37 @@ class EnvError(DprlError, ValueError):
     """An environment that is unknown, misused, or returned something it must not."""
 
 
+class EnvFaultError(EnvError):
+    """An environment raised, or returned something it must not, through no fault of its caller's."""
+
+    def __init__(
+        self,
+        env_id: str,
+        what: str,
+        detail: str = "",
+        index: int | None = None,
+        episode: int = -1,
+        step: int = -1,
+        seed: int = -1,
+    ) -> None:
+        """Say what happened, and in which environment if that is known; `episode` and `step` count from 0."""
+        where = f" in environment {index}, episode {episode}, step {step} (environment seed {seed})"
+        super().__init__(f"{env_id}: {what}{'' if index is None else where}{detail and f': {detail}'}")
+        self._made_of = (env_id, what, detail, index, episode, step, seed)
+
+    def counted_from(self, first: int) -> EnvFaultError:
+        """Return the same error of environment `first` + index."""
+        env_id, what, detail, index, *rest = self._made_of
+        return EnvFaultError(env_id, what, detail, None if index is None else first + index, *rest)
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), self._made_of
+
+
+class WorkerError(DprlError):
+    """A worker of a pool failed more often than it is forgiven."""
+
+
 class RunExistsError(DprlError, FileExistsError):
     """The output folder already holds something that would be overwritten."""
 

@@ -21,7 +21,6 @@ from dprl.diffusion import SolverConfig, posterior_steps, solver_steps
 from dprl.errors import check
 from dprl.observations import TensorObservation
 from dprl.policy import DiffusionPolicy
-from dprl.seeding import draw_normal
 
 LOG_SQRT_2PI = math.log(math.sqrt(2 * math.pi))
 
@@ -104,15 +103,33 @@ class DenoisingMDP:
             return self
         return DenoisingMDP(copy.deepcopy(self.policy).cpu(), self.tuned_steps, self.exploration, self.solver)
 
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(K+1, H, A), the normal draws of one decision: x_K, then one for each denoising step."""
+        return len(self._grid) + 1, self.policy.config.horizon, self.policy.features.action_size
+
+    @property
+    def n_action_steps(self) -> int:
+        """E, how many actions of a chunk are executed."""
+        return self.policy.n_action_steps
+
     @torch.no_grad()
-    def sample(self, obs: TensorObservation, generator: torch.Generator) -> Chain:
-        """Draw a chain for each observation (B, O, D), with exploration noise in every step."""
+    def sample(
+        self, obs: TensorObservation, *, noise: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Chain:
+        """Draw a chain for each observation, with exploration noise in every step.
+
+        Args:
+            obs: (B, O, D), or named parts; not normalised.
+            noise: (K+1, B, H, A), every normal draw in the order of its use. Replays a chain exactly.
+            generator: draws the noise where `noise` is not given. Default: torch's own.
+        """
         policy, explore = self.policy, self.exploration
         condition = policy.condition(policy.checked(obs))
-        shape = (len(self._grid) + 1, len(condition), policy.config.horizon, policy.features.action_size)
-        draws = draw_normal(shape, generator, policy.device)
-        draws[1:] = draws[1:].clamp(-explore.noise_clip, explore.noise_clip)
+        n_draws, *chunk = self.noise_shape
+        draws = policy.drawn((n_draws, len(condition), *chunk), noise, generator)
         x, chain = draws[0], []
+        draws = draws[1:].clamp(-explore.noise_clip, explore.noise_clip)
         known = policy.prepare_steps([step.timestep for step in reversed(self._grid)], condition)
         for k in reversed(range(len(self._grid))):
             step = self._grid[k]

@@ -68,12 +68,18 @@ class RunningReturnStd:
         variance = squares / count if count > 1 else 0.0
         return float(variance**0.5) if variance > 1e-12 else 1.0
 
-    def __call__(self, reward: Tensor, ended: Tensor) -> Tensor:
-        """Take in rewards (T, N) and episode ends (T, N); return the scaled rewards (T, N)."""
+    def __call__(self, reward: Tensor, ended: Tensor, environments: Tensor | None = None) -> Tensor:
+        """Take in rewards (T, N) and episode ends (T, N); return the scaled rewards (T, N).
+
+        `environments` (N,) are their indices where some are missing (default: none is); the missing start anew.
+        """
+        rows = torch.arange(len(self._returns)) if environments is None else environments
+        returns = self._returns[rows]
         for t in range(len(reward)):
-            self._returns = self._returns * self._gamma + reward[t].cpu().double()
-            self._observe(self._returns)
-            self._returns[ended[t].cpu()] = 0.0
+            returns = returns * self._gamma + reward[t].cpu().double()
+            self._observe(returns)
+            returns[ended[t].cpu()] = 0.0
+        self._returns = torch.zeros_like(self._returns).index_put((rows,), returns)
         return (reward / self.std).clamp(-self._clip, self._clip)
 
     def state(self) -> dict[str, Tensor]:

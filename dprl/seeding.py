@@ -5,12 +5,16 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from dprl.errors import check
+
+IntArray = npt.NDArray[np.int64]
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
@@ -41,6 +45,36 @@ def draw_uniform(shape: Sequence[int], generator: torch.Generator | None, device
     """Draw from [0, 1) where `generator` is, else on `device` with torch's own; return it on `device`."""
     source = device if generator is None else generator.device
     return torch.rand(tuple(shape), generator=generator, device=source).to(device)
+
+
+class EpisodeNoise:
+    """Normal draws that depend on a seed, an environment, its episode and the step within it, and on nothing else.
+
+    They come from Philox, a counter-based generator (J. K. Salmon et al., 2011): the environment and the episode are
+    its key, the step its counter. So nothing has to be remembered, and any decision's noise can be drawn again.
+    """
+
+    def __init__(self, seed: int, *names: str | int) -> None:
+        bits = np.random.Philox(0)
+        self._bits, self._draw = bits, np.random.Generator(bits).standard_normal
+        self._state: Any = bits.state  # of an empty buffer; set anew for every draw
+        self._state["state"]["key"][0] = derive_seed(seed, *names)
+
+    def draw(
+        self, shape: Sequence[int], environments: IntArray, episodes: IntArray, steps: IntArray
+    ) -> npt.NDArray[np.float32]:
+        """Draw from N(0, 1) for n environments, each in an episode (n,) and at a step of it (n,).
+
+        Returns:
+            (shape[0], n, *shape[1:]): what is drawn for one environment has the shape `shape`.
+        """
+        noise = np.empty((len(environments), *shape), np.float32)
+        key, counter = self._state["state"]["key"], self._state["state"]["counter"]
+        keys = (environments.astype(np.uint64) << np.uint64(32)) + episodes.astype(np.uint64)
+        for row, key[1], counter[1] in zip(noise, keys, steps, strict=True):
+            self._bits.state = self._state
+            self._draw(dtype=np.float32, out=row)
+        return noise.swapaxes(0, 1)
 
 
 @contextmanager

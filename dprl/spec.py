@@ -10,8 +10,8 @@ written (..., D) is an array for a task without cameras; with cameras it is a di
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol, cast
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from dprl.config import validate
 from dprl.errors import EnvError, check
-from dprl.observations import STATE, Camera, Observation
+from dprl.observations import STATE, Camera, Observation, map_parts
 from dprl.seeding import derive_seed
 
 FloatArray = npt.NDArray[np.float32]
@@ -57,6 +57,11 @@ class EnvSpec:
     """O, how many of the latest observations a policy sees."""
     vectorization: Literal["sync", "async"] = "sync"
     """How `gymnasium.vector` runs its environments (EnvPool always uses threads)."""
+    serial: bool = False
+    """Whether the backend steps its environments one after the other: more processes then step more of them."""
+    replayable: bool = True
+    """Whether an episode repeats to the bit from its seed and its actions. If not, no lost worker can be made up for,
+    and a resumed run goes on with other episodes."""
     cameras: tuple[Camera, ...] = ()
     """What shows images, in alphabetical order; none: observations are plain arrays of numbers."""
 
@@ -132,6 +137,15 @@ class ChunkStep:
         """(n,) terminated or truncated."""
         return self.terminated | self.truncated
 
+    @staticmethod
+    def concatenate(parts: Sequence[ChunkStep]) -> ChunkStep:
+        """Join the steps of consecutive environments."""
+
+        def join(name: str) -> Any:
+            return map_parts(lambda *arrays: np.concatenate(arrays), *(getattr(p, name) for p in parts))
+
+        return ChunkStep(**{f.name: join(f.name) for f in fields(ChunkStep)})
+
 
 @dataclass(frozen=True)
 class EnvState:
@@ -143,6 +157,17 @@ class EnvState:
     """(N,) actions executed in it."""
     actions: FloatArray
     """(sum of lengths, A) these actions, environment after environment."""
+
+    @staticmethod
+    def concatenate(parts: Sequence[EnvState]) -> EnvState:
+        """Join the states of consecutive environments."""
+        return EnvState(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(EnvState)))
+
+    def part(self, first: int, n_envs: int) -> EnvState:
+        """Return the state of `n_envs` environments from `first` on."""
+        last = first + n_envs
+        ends = np.concatenate([[0], np.cumsum(self.lengths)])
+        return EnvState(self.episodes[first:last], self.lengths[first:last], self.actions[ends[first] : ends[last]])
 
 
 class BatchedEnv(Protocol):

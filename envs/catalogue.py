@@ -57,6 +57,7 @@ def _metaworld(name: str, options: EnvOptions) -> EnvSpec:
         reward=options.reward or "sparse",
         has_success=True,
         vectorization=options.vectorization,
+        serial=not on_envpool and options.vectorization == "sync",
     )
 
 
@@ -112,6 +113,7 @@ def _gymnasium(name: str, options: EnvOptions) -> EnvSpec:
         reward=options.reward or ("sparse" if has_success else "dense"),
         has_success=has_success,
         vectorization=options.vectorization,
+        serial=not on_envpool and options.vectorization == "sync",
         cameras=layout.cameras,
     )
 

@@ -7,15 +7,16 @@ What is written (..., D) is a dict of parts where the task has cameras, see `dpr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from dprl.errors import EnvError
-from dprl.observations import STATE, Observation, map_parts, put, state_of, take
+from dprl.errors import DprlError, EnvError, EnvFaultError
+from dprl.observations import STATE, Observation, map_parts, put, take
 from dprl.spec import BoolArray, ChunkStep, EnvSpec, EnvState, FloatArray, IntArray
 
 
@@ -53,6 +54,16 @@ class Privileged(Protocol):
         ...
 
 
+class RaisedInsideError(Exception):
+    """What a simulator may raise to say which of its environments, by its number, raised what."""
+
+    def __init__(self, index: int | RaisedInsideError, what: str = "") -> None:
+        # gymnasium.vector raises a process's error as `type(error)(error)`
+        made_of = index.args if isinstance(index, RaisedInsideError) else (index, what)
+        self.index, self.what = cast("tuple[int, str]", made_of)
+        super().__init__(self.index, self.what)
+
+
 class ChunkedEnv:
     """A `BatchedEnv` over any `Simulator`."""
 
@@ -85,7 +96,8 @@ class ChunkedEnv:
         """See `BatchedEnv.step_chunk`. Actions are clipped to the action space.
 
         Raises:
-            EnvError: a wrong shape, an environment whose episode has ended, or a number that is not finite.
+            EnvError: actions of a wrong shape or not finite, or an environment whose episode has ended.
+            EnvFaultError: an environment raised, or returned a wrong shape or a number that is not finite.
         """
         indices = np.arange(self.n_envs) if indices is None else np.asarray(indices, np.int64)
         actions = self._checked(actions, indices)
@@ -153,27 +165,28 @@ class ChunkedEnv:
     def _begin(self, indices: IntArray, episodes: IntArray) -> None:
         if len(indices) == 0:
             return
-        observation = self._accepted(self._simulator.reset(indices, episodes), len(indices))
         self._episode[indices] = episodes
         self._open[indices] = True
         self._length[indices] = 0
         self._return[indices] = 0.0
+        with self._blamed(indices):
+            observation = self._accepted(self._simulator.reset(indices, episodes), indices)
         put(self._history, indices, map_parts(lambda part: part[:, None], observation))
-        self._require_finite("observation", state_of(observation), indices)
 
     def _step(self, indices: IntArray, actions: FloatArray) -> SimulatorStep:
         """One step of open environments, with this library's reward, success and time limit."""
-        raw = self._simulator.step(indices, actions)
-        observation = self._accepted(raw.observation, len(indices))
+        sparse = self.spec.reward == "sparse"
+        with self._blamed(indices):
+            raw = self._simulator.step(indices, actions)
+            observation = self._accepted(raw.observation, indices)
+            self._require_flags(raw, len(indices))
+            success = raw.success & self.spec.has_success
+            reward = (success if sparse else raw.reward).astype(np.float32)
+            self._require_finite("reward", reward, indices)
         self._actions[indices, self._length[indices]] = actions
         self._length[indices] += 1
         latest = map_parts(lambda part: part[:, None], observation)
         put(self._history, indices, map_parts(_shifted, take(self._history, indices), latest))
-        sparse = self.spec.reward == "sparse"
-        success = raw.success & self.spec.has_success
-        reward = (success if sparse else raw.reward).astype(np.float32)
-        self._require_finite("observation", state_of(observation), indices)
-        self._require_finite("reward", reward, indices)
         self._return[indices] += reward
         terminated = raw.terminated | (success & sparse)
         out_of_time = self._length[indices] >= self.spec.max_episode_steps
@@ -185,27 +198,35 @@ class ChunkedEnv:
         observation: Observation = take(self._history, indices)
         return observation
 
-    def _accepted(self, observation: Observation, n: int) -> Observation:
+    def _accepted(self, observation: Observation, indices: IntArray) -> Observation:
         """Return the simulator's observation with the types of the spec.
 
         Raises:
-            EnvError: a part is missing, or has not the type and shape of the spec.
+            EnvFaultError: a part is missing, has not the type and shape of the spec, or is not finite.
         """
-        if not isinstance(self._history, Mapping):
-            return np.asarray(observation, np.float32)
         parts = observation if isinstance(observation, Mapping) else {STATE: observation}
-        accepted = {}
-        for name, history in self._history.items():
-            if name not in parts:
-                raise EnvError(f"{self.spec.id}: the observation has {', '.join(parts)}, but not {name}")
-            part = np.asarray(parts[name], np.float32 if name == STATE else None)
-            shape = (n, *history.shape[2:])
-            if part.shape != shape or part.dtype != history.dtype:
-                raise EnvError(
-                    f"{self.spec.id}: {name} is {part.dtype} {part.shape}; the spec says {history.dtype} {shape}"
-                )
-            accepted[name] = part
-        return accepted
+        history = self._history if isinstance(self._history, Mapping) else {STATE: self._history}
+        accepted = {name: self._part(name, parts, expected, indices) for name, expected in history.items()}
+        return accepted if isinstance(self._history, Mapping) else accepted[STATE]
+
+    def _part(
+        self, name: str, parts: Mapping[str, npt.NDArray[Any]], history: npt.NDArray[Any], indices: IntArray
+    ) -> npt.NDArray[Any]:
+        if name not in parts:
+            raise self._fault(f"the observation has {', '.join(parts)}, but not {name}")
+        part = np.asarray(parts[name], np.float32 if name == STATE else None)
+        shape = (len(indices), *history.shape[2:])
+        if part.shape != shape or part.dtype != history.dtype:
+            raise self._fault(f"{name} is {part.dtype} {part.shape}; the spec says {history.dtype} {shape}")
+        if name == STATE:
+            self._require_finite("observation", part, indices)
+        return part
+
+    def _require_flags(self, raw: SimulatorStep, n: int) -> None:
+        for name in ("reward", "terminated", "truncated", "success"):
+            shape = np.shape(getattr(raw, name))
+            if shape != (n,):
+                raise self._fault(f"{name} has the shape {shape}, not {(n,)}")
 
     def _checked(self, actions: FloatArray, indices: IntArray) -> FloatArray:
         actions = np.asarray(actions, np.float32)
@@ -217,18 +238,35 @@ class ChunkedEnv:
         if not self._open[indices].all():
             index = int(indices[~self._open[indices]][0])
             raise EnvError(f"{self.spec.id}: environment {index} has no open episode; reset it before stepping it")
-        self._require_finite("action", actions, indices)
+        if not np.isfinite(actions).all():
+            row = int(np.flatnonzero(~np.isfinite(actions).all(axis=(1, 2)))[0])
+            raise EnvError(str(self._fault("action is not finite", str(actions[row]), int(indices[row]))))
         return np.clip(actions, self._low, self._high)
 
-    def _require_finite(self, what: str, values: FloatArray | None, indices: IntArray) -> None:
-        if values is None or np.isfinite(values).all():
+    def _require_finite(self, what: str, values: npt.NDArray[Any], indices: IntArray) -> None:
+        if np.isfinite(values).all():
             return
         row = int(np.flatnonzero(~np.isfinite(values.reshape(len(indices), -1)).all(axis=1))[0])
-        index = int(indices[row])
-        raise EnvError(
-            f"{self.spec.id}: {what} is not finite in environment {index}, episode {self._episode[index]}, "
-            f"step {self._length[index]} (environment seed {self._seeds[index]}): {values[row]}"
-        )
+        raise self._fault(f"{what} is not finite", str(values[row]), int(indices[row]))
+
+    def _fault(self, what: str, detail: str = "", index: int | None = None) -> EnvFaultError:
+        if index is None:
+            return EnvFaultError(self.spec.id, what, detail)
+        where = (index, int(self._episode[index]), int(self._length[index]), self._seeds[index])
+        return EnvFaultError(self.spec.id, what, detail, *where)
+
+    @contextmanager
+    def _blamed(self, indices: IntArray) -> Iterator[None]:
+        """Turn whatever a simulator raises into an error that says where it was."""
+        try:
+            yield
+        except DprlError:
+            raise
+        except RaisedInsideError as error:
+            raise self._fault("the environment raised", error.what, error.index) from error
+        except Exception as error:
+            only = int(indices[0]) if len(indices) == 1 else None
+            raise self._fault("the simulator raised", f"{type(error).__name__}: {error}", only) from error
 
 
 def _shifted(history: npt.NDArray[Any], latest: npt.NDArray[Any]) -> npt.NDArray[Any]:

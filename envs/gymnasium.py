@@ -8,12 +8,14 @@ state, in the space's order. A member of a Dict that is called ``privileged`` is
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 
-from dprl.envs.chunked import ChunkedEnv, SimulatorStep
+from dprl.envs.chunked import ChunkedEnv, RaisedInsideError, SimulatorStep
 from dprl.errors import EnvError, MissingDependencyError
 from dprl.observations import STATE, Camera, Observation, camera_name, state_of, take
 from dprl.seeding import derive_seed
@@ -115,16 +117,18 @@ class Held(gymnasium.Wrapper[Any, Any, Any, Any]):
     """Stands still where the action is NaN, so that a vector environment can step a subset.
 
     Episode ends travel in the info, where the vector environment does not act on them, and success under one key,
-    whatever the environment calls it.
+    whatever the environment calls it. What the environment raises says which one it was, by its `index`.
     """
 
-    def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
+    def __init__(self, env: gymnasium.Env[Any, Any], index: int) -> None:
         super().__init__(env)
+        self._index = index
         self._observation: Any = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset and remember the observation."""
-        self._observation, _ = self.env.reset(seed=seed, options=options)
+        with self._named():
+            self._observation, _ = self.env.reset(seed=seed, options=options)
         return self._observation, {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -132,11 +136,19 @@ class Held(gymnasium.Wrapper[Any, Any, Any, Any]):
         if np.isnan(action[0]):
             return self._observation, 0.0, False, False, {}
         space = cast("Any", self.env.action_space)
-        result = self.env.step(np.asarray(action, space.dtype).reshape(space.shape))
+        with self._named():
+            result = self.env.step(np.asarray(action, space.dtype).reshape(space.shape))
         self._observation, reward, terminated, truncated, info = result
         success = any(float(info.get(key) or 0.0) > 0.5 for key in SUCCESS_KEYS)
         ends = {"dprl_terminated": bool(terminated), "dprl_truncated": bool(truncated), "dprl_success": success}
         return self._observation, float(reward), False, False, ends
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise RaisedInsideError(self._index, f"{type(error).__name__}: {error}") from error
 
 
 class Parted(gymnasium.ObservationWrapper[Any, Any, Any]):
@@ -186,12 +198,12 @@ class GymnasiumSimulator:
     """`gymnasium.vector` with automatic resets off: episodes are seeded one by one, so any of them can be replayed."""
 
     def __init__(self, spec: EnvSpec, seeds: list[int]) -> None:
-        def make() -> gymnasium.Env[Any, Any]:
-            return Flat(Held(make_single(spec.backend_id, spec.max_episode_steps)))
+        def make(index: int) -> gymnasium.Env[Any, Any]:
+            return Flat(Held(make_single(spec.backend_id, spec.max_episode_steps), index))
 
         vector = gymnasium.vector.SyncVectorEnv if spec.vectorization == "sync" else gymnasium.vector.AsyncVectorEnv
         mode = gymnasium.vector.AutoresetMode.DISABLED
-        self._env: Any = vector([make] * len(seeds), autoreset_mode=mode)
+        self._env: Any = vector([partial(make, index) for index in range(len(seeds))], autoreset_mode=mode)
         self._seeds = seeds
         self._has_cameras = bool(spec.cameras)
         self._started = np.zeros(len(seeds), np.bool_)

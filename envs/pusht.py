@@ -55,6 +55,7 @@ def make_spec(env_id: str, options: EnvOptions) -> EnvSpec:
         reward=options.reward or "sparse",
         has_success=True,
         vectorization=options.vectorization,
+        serial=options.vectorization == "sync",
         cameras=(CAMERA,) if env_id == PIXELS_ID else (),
     )
 

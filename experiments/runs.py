@@ -38,7 +38,7 @@ from dprl.policy import (
     Policy,
     find_policy,
 )
-from dprl.rollout import Evaluation, InProcessPool, RolloutPool, evaluate
+from dprl.rollout import Evaluation, RolloutPool, evaluate
 from dprl.rollout.evaluation import require_fit, wilson
 from dprl.rollout.pool import checked_slice_size
 from dprl.seeding import derive_seed
@@ -148,8 +148,8 @@ class FinetuneConfig:
     """Environments."""
     n_action_steps: int | None = None
     """How many actions of a chunk are executed. Default: the policy's own."""
-    workers: int = 0
-    """Ray workers that share the environments; 0 runs them in this process."""
+    workers: int | None = None
+    """Ray workers that share the environments; 0 runs them in this process. Default: what suits the machine."""
     slice_size: int | None = None
     """Environments per inference batch. Runs with equal slices give equal results on any number of workers."""
     dppo: DPPOConfig = field(default_factory=DPPOConfig)
@@ -205,7 +205,7 @@ def finetune(config: FinetuneConfig, out: Path, *, progress_bar: bool = True) ->
     RunFolder.require_free(out)
     config = replace(config, policy=str(Path(config.policy).resolve()))
     prepared = _prepare_finetune(config, find_policy(Path(config.policy)))
-    with _pool(config, prepared.spec) as pool:
+    with _pool(config, prepared.spec, shown=progress_bar) as pool:
         run = RunFolder.create(out, "finetune", to_json(config))
         _finetune(config, run, prepared, pool, resume=False, progress_bar=progress_bar)
     return run
@@ -230,7 +230,7 @@ def resume(path: Path, *, data: Path | None = None, progress_bar: bool = True) -
             _pretrain(config, run, _prepare_pretrain(config), resume=started, progress_bar=progress_bar)
             return run
         prepared = _prepare_finetune(config, run.last or find_policy(Path(config.policy)))
-        with _pool(config, prepared.spec) as pool:
+        with _pool(config, prepared.spec, shown=progress_bar) as pool:
             _finetune(config, run, prepared, pool, resume=started, progress_bar=progress_bar)
     return run
 
@@ -337,7 +337,7 @@ def _prepare_finetune(config: FinetuneConfig, folder: Path) -> _Finetuning:
     policy.check_inference(config.inference)
     DenoisingMDP(policy, config.dppo.tuned_steps, config.dppo.exploration, config.dppo.solver)
     slices = config.n_envs // checked_slice_size(config.n_envs, config.slice_size)
-    fits = config.workers == 0 or slices % config.workers == 0
+    fits = not config.workers or slices % config.workers == 0
     check(fits, "workers", config.workers, f"must divide the number of slices, which is {slices}; see slice_size")
     if config.n_action_steps is not None:
         policy.set_n_action_steps(config.n_action_steps)
@@ -372,12 +372,19 @@ def _score(policy: Policy, spec: EnvSpec, config: PretrainConfig | FinetuneConfi
     return evaluate(policy, spec, config.eval_episodes, seed, inference=config.inference)
 
 
-def _pool(config: FinetuneConfig, spec: EnvSpec) -> RolloutPool:
-    if config.workers == 0:
-        return InProcessPool(spec, config.n_envs, seed=config.seed, slice_size=config.slice_size)
-    from dprl.rollout.ray_pool import RayPool
-
-    return RayPool(spec, config.n_envs, num_workers=config.workers, seed=config.seed, slice_size=config.slice_size)
+def _pool(config: FinetuneConfig, spec: EnvSpec, *, shown: bool) -> RolloutPool:
+    """Build the environments, and say how they run."""
+    pool = RolloutPool.auto(
+        spec,
+        config.n_envs,
+        seed=config.seed,
+        slice_size=config.slice_size,
+        device=config.device,
+        num_workers=config.workers,
+    )
+    if shown:
+        print(f"rollouts {pool.choice}")
+    return pool
 
 
 def check_device(name: str) -> None:

@@ -40,8 +40,8 @@ from dprl.experiments import plots, runs
 from dprl.experiments.runs import CollectConfig, PretrainConfig
 from dprl.policy import InferenceConfig, Policy
 from dprl.rollout import evaluate
+from dprl.rollout.collector import one_thread
 from dprl.rollout.evaluation import record, wilson
-from dprl.rollout.pool import one_thread
 from dprl.rollout.recording import Trajectory
 from dprl.spec import resolve
 from dprl.training.loop import InterruptedRunError

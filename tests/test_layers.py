@@ -24,7 +24,10 @@ LAZY_DOORS = ("dprl", "__getattr__")
 HOMES = {
     "ray": ("dprl.rollout.ray_pool", "dprl.interop"),
     "wandb": ("dprl.log",),
-    **dict.fromkeys(("gymnasium", "envpool", "metaworld", "mujoco"), ("dprl.envs", "dprl.experiments.video")),
+    **dict.fromkeys(
+        ("gymnasium", "envpool", "metaworld", "mujoco"),
+        ("dprl.envs", "dprl.experiments.video", "dprl.experiments.benchmarks.rollout", "dprl.interop.sb3"),
+    ),
 }
 # modules -> what they never import
 BANNED = {

@@ -63,7 +63,7 @@ def test_sampled_steps_follow_the_declared_gaussian(floor: float, clip: float, n
     mdp = DenoisingMDP(policy, steps, ExplorationConfig(floor, floor, clip), solver)
     n = 10_000
     obs = torch.zeros(n, 1, 2)
-    chain = mdp.sample(obs, torch.Generator().manual_seed(0))
+    chain = mdp.sample(obs, generator=torch.Generator().manual_seed(0))
     condition = policy.condition(obs)
     for k in range(steps):
         x, x_next = chain.steps[:, steps - 1 - k], chain.steps[:, steps - k]
@@ -110,7 +110,7 @@ def test_log_prob_is_that_of_torch(name: str) -> None:
 def test_chains_hold_the_tuned_steps_and_end_in_the_action(tuned: int) -> None:
     policy = make_policy(DIFFUSION)
     mdp = DenoisingMDP(policy, tuned, ExplorationConfig())
-    chain = mdp.sample(torch.zeros(4, 1, 2), torch.Generator().manual_seed(0))
+    chain = mdp.sample(torch.zeros(4, 1, 2), generator=torch.Generator().manual_seed(0))
     assert chain.steps.shape == (4, tuned + 1, 2, 1)
     assert torch.equal(policy.action_normalizer.unnormalize(chain.steps[:, -1]), chain.actions)
 
@@ -121,7 +121,7 @@ def test_the_same_noise_gives_the_same_prefix_whatever_is_tuned(name: str) -> No
     steps = len(solver_steps(config.noise, solver))
     chains = [
         DenoisingMDP(make_policy(config), tuned, ExplorationConfig(), solver).sample(
-            torch.zeros(4, 1, 2), torch.Generator().manual_seed(0)
+            torch.zeros(4, 1, 2), generator=torch.Generator().manual_seed(0)
         )
         for tuned in (2, steps)
     ]
@@ -134,7 +134,7 @@ def test_without_floors_it_samples_as_the_policy_does() -> None:
     solver = SolverConfig("ddim", 4, 1.0)
     steps = solver_steps(policy.schedule.config, solver)
     chain = DenoisingMDP(policy, 4, ExplorationConfig(1e-9, 0.1, 100.0), solver).sample(
-        torch.zeros(3, 1, 2), torch.Generator().manual_seed(0)
+        torch.zeros(3, 1, 2), generator=torch.Generator().manual_seed(0)
     )
     draws = torch.randn(5, 3, 2, 1, generator=torch.Generator().manual_seed(0))  # the MDP draws for every step
     sampled = policy.sample(
@@ -166,7 +166,7 @@ def test_tuned_steps_are_those_of_the_solvers_grid(name: str, tuned: int) -> Non
     assert policy.tuned_below == grid[-tuned] + 1
     for which, timesteps in seen.items():
         record_timesteps(getattr(policy, which), timesteps)
-    mdp.sample(torch.zeros(2, 1, 2), torch.Generator().manual_seed(0))
+    mdp.sample(torch.zeros(2, 1, 2), generator=torch.Generator().manual_seed(0))
     assert seen == {"base": grid[:-tuned], "tuned": grid[-tuned:]}
 
 
@@ -174,7 +174,7 @@ def test_the_policys_own_solver_is_the_default() -> None:
     config = replace(DIFFUSION, sampling=SolverConfig("ddim", 4, 1.0))
     mdp = DenoisingMDP(make_policy(config), 4, ExplorationConfig())
     assert mdp.solver == SolverConfig("ddim", 4, 1.0)
-    assert mdp.sample(torch.zeros(2, 1, 2), torch.Generator().manual_seed(0)).steps.shape == (2, 5, 2, 1)
+    assert mdp.sample(torch.zeros(2, 1, 2), generator=torch.Generator().manual_seed(0)).steps.shape == (2, 5, 2, 1)
     asked = DenoisingMDP(make_policy(config), 2, ExplorationConfig(), SolverConfig(num_inference_steps=2))
     assert asked.solver == SolverConfig("ddim", 2, 1.0)
 

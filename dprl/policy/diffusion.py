@@ -169,11 +169,17 @@ class DiffusionPolicy(Policy):
         own = self.config.sampling.solver if eta else None  # a policy's own solver may be the one that has an eta
         steps = self._steps(_solver_config(solver or own, num_inference_steps, eta, timestep_spacing))
         shape = (n_draws(steps), batch_size(obs), *self._chunk_shape)
-        draws = draw_normal(shape, generator, self.device) if noise is None else self._given(noise, shape)
+        draws = self.drawn(shape, noise, generator)
         return self._denoise(obs, steps, draws[0], draws[1:], temperature)
 
-    def _given(self, noise: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return the noise that a caller gave, on the device."""
+    def drawn(self, shape: tuple[int, ...], noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """Return the noise that a caller gave, or draw it: `shape`, on the device.
+
+        Raises:
+            ConfigError: what was given has another shape, or is not finite.
+        """
+        if noise is None:
+            return draw_normal(shape, generator, self.device)
         draws = torch.as_tensor(noise).to(self.device, torch.float32)
         check(draws.shape == shape, "noise", tuple(draws.shape), f"must have the shape {shape}")
         check(bool(draws.isfinite().all()), "noise", "not finite", "must be finite")

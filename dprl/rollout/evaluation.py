@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ import torch
 from dprl.errors import EnvError, check
 from dprl.observations import Camera, put, take, to_tensors
 from dprl.policy import InferenceConfig, Policy, RecedingHorizon
-from dprl.rollout.pool import checked_slice_size, one_thread
+from dprl.rollout.collector import one_thread
+from dprl.rollout.pool import checked_slice_size
 from dprl.rollout.recording import Recorder, Trajectory
 from dprl.seeding import torch_generator
 from dprl.spec import BatchedEnv, EnvSpec, build, env_seeds, with_n_obs_steps
@@ -87,10 +88,54 @@ def evaluate(
         ConfigError: `episodes` below 1, or a setting of `inference` that the policy does not have.
         EnvError: the policy's sizes are not the environment's.
     """
+    return summary(
+        policy, spec, seed, inference, play(policy, spec, episodes, seed, inference, on_progress=on_progress)
+    )
+
+
+class Outcome(NamedTuple):
+    """How one episode ended."""
+
+    success: bool
+    episode_return: float
+    length: int
+    """Environment steps."""
+
+
+def seats(episodes: int) -> list[slice]:
+    """Return the environments of an evaluation, slice by slice: what can be played apart."""
+    n = min(episodes, MAX_ENVS)
+    size = checked_slice_size(n, None)
+    return [slice(i, i + size) for i in range(0, n, size)]
+
+
+def play(
+    policy: Policy,
+    spec: EnvSpec,
+    episodes: int,
+    seed: int,
+    inference: InferenceConfig | None = None,
+    part: slice | None = None,
+    *,
+    on_progress: Callable[[int], None] | None = None,
+) -> dict[int, Outcome]:
+    """Play the episodes of the environments `part`, one of `seats` (default: of all); return them by their numbers.
+
+    An episode is the same in both cases. See `evaluate`.
+    """
     control = RecedingHorizon(policy, inference)
-    with _environments(policy, spec, episodes, seed) as env:
-        results = _play(control, env, episodes, seed, on_progress)
-    success, returns, lengths = (np.asarray(column) for column in zip(*results, strict=True))
+    with _environments(policy, spec, episodes, seed, part) as env:
+        return _play(control, env, episodes, seed, part, on_progress)
+
+
+def summary(
+    policy: Policy, spec: EnvSpec, seed: int, inference: InferenceConfig | None, outcomes: dict[int, Outcome]
+) -> Evaluation:
+    """Sum up what `play` returned."""
+    episodes = len(outcomes)
+    success, returns, lengths = (
+        np.asarray(column) for column in zip(*(outcomes[i] for i in sorted(outcomes)), strict=True)
+    )
     rate = float(success.mean()) if spec.has_success else None
     mean = float(returns.mean())
     half = Z95 * float(returns.std(ddof=1)) / math.sqrt(episodes) if episodes > 1 else None
@@ -103,7 +148,7 @@ def evaluate(
         return_mean=mean,
         return_ci95=None if half is None else (mean - half, mean + half),
         episode_length_mean=float(lengths.mean()),
-        policy_latency_ms_p50=_latency_ms(control),
+        policy_latency_ms_p50=_latency_ms(RecedingHorizon(policy, inference)),
     )
 
 
@@ -120,7 +165,7 @@ def record(
     control = RecedingHorizon(policy, inference)
     with _environments(policy, spec, episodes, seed) as env:
         recorder = Recorder(env)
-        _play(control, recorder, episodes, seed, on_progress)
+        _play(control, recorder, episodes, seed, None, on_progress)
     n = env.n_envs
     return [recorder.trajectories[i % n][i // n] for i in range(episodes)]
 
@@ -153,11 +198,14 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 @contextmanager
-def _environments(policy: Policy, spec: EnvSpec, episodes: int, seed: int) -> Iterator[BatchedEnv]:
+def _environments(
+    policy: Policy, spec: EnvSpec, episodes: int, seed: int, part: slice | None = None
+) -> Iterator[BatchedEnv]:
     check(episodes >= 1, "episodes", episodes, "must be at least 1")
     require_fit(policy, spec)
     spec = with_n_obs_steps(spec, policy.config.n_obs_steps)
-    env = build(spec, env_seeds(seed, min(episodes, MAX_ENVS), purpose="evaluation"))
+    part = part or slice(0, min(episodes, MAX_ENVS))
+    env = build(spec, env_seeds(seed, part.stop - part.start, part.start, purpose="evaluation"))
     try:
         yield env
     finally:
@@ -169,39 +217,45 @@ def _play(
     env: BatchedEnv,
     episodes: int,
     seed: int,
+    part: slice | None,
     on_progress: Callable[[int], None] | None,
-) -> list[tuple[bool, float, int]]:
-    """Return (success, return, length) of every episode; episode i is number i div N of environment i mod N."""
-    n, size = env.n_envs, checked_slice_size(env.n_envs, None)
-    slices = [slice(i, i + size) for i in range(0, n, size)]
-    generators = [torch_generator(seed, "evaluation", i) for i in range(len(slices))]
-    memories = [control.start(size) for _ in slices]
+) -> dict[int, Outcome]:
+    """Episode i is number i div M of environment i mod M, of M environments of which `env` has the `part`."""
+    n, everywhere = env.n_envs, min(episodes, MAX_ENVS)
+    first = part.start if part else 0
+    whole = seats(episodes)
+    numbers = [i for i, seat in enumerate(whole) if first <= seat.start < first + n]
+    slices = [slice(whole[i].start - first, whole[i].stop - first) for i in numbers]
+    generators = [torch_generator(seed, "evaluation", i) for i in numbers]
+    memories = [control.start(s.stop - s.start) for s in slices]
     observation = env.reset()
-    quota = np.array([len(range(i, episodes, n)) for i in range(n)])
+    quota = np.array([len(range(first + i, episodes, everywhere)) for i in range(n)])
     played = np.zeros(n, np.int64)
-    results: list[tuple[bool, float, int]] = [(False, 0.0, 0)] * episodes
+    outcomes: dict[int, Outcome] = {}
     while (played < quota).any():
         chunks = []
-        for i, part in enumerate(slices):  # whole slices, so that a row's batch does not depend on who still plays
+        for i, own in enumerate(slices):  # whole slices, so that a row's batch does not depend on who still plays
             with one_thread():
-                chunk, memories[i] = control.plan(to_tensors(take(observation, part)), memories[i], generators[i])
+                chunk, memories[i] = control.plan(to_tensors(take(observation, own)), memories[i], generators[i])
             chunks.append(chunk.cpu())
         rows = np.flatnonzero(played < quota)
         step = env.step_chunk(torch.cat(chunks).numpy()[rows], rows, autoreset=False)
         put(observation, rows, step.observation)
         for i in np.flatnonzero(step.ended):
-            episode = rows[i] + n * played[rows[i]]
-            results[episode] = (bool(step.success[i]), float(step.episode_return[i]), int(step.episode_length[i]))
+            episode = first + int(rows[i]) + everywhere * int(played[rows[i]])
+            outcomes[episode] = Outcome(
+                bool(step.success[i]), float(step.episode_return[i]), int(step.episode_length[i])
+            )
         ended = rows[step.ended]
         played[ended] += 1
         fresh = torch.from_numpy(np.isin(np.arange(n), ended))
-        memories = [memory.forget(fresh[part]) for memory, part in zip(memories, slices, strict=True)]
+        memories = [memory.forget(fresh[own]) for memory, own in zip(memories, slices, strict=True)]
         again = ended[played[ended] < quota[ended]]
         if len(again):
             put(observation, again, env.reset(again))
         if on_progress is not None and len(ended):
             on_progress(len(ended))
-    return results
+    return outcomes
 
 
 def _latency_ms(control: RecedingHorizon) -> float:

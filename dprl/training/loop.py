@@ -13,7 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from dprl.config import validate
-from dprl.errors import DprlError
+from dprl.errors import DprlError, EnvFaultError, WorkerError
 from dprl.log import MetricsLog
 from dprl.training.agent import Agent, load_agent_state
 from dprl.training.progress import ProgressBar
@@ -92,6 +92,7 @@ def train(
         progress_bar: show one.
 
     Raises:
+        EnvFaultError, WorkerError: an environment failed more often than the pool forgives; all before it is saved.
         InterruptedRunError: on SIGINT or SIGTERM, after the current iteration was finished and, in a run, saved.
         RunExistsError: another process trains the same run.
     """
@@ -102,22 +103,30 @@ def train(
             about = load_agent_state(agent, run.last)
             progress = _Progress(about["iteration"], about["best_score"], seconds_before=about["elapsed_s"])
         kept = progress.iteration if resume else -1
+        fault: DprlError | None = None
         log = MetricsLog(run.path, keep_iterations=kept, wandb_project=wandb_project) if run else None
         try:
             with ProgressBar(agent.name, config.total_timesteps, agent.timesteps, shown=progress_bar) as bar:
                 if not resume:
                     _finish_iteration(agent, config, progress, {}, run, evaluate, log, bar)
                 while agent.timesteps < config.total_timesteps and not interrupted:
+                    try:
+                        metrics = _iterate(agent)
+                    except (EnvFaultError, WorkerError) as error:  # the agent is as the last iteration left it
+                        fault = error
+                        break
                     progress.iteration += 1
-                    metrics = _iterate(agent)
                     _finish_iteration(agent, config, progress, metrics, run, evaluate, log, bar)
             if run is not None and (run.last is None or run.progress()["iteration"] != progress.iteration):
                 run.save(agent, progress.iteration, best=progress.best, is_best=False, elapsed_s=progress.elapsed_s)
         finally:
             if log is not None:
                 log.close()
+    remedy = f"all iterations are saved; continue with 'dprl resume {run.path}'" if run else "nothing was saved"
+    if fault is not None:
+        fault.add_note(remedy)
+        raise fault
     if interrupted:
-        remedy = f"all iterations are saved; continue with 'dprl resume {run.path}'" if run else "nothing was saved"
         raise InterruptedRunError(interrupted[0], remedy)
 
 

@@ -82,7 +82,7 @@ def _infer(mdp: DenoisingMDP, config: ThroughputConfig) -> None:
     obs = torch.zeros(config.n_envs, 1, mdp.policy.features.observation_size)
     generator = torch_generator(0, "benchmark")
     for _ in range(config.n_steps):
-        mdp.sample(obs, generator)
+        mdp.sample(obs, generator=generator)
 
 
 def _median(action: Callable[[], object], repeats: int) -> float:

@@ -83,7 +83,7 @@ def test_each_step_is_evaluated_by_the_one_network_it_belongs_to() -> None:
     seen: dict[str, list[int]] = {"base": [], "tuned": []}
     for name, timesteps in seen.items():
         record_timesteps(getattr(policy, name), timesteps)
-    mdp.sample(torch.zeros(2, 1, 2), torch.Generator().manual_seed(0))
+    mdp.sample(torch.zeros(2, 1, 2), generator=torch.Generator().manual_seed(0))
     assert seen == {"base": [7, 6, 5, 4, 3], "tuned": [2, 1, 0]}
 
 

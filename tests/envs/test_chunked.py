@@ -262,7 +262,7 @@ def test_simulator_value_that_is_not_finite_is_refused(what):
     env, _ = make(terminates={(1, 0): 2}, **{f"nan_{what}": {(1, 1): 3}})
     env.reset()
     env.step_chunk(acts(2, 2))
-    message = f"fake: {what} is not finite in environment 1, episode 1, step 3 .environment seed 101"
+    message = f"fake: {what} is not finite in environment 1, episode 1, step 2 .environment seed 101"
     with pytest.raises(EnvError, match=message):
         env.step_chunk(acts(2, 4))
 

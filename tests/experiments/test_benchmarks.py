@@ -1,10 +1,12 @@
 """Benchmarks run, and print and write what they measured."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from dprl.experiments.benchmarks import sampling, training
+from dprl.errors import ConfigError
+from dprl.experiments.benchmarks import rollout, sampling, training
 from dprl.networks import MLPConfig
 from dprl.policy import DiffusionConfig
 
@@ -32,3 +34,30 @@ def test_training(tmp_path, monkeypatch):
     assert [f["way"] for f in json.loads(file.read_text())] == list(training.WAYS)
     assert figures[0].speedup == 1
     assert all(f.step_ms > 0 for f in figures)
+
+
+def test_rollout(tmp_path, capsys):
+    pytest.importorskip("envpool")
+    file = tmp_path / "figures.json"
+    envs = ("Hopper-v5", rollout.SPIN)
+    rollout.main(rollout.RolloutBenchmark(envs, n_envs=2, workers=(), seconds=0.05, repeats=2, json=file))
+    figures = json.loads(file.read_text())["figures"]
+    ways = [rollout.REFERENCE, "a process each", "one after the other", "pool, in process", "pool, double buffer"]
+    assert [f["way"] for f in figures] == [*ways, "MuJoCo's steps alone", *ways, *ways]
+    assert all(len(f["steps_per_s"]) == 2 and min(f["steps_per_s"]) > 0 for f in figures)
+    spinning = [f for f in figures if f["env"] == rollout.SPIN and f["way"] == "one after the other"]
+    assert max(spinning[0]["steps_per_s"]) < 1000, "a millisecond each"
+    assert "MuJoCo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_envs": 0}, "n_envs = 0"),
+        ({"workers": (3,)}, "workers = 3: must divide the 40 environments"),
+        ({"reference": Path("nowhere")}, "reference = 'nowhere': must be a checkout of DPPO"),
+    ],
+)
+def test_rollout_refuses(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        rollout.RolloutBenchmark(**changes)

@@ -118,7 +118,7 @@ def test_a_solver_is_sampled_and_tuned_through(solver: SolverName, steps: int | 
         assert dppo.tuned_steps == steps
     policy = DiffusionPolicy(Features(39, 4), policy_config)
     mdp = DenoisingMDP(policy, dppo.tuned_steps, dppo.exploration, dppo.solver)
-    chain = mdp.sample(torch.zeros(2, 1, 39), torch_generator(0))
+    chain = mdp.sample(torch.zeros(2, 1, 39), generator=torch_generator(0))
     assert chain.steps.shape == (2, dppo.tuned_steps + 1, 4, 4)
     assert policy.sample(torch.zeros(2, 1, 39)).shape == (2, 4, 4)
     for config in (experiment.pretrain, experiment.finetune):

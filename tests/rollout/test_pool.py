@@ -1,21 +1,29 @@
 """Pools: the same seed and slice size give the same rollouts, however the environments are spread."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from dprl.envs import vec_env
 from dprl.errors import ConfigError, EnvError
 from dprl.mdp import DenoisingMDP, ExplorationConfig
-from dprl.networks import MLPConfig
+from dprl.networks import MLPConfig, VisionConfig
+from dprl.networks.vit import ViTConfig
+from dprl.observations import map_parts
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
-from dprl.rollout import InProcessPool, PoolState, Rollout, RolloutPool, as_pool
+from dprl.rollout import InProcessPool, Rollout, RolloutPool, as_pool, evaluate
 from dprl.rollout.pool import checked_slice_size
-from dprl.spec import EnvOptions, EnvSpec, build, env_seeds, resolve, with_n_obs_steps
+from dprl.seeding import EpisodeNoise
+from dprl.spec import ChunkStep, EnvOptions, EnvSpec, EnvState, FloatArray, build, env_seeds, resolve, with_n_obs_steps
+from tests.toys import reach_spec
 
 pytest.importorskip("envpool")
 
@@ -54,15 +62,15 @@ class Collected:
     """Two collections, one after the other, and the state between them."""
 
     first: Rollout
-    state: PoolState
+    state: EnvState
     second: Rollout
 
 
 def collect(pool: RolloutPool, actor: DenoisingMDP) -> Collected:
     with pool:
-        first = pool.collect(actor, EXECUTED, DECISIONS)
+        first = pool.collect(actor, DECISIONS)
         state = pool.state()
-        return Collected(first, state, pool.collect(actor, EXECUTED, DECISIONS))
+        return Collected(first, state, pool.collect(actor, DECISIONS))
 
 
 def in_process(spec: EnvSpec, seed: int = SEED, slice_size: int | None = SLICE) -> InProcessPool:
@@ -94,13 +102,12 @@ def on_ray(ray, spec, actor) -> Callable[[int], Collected]:
 
 def assert_same(one: Rollout, other: Rollout) -> None:
     for field in fields(Rollout):
+        map_parts(np.testing.assert_array_equal, getattr(one, field.name), getattr(other, field.name))
+
+
+def assert_same_state(one: EnvState, other: EnvState) -> None:
+    for field in fields(EnvState):
         np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name), field.name)
-
-
-def assert_same_state(one: PoolState, other: PoolState) -> None:
-    for name in ("episodes", "lengths", "actions"):
-        np.testing.assert_array_equal(getattr(one.env, name), getattr(other.env, name), name)
-    assert torch.equal(one.generators, other.generators)
 
 
 def test_shapes(reference, spec):
@@ -109,6 +116,8 @@ def test_shapes(reference, spec):
     assert shapes.pop("observations") == (*rows, 2, spec.observation_size)
     assert shapes.pop("final_observations") == (*rows, 2, spec.observation_size)
     assert shapes.pop("chains") == (*rows, TUNED + 1, HORIZON, spec.action_size)
+    np.testing.assert_array_equal(rollout.environments, np.arange(N_ENVS))
+    assert shapes.pop("environments") == (N_ENVS,)
     assert set(shapes.values()) == {rows}
 
 
@@ -155,16 +164,17 @@ def test_slices_and_collections_draw_noise_of_their_own(reference):
 def test_inference_runs_on_one_thread_and_leaves_torchs_setting(spec, actor):
     class Spy:
         threads: ClassVar[list[int]] = []
+        n_action_steps, noise_shape = actor.n_action_steps, actor.noise_shape
 
-        def sample(self, obs, generator):
+        def sample(self, obs, *, noise):
             self.threads.append(torch.get_num_threads())
-            return actor.sample(obs, generator)
+            return actor.sample(obs, noise=noise)
 
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
         with in_process(spec) as pool:
-            pool.collect(Spy(), EXECUTED, 1)
+            pool.collect(Spy(), 1)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
@@ -177,26 +187,128 @@ def test_environments_of_ones_own_give_the_same(reference, spec, actor):
     assert as_pool(pool, SEED) is pool
 
 
+def test_noise_is_of_the_environment_its_episode_and_the_step(reference, spec, actor):
+    """So a chain does not depend on what was drawn before, or for whom else."""
+    rollout, noise = reference.second, EpisodeNoise(SEED, "noise")
+    with in_process(spec) as pool:
+        pool.restore(reference.state)
+        for t in range(DECISIONS):
+            state = pool.state()
+            drawn = noise.draw(actor.noise_shape, np.arange(N_ENVS), state.episodes, state.lengths)
+            rows = slice(2, 4)
+            chain = actor.sample(
+                torch.from_numpy(rollout.observations[t, rows]), noise=torch.from_numpy(drawn[:, rows])
+            )
+            np.testing.assert_array_equal(chain.steps.numpy(), rollout.chains[t, rows])
+            pool.collect(actor, 1)
+
+
+def test_double_buffering_changes_nothing(reference, spec, actor):
+    pool = InProcessPool(spec, N_ENVS, seed=SEED, slice_size=SLICE, double_buffer=True)
+    collected = collect(pool, actor)
+    assert_same(collected.first, reference.first)
+    assert_same(collected.second, reference.second)
+    assert_same_state(collected.state, reference.state)
+    assert not [thread for thread in threading.enumerate() if "dprl" in thread.name]
+
+
+def test_double_buffering_needs_two_halves(spec):
+    with pytest.raises(ConfigError, match="double_buffer = 2: must divide the number of slices"):
+        InProcessPool(spec, 8, slice_size=8, double_buffer=True)
+
+
+@pytest.fixture(scope="module")
+def chunks(spec) -> list[FloatArray]:
+    rng = np.random.default_rng(0)
+    return list(rng.uniform(-1, 1, (6, N_ENVS, EXECUTED, spec.action_size)).astype(np.float32))
+
+
+def drive(pool: RolloutPool, chunks: list[FloatArray], actor: DenoisingMDP) -> tuple[list[ChunkStep], Rollout]:
+    """A policy that acts elsewhere, and then one that acts in the pool."""
+    with pool:
+        pool.reset()
+        return [pool.step_chunk(chunk) for chunk in chunks], pool.collect(actor, 2)
+
+
+@pytest.fixture(scope="module")
+def driven(spec, chunks, actor) -> tuple[list[ChunkStep], Rollout]:
+    return drive(in_process(spec), chunks, actor)
+
+
+def test_steps_of_a_policy_that_acts_elsewhere_are_the_environments(driven, chunks, spec):
+    env = build(spec, env_seeds(SEED, N_ENVS))
+    env.reset()
+    for step, chunk in zip(driven[0], chunks, strict=True):
+        assert_same_steps(step, env.step_chunk(chunk))
+    np.testing.assert_array_equal(driven[1].observations[0], driven[0][-1].observation)
+
+
+def assert_same_steps(one: ChunkStep, other: ChunkStep) -> None:
+    for field in fields(ChunkStep):
+        np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name), field.name)
+
+
+def test_double_buffered_steps_are_the_same(driven, chunks, spec, actor):
+    pool = InProcessPool(spec, N_ENVS, seed=SEED, slice_size=SLICE, double_buffer=True)
+    steps, rollout = drive(pool, chunks, actor)
+    for one, other in zip(steps, driven[0], strict=True):
+        assert_same_steps(one, other)
+    assert_same(rollout, driven[1])
+
+
+def test_ray_steps_are_the_same(driven, chunks, ray, spec, actor):
+    from dprl.rollout.ray_pool import RayPool
+
+    pool = RayPool(spec, N_ENVS, num_workers=2, seed=SEED, slice_size=SLICE)
+    steps, rollout = drive(pool, chunks, actor)
+    for one, other in zip(steps, driven[0], strict=True):
+        assert_same_steps(one, other)
+    assert_same(rollout, driven[1])
+
+
+def test_a_chunk_before_the_first_reset_is_refused(spec, chunks):
+    with in_process(spec) as pool, pytest.raises(EnvError, match="step_chunk before reset"):
+        pool.step_chunk(chunks[0])
+
+
+def test_chunks_for_another_number_of_environments_are_refused(spec, chunks):
+    with in_process(spec) as pool:
+        pool.reset()
+        with pytest.raises(EnvError, match="there are 8 environments"):
+            pool.step_chunk(chunks[0][:3])
+
+
+@pytest.mark.parametrize("episodes", [3, 60])
+def test_ray_evaluates_as_one_process_does(episodes, ray, spec, actor):
+    """Whatever the number of workers, and without touching the pool's own environments."""
+    from dprl.rollout.ray_pool import RayPool
+
+    expected = evaluate(actor.policy, spec, episodes, seed=11)
+    for num_workers in (1, 4):
+        with RayPool(spec, N_ENVS, num_workers=num_workers, seed=SEED, slice_size=SLICE) as pool:
+            before = pool.collect(actor, 1), pool.state()
+            progress: list[int] = []
+            result = pool.evaluate(actor.policy, episodes, 11, on_progress=progress.append)
+            assert replace(result, policy_latency_ms_p50=0.0) == replace(expected, policy_latency_ms_p50=0.0)
+            assert sum(progress) == episodes
+            assert_same_state(pool.state(), before[1])
+
+
 def test_restore_in_process_goes_on_exactly(reference, spec, actor):
     with in_process(spec) as pool:
         pool.restore(reference.state)
         assert_same_state(pool.state(), reference.state)
-        assert_same(pool.collect(actor, EXECUTED, DECISIONS), reference.second)
+        assert_same(pool.collect(actor, DECISIONS), reference.second)
 
 
 def test_restore_of_an_unused_pool_starts_at_the_beginning(reference, spec, actor):
     with in_process(spec) as unused, in_process(spec) as pool:
         pool.restore(unused.state())
-        assert_same(pool.collect(actor, EXECUTED, DECISIONS), reference.first)
+        assert_same(pool.collect(actor, DECISIONS), reference.first)
 
 
 def test_restore_of_another_number_of_environments_is_refused(reference, spec):
     with InProcessPool(spec, 4, seed=SEED, slice_size=2) as pool, pytest.raises((EnvError, ConfigError), match="8"):
-        pool.restore(reference.state)
-
-
-def test_restore_with_another_slice_size_is_refused(reference, spec):
-    with in_process(spec, slice_size=4) as pool, pytest.raises((EnvError, ConfigError), match="slice"):
         pool.restore(reference.state)
 
 
@@ -240,18 +352,18 @@ def test_restore_with_another_number_of_workers_goes_on_exactly(reference, on_ra
 
     with in_process(spec) as pool:
         pool.restore(on_ray(4).state)
-        assert_same(pool.collect(actor, EXECUTED, DECISIONS), reference.second)
+        assert_same(pool.collect(actor, DECISIONS), reference.second)
     with RayPool(spec, N_ENVS, num_workers=2, seed=SEED, slice_size=SLICE) as pool:
         pool.restore(on_ray(4).state)
-        assert_same(pool.collect(actor, EXECUTED, DECISIONS), reference.second)
+        assert_same(pool.collect(actor, DECISIONS), reference.second)
 
 
 def test_too_many_workers_are_refused_with_the_arithmetic(ray, spec):
-    from dprl.rollout.ray_pool import RayPool
+    from dprl.rollout.ray_pool import RayPool, WorkerOptions
 
     message = r"num_workers = 4: 4 workers x 2.5 CPUs each = 10, but Ray has .* CPUs"
     with pytest.raises(ConfigError, match=message):
-        RayPool(spec, N_ENVS, num_workers=4, slice_size=SLICE, cpus_per_worker=2.5)
+        RayPool(spec, N_ENVS, num_workers=4, slice_size=SLICE, workers=WorkerOptions(cpus=2.5))
     assert ray.is_initialized(), "a Ray that was running before must go on"
 
 
@@ -272,10 +384,10 @@ def test_slice_size_must_divide_the_environments_on_ray(ray, spec):
 
 def test_pool_can_follow_another_at_once(ray, spec):
     """A closed pool gives all its CPUs back."""
-    from dprl.rollout.ray_pool import RayPool
+    from dprl.rollout.ray_pool import RayPool, WorkerOptions
 
     for _ in range(2):
-        RayPool(spec, 2, num_workers=1, slice_size=2, cpus_per_worker=8).close()
+        RayPool(spec, 2, num_workers=1, slice_size=2, workers=WorkerOptions(cpus=8)).close()
     assert ray.is_initialized(), "a Ray that was running before must go on"
 
 
@@ -285,3 +397,69 @@ def test_close_leaves_no_actors(ray, on_ray):
     while ray.available_resources().get("CPU", 0) < 8 and time.monotonic() < deadline:
         time.sleep(0.1)
     assert ray.available_resources().get("CPU", 0) == 8
+
+
+# --- Every backend, and chunks, horizons and ends of all kinds.
+
+BACKENDS: dict[str, Callable[[], EnvSpec]] = {
+    "envpool, Meta-World": lambda: resolve(PUSH, EnvOptions(max_episode_steps=10)),
+    "gymnasium, one after the other": lambda: resolve("Hopper-v5", EnvOptions(backend="gymnasium")),
+    "gymnasium, a process each": lambda: resolve(
+        "Hopper-v5", EnvOptions(backend="gymnasium", vectorization="async", max_episode_steps=10)
+    ),
+    "numpy": lambda: resolve("Avoid-v0", EnvOptions(max_episode_steps=10)),
+    "numpy, images": lambda: resolve("AvoidPixels-v0", EnvOptions(max_episode_steps=10)),
+    "stable-baselines3": lambda: vec_env.make_spec("tests.envs.test_vec_env:hopper", max_episode_steps=10),
+}
+PUSH = "metaworld/push-v3"
+
+
+def random_actor(spec: EnvSpec, horizon: int = HORIZON, executed: int = EXECUTED) -> DenoisingMDP:
+    network = MLPConfig(hidden_size=16)
+    vision = VisionConfig("vit", vit=ViTConfig(n_layers=1, embedding_size=16, n_heads=2))
+    config = DiffusionConfig(
+        horizon=horizon, n_action_steps=executed, num_train_timesteps=4, denoiser=network, vision=vision
+    )
+    features = Features(spec.observation_size, spec.action_size, spec.cameras)
+    return DenoisingMDP(DiffusionPolicy(features, config), 2, ExplorationConfig())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ray_gives_the_same_on_every_backend(backend, ray):
+    """With half the workers' slices elsewhere; the collections go over the ends of episodes."""
+    from dprl.rollout.ray_pool import RayPool
+
+    spec = BACKENDS[backend]()
+    actor = random_actor(spec)
+    expected = collect(InProcessPool(spec, 4, seed=SEED, slice_size=SLICE), actor)
+    collected = collect(RayPool(spec, 4, num_workers=2, seed=SEED, slice_size=SLICE), actor)
+    assert_same(collected.first, expected.first)
+    assert_same(collected.second, expected.second)
+    assert_same_state(collected.state, expected.state)
+
+
+PLANS = st.integers(1, 6).flatmap(lambda horizon: st.tuples(st.just(horizon), st.integers(1, horizon)))
+
+
+@pytest.mark.parametrize("examples", [3, pytest.param(25, marks=pytest.mark.full)])
+def test_workers_do_not_matter_for_any_chunks_and_ends(examples, ray):
+    from dprl.rollout.ray_pool import RayPool
+
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(PLANS, st.integers(1, 9), st.integers(1, 7), st.sampled_from([1, 2, 4]), st.integers(0, 2**20))
+    def check(plan: tuple[int, int], limit: int, n_steps: int, num_workers: int, seed: int) -> None:
+        spec = replace(reach_spec(), max_episode_steps=limit)
+        actor = random_actor(spec, *plan)
+        pools = (
+            InProcessPool(spec, N_ENVS, seed=seed, slice_size=SLICE),
+            RayPool(spec, N_ENVS, num_workers=num_workers, seed=seed, slice_size=SLICE),
+        )
+        rollouts = []
+        for pool in pools:
+            with pool:
+                rollouts.append([pool.collect(actor, n_steps) for _ in range(2)])
+        for ours, theirs in zip(*rollouts, strict=True):
+            assert_same(ours, theirs)
+            assert ours.n_steps.max() <= plan[1]
+
+    check()

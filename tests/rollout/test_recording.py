@@ -67,7 +67,7 @@ def test_recorded_episodes_are_those_evaluated(
     trajectories = record(policy, spec, 10, seed=3, inference=inference)
     assert played[0] == played[1]
     assert len(trajectories) == 10
-    for (success, episode_return, length), trajectory in zip(played[0], trajectories, strict=True):
+    for (success, episode_return, length), trajectory in zip(in_order(played[0]), trajectories, strict=True):
         assert trajectory.success == success
         assert sum(trajectory.rewards) == pytest.approx(episode_return, rel=1e-5)
         assert len(trajectory.actions) == len(trajectory.rewards) == length
@@ -107,3 +107,8 @@ def test_of_a_simulator_too(inference: InferenceConfig | None, played: list[Any]
     assert played[0] == played[1]
     returns = [sum(trajectory.rewards) for trajectory in trajectories]
     np.testing.assert_allclose(returns, [episode_return for _, episode_return, _ in played[0]], rtol=1e-5)
+
+
+def in_order(outcomes: dict[int, Any]) -> list[Any]:
+    """Outcomes by their episodes' numbers."""
+    return [outcomes[episode] for episode in range(len(outcomes))]

@@ -1,0 +1,180 @@
+"""The inner loop of every pool: some of the environments, and the policy acting in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from dprl.errors import EnvError, EnvFaultError, check
+from dprl.observations import Observation, map_parts, take, to_tensors
+from dprl.rollout.pool import Actor, Rollout
+from dprl.seeding import EpisodeNoise
+from dprl.spec import BatchedEnv, ChunkStep, EnvSpec, EnvState, FloatArray, IntArray, build, env_seeds
+
+
+@dataclass(frozen=True)
+class Share:
+    """Whole slices of a pool's environments, as plain data: enough to build them anywhere, and again."""
+
+    spec: EnvSpec
+    seed: int
+    """Of the pool."""
+    slice_size: int
+    first_env: int
+    n_envs: int
+    num_threads: int = 0
+    """Of the simulator; 0: every core."""
+
+    def build(self) -> Collector:
+        """Build the environments."""
+        env = build(self.spec, env_seeds(self.seed, self.n_envs, self.first_env), self.num_threads)
+        return Collector(env, self.seed, self.slice_size, self.first_env)
+
+    def divided(self, n: int, field: str) -> list[Share]:
+        """Return `n` shares of equal size.
+
+        Raises:
+            ConfigError: naming `field`, whose value is `n`: whole slices cannot be divided so.
+        """
+        slices = self.n_envs // self.slice_size
+        fits = n >= 1 and slices % n == 0
+        check(fits, field, n, "must divide the number of slices: "
+              f"{self.n_envs} environments / slice_size {self.slice_size} = {slices}")  # fmt: skip
+        size = self.n_envs // n
+        return [replace(self, first_env=self.first_env + i * size, n_envs=size) for i in range(n)]
+
+    def __str__(self) -> str:
+        return f"environments {self.first_env} to {self.first_env + self.n_envs - 1} of {self.spec.id}"
+
+
+class Collector:
+    """Acts in a batched environment, slice by slice."""
+
+    def __init__(self, env: BatchedEnv, seed: int, slice_size: int, first_env: int = 0) -> None:
+        self.env = env
+        self._first_env = first_env
+        self.indices = np.arange(first_env, first_env + env.n_envs)
+        self._slices = [slice(i, i + slice_size) for i in range(0, env.n_envs, slice_size)]
+        self._noise = EpisodeNoise(seed, "noise")
+        self._observation: Observation | None = None
+        self._episodes = self._steps = np.zeros(env.n_envs, np.int64)
+
+    @property
+    def observation(self) -> Observation:
+        """(N, O, D) what the next decision sees."""
+        return self.reset() if self._observation is None else self._observation
+
+    def reset(self) -> Observation:
+        """See `RolloutPool.reset`."""
+        with self._own_indices():
+            observation = self.env.reset()
+        self._observe(observation, self.env.state())
+        return observation
+
+    def step_chunk(self, actions: FloatArray) -> ChunkStep:
+        """See `RolloutPool.step_chunk`."""
+        if self._observation is None:
+            raise EnvError("step_chunk before reset: an episode must be open")
+        with self._own_indices():
+            step = self.env.step_chunk(actions)
+        self._observation = step.observation
+        self._episodes = self._episodes + step.ended
+        self._steps = np.where(step.ended, 0, step.episode_length)
+        return step
+
+    def decide(self, actor: Actor) -> tuple[FloatArray, FloatArray]:
+        """Return the chains (N, K'+1, H, A) and the actions to execute (N, E, A) for the latest observations."""
+        observation = self.observation
+        noise = self._noise.draw(actor.noise_shape, self.indices, self._episodes, self._steps)
+        with one_thread():
+            chains = [
+                actor.sample(to_tensors(take(observation, rows)), noise=torch.from_numpy(noise[:, rows]))
+                for rows in self._slices
+            ]
+        steps = torch.cat([chain.steps for chain in chains]).cpu().numpy()
+        return steps, torch.cat([chain.actions for chain in chains])[:, : actor.n_action_steps].cpu().numpy()
+
+    def collect(self, actor: Actor, n_steps: int) -> Rollout:
+        """See `RolloutPool.collect`."""
+        record = Record(self.indices)
+        for _ in range(n_steps):
+            chains, actions = self.decide(actor)
+            record.begin(self.observation, chains)
+            record.end(self.step_chunk(actions))
+        return record.rollout()
+
+    def state(self) -> EnvState:
+        """See `RolloutPool.state`."""
+        return self.env.state()
+
+    def restore(self, state: EnvState) -> None:
+        """Take up `state`; the environments must be freshly built."""
+        with self._own_indices():
+            observation = self.env.restore(state)
+        if (state.episodes >= 0).all():
+            self._observe(observation, state)
+
+    def dispose(self) -> None:
+        """Close what may have failed, and may not close either."""
+        with suppress(Exception):
+            self.env.close()
+
+    def _observe(self, observation: Observation, state: EnvState) -> None:
+        self._observation, self._episodes, self._steps = observation, state.episodes, state.lengths
+
+    @contextmanager
+    def _own_indices(self) -> Iterator[None]:
+        """Name the environment of a fault as the pool counts it."""
+        try:
+            yield
+        except EnvFaultError as fault:
+            raise fault.counted_from(self._first_env) from fault
+
+
+class Record:
+    """The rows of a rollout."""
+
+    def __init__(self, environments: IntArray) -> None:
+        self._environments = environments
+        self._decisions: list[tuple[Observation, FloatArray]] = []
+        self._steps: list[ChunkStep] = []
+
+    def begin(self, observation: Observation, chains: FloatArray) -> None:
+        """Add what every environment saw (N, O, D) and what was decided (N, K'+1, H, A)."""
+        self._decisions.append((observation, chains))
+
+    def end(self, step: ChunkStep) -> None:
+        """Add what came of it."""
+        self._steps.append(step)
+
+    def rollout(self) -> Rollout:
+        """Stack them."""
+        (observations, chains), steps = zip(*self._decisions, strict=True), self._steps
+        return Rollout(
+            observations=map_parts(lambda *arrays: np.stack(arrays), *observations),
+            chains=np.stack(chains),
+            rewards=np.stack([s.reward for s in steps]),
+            terminated=np.stack([s.terminated for s in steps]),
+            truncated=np.stack([s.truncated for s in steps]),
+            success=np.stack([s.success for s in steps]),
+            n_steps=np.stack([s.n_steps for s in steps]),
+            final_observations=map_parts(lambda *arrays: np.stack(arrays), *(s.final_observation for s in steps)),
+            episode_returns=np.stack([s.episode_return for s in steps]),
+            episode_lengths=np.stack([s.episode_length for s in steps]),
+            environments=self._environments,
+        )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread: small batches are faster so, and the result does not depend on the machine's cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

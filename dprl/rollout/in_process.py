@@ -1,0 +1,168 @@
+"""All environments in this process: what costs nothing on a laptop, and what a policy on an accelerator wants."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from dprl.errors import ConfigError, EnvError, EnvFaultError, check
+from dprl.observations import Observation
+from dprl.policy import InferenceConfig, Policy
+from dprl.rollout.collector import Collector, Record, Share
+from dprl.rollout.evaluation import Evaluation, evaluate
+from dprl.rollout.pool import Actor, Rollout, RolloutPool, check_state, checked_slice_size, cut, joined
+from dprl.spec import BatchedEnv, ChunkStep, EnvSpec, EnvState, FloatArray
+
+Result = TypeVar("Result")
+
+log = logging.getLogger(__name__)
+
+
+class InProcessPool(RolloutPool):
+    """All environments in this process."""
+
+    def __init__(
+        self,
+        env: BatchedEnv | EnvSpec,
+        n_envs: int | None = None,
+        *,
+        seed: int = 0,
+        slice_size: int | None = None,
+        double_buffer: bool = False,
+        max_failures: int = 3,
+    ) -> None:
+        """Take a batched environment, or build `n_envs` from a spec.
+
+        Args:
+            env: the environments, or what to build.
+            n_envs: how many to build; only with a spec.
+            seed: of the environments built and of the exploration noise.
+            slice_size: environments per inference batch; must divide their number. Default: at most 32.
+            double_buffer: let one half of the environments move while the policy decides for the other. The rollouts
+                are the same. Needs a spec, and an even number of slices.
+            max_failures: how many failures of one call are mended: environments built from a spec are built again and
+                brought to where they were, and the call is repeated.
+
+        Raises:
+            ConfigError: the numbers do not divide, or one does not fit what `env` is.
+        """
+        check(max_failures >= 0, "max_failures", max_failures, "must be at least 0")
+        self._max_failures = max_failures
+        if isinstance(env, EnvSpec):
+            if n_envs is None:
+                raise ConfigError("n_envs = None: state how many environments to build from a spec")
+            size = checked_slice_size(n_envs, slice_size)
+            self._shares = Share(env, seed, size, 0, n_envs).divided(2 if double_buffer else 1, "double_buffer")
+            self._parts = [share.build() for share in self._shares]
+        else:
+            check(n_envs in (None, env.n_envs), "n_envs", n_envs, f"there are {env.n_envs} environments")
+            check(not double_buffer, "double_buffer", double_buffer, "needs a spec: halves are built apart")
+            size = checked_slice_size(env.n_envs, slice_size)
+            self._shares = []
+            self._parts = [Collector(env, seed, size)]
+        self.spec, self.n_envs, self.slice_size = self._parts[0].env.spec, sum(p.env.n_envs for p in self._parts), size
+        self._broken: EnvState | None = None
+
+    def reset(self) -> Observation:
+        """See `RolloutPool.reset`."""
+        return self._attempted(lambda: joined([part.reset() for part in self._parts]))
+
+    def step_chunk(self, actions: FloatArray) -> ChunkStep:
+        """See `RolloutPool.step_chunk`."""
+        pieces = cut(actions, [part.env.n_envs for part in self._parts])
+        return self._attempted(
+            lambda: ChunkStep.concatenate([p.step_chunk(a) for p, a in zip(self._parts, pieces, strict=True)])
+        )
+
+    def collect(self, actor: Actor, n_steps: int) -> Rollout:
+        """See `RolloutPool.collect`."""
+        if len(self._parts) == 1:
+            return self._attempted(lambda: self._parts[0].collect(actor, n_steps))
+        return self._attempted(lambda: _collect_in_turns(self._parts, actor, n_steps))
+
+    def evaluate(
+        self,
+        policy: Policy,
+        episodes: int,
+        seed: int,
+        *,
+        inference: InferenceConfig | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Evaluation:
+        """See `RolloutPool.evaluate`."""
+        return evaluate(policy, self.spec, episodes, seed, inference=inference, on_progress=on_progress)
+
+    def state(self) -> EnvState:
+        """See `RolloutPool.state`."""
+        return self._broken or EnvState.concatenate([part.state() for part in self._parts])
+
+    def restore(self, state: EnvState) -> None:
+        """See `RolloutPool.restore`."""
+        check_state(state, self.n_envs)
+        first = 0
+        for part in self._parts:
+            part.restore(state.part(first, part.env.n_envs))
+            first += part.env.n_envs
+
+    def close(self) -> None:
+        """See `RolloutPool.close`."""
+        for part in self._parts:
+            part.env.close()
+
+    def _attempted(self, call: Callable[[], Result]) -> Result:
+        """Make `call`. Where an environment fails, bring all back to before it and make it again."""
+        if self._broken is not None:
+            raise EnvError(f"{self.spec.id}: an environment has failed, and this pool did not build it: make a new one")
+        before = self.state()
+        for failures in itertools.count(1):
+            try:
+                return call()
+            except EnvFaultError as fault:
+                if not self._shares:
+                    self._broken = before
+                    raise
+                self._build_again(before)
+                if failures > self._max_failures or not self.spec.replayable:
+                    raise
+                log.warning("%s; the environments were built again (failure %d)", fault, failures)
+        raise AssertionError
+
+    def _build_again(self, state: EnvState) -> None:
+        for part in self._parts:
+            part.dispose()
+        self._parts = [share.build() for share in self._shares]
+        if self.spec.replayable:
+            self.restore(state)
+
+
+def as_pool(env: BatchedEnv | RolloutPool, seed: int) -> RolloutPool:
+    """Return `env` if it is a pool already, else a pool around it.
+
+    Raises:
+        EnvError: it is neither.
+    """
+    if not hasattr(env, "spec"):
+        raise EnvError(f"{type(env).__name__} {env!r} is no batched environment: take dprl.make(id, n_envs=...)")
+    return env if isinstance(env, RolloutPool) else InProcessPool(env, seed=seed)
+
+
+def _collect_in_turns(parts: list[Collector], actor: Actor, n_steps: int) -> Rollout:
+    """While the policy decides for one part of the environments, a thread moves another."""
+    records = [Record(part.indices) for part in parts]
+    moving: list[Future[ChunkStep] | None] = [None] * len(parts)
+    with ThreadPoolExecutor(1, "dprl-simulator") as simulator:
+        for _ in range(n_steps):
+            for i, (part, record) in enumerate(zip(parts, records, strict=True)):
+                arrived = moving[i]
+                if arrived is not None:
+                    record.end(arrived.result())
+                chains, actions = part.decide(actor)
+                record.begin(part.observation, chains)
+                moving[i] = simulator.submit(part.step_chunk, actions)
+        for record, arrived in zip(records, moving, strict=True):
+            assert arrived is not None
+            record.end(arrived.result())
+    return Rollout.concatenate([record.rollout() for record in records])

@@ -1,0 +1,6 @@
+"""Environments on Ray workers."""
+
+from dprl.rollout.ray_pool.pool import RayPool
+from dprl.rollout.ray_pool.workers import Resource, WorkerOptions
+
+__all__ = ["RayPool", "Resource", "WorkerOptions"]

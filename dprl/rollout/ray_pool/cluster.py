@@ -1,0 +1,87 @@
+"""The connection to Ray: the one that runs already, a cluster's, or one of our own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import dprl
+from dprl.errors import ConfigError, MissingDependencyError, check
+
+try:
+    import ray
+except ImportError as error:
+    raise MissingDependencyError("ray", "ray", "a Ray rollout pool") from error
+
+ANSWER_TIMEOUT_S = 5.0
+PACKAGES = ("agents", "envs", "experiments")
+
+
+class RayConnection:
+    """Ray, for as long as someone in this process needs it. What was started here ends with the last of them."""
+
+    _users: ClassVar[set[RayConnection]] = set()
+    _started_here: ClassVar[bool] = False
+
+    def __init__(self, address: str | None = None, runtime_env: dict[str, Any] | None = None) -> None:
+        """Take the Ray that runs in this process; else join the cluster at `address`; else start one on this machine.
+
+        Raises:
+            ConfigError: another Ray runs in this process already, or none is at `address`.
+        """
+        if ray.is_initialized():
+            check(address is None, "address", address, "Ray is initialised in this process already; leave address out")
+        else:
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            # Ray's default is 15: beside any busy process its workers then hardly run, and the learner waits for them
+            os.environ.setdefault("RAY_worker_niceness", "0")
+            with _code_for(address, runtime_env) as environment:
+                _start(address, environment)
+            RayConnection._started_here = True
+        self._users.add(self)
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._users.discard(self)
+        if self._started_here and not self._users:
+            RayConnection._started_here = False
+            if ray.is_initialized():
+                ray.shutdown()
+
+
+def _start(address: str | None, runtime_env: dict[str, Any] | None) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        ray.init(include_dashboard=False, runtime_env=runtime_env, **quiet)
+        return
+    try:
+        host, _, port = address.partition(":")
+        if port.isdigit():  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), ANSWER_TIMEOUT_S).close()
+        ray.init(address, runtime_env=runtime_env, **quiet)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"address = {address!r}: no Ray cluster answers there ({error})") from error
+
+
+@contextmanager
+def _code_for(address: str | None, runtime_env: dict[str, Any] | None) -> Iterator[dict[str, Any] | None]:
+    """Add this code to what a cluster's nodes are given; a Ray on this machine finds it where it is."""
+    if address is None or runtime_env is not None:
+        yield runtime_env
+        return
+    package = Path(dprl.__file__).parent
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "dprl")
+        skipped = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(package, copy, ignore=skipped)
+        for name in PACKAGES:  # a checkout keeps them beside the package, a wheel inside
+            if (beside := package.parent / name).is_dir() and not (copy / name).exists():
+                shutil.copytree(beside, copy / name, ignore=skipped)
+        yield {"py_modules": [str(copy)]}

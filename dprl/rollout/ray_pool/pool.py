@@ -1,0 +1,232 @@
+"""The environments on Ray workers, each with a share of them and a copy of the policy.
+
+One remote call per worker and collection: the weights go once into the object store, whole rollouts come back through
+it, read where they lie.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from dprl.errors import MissingDependencyError, WorkerError
+from dprl.observations import Observation
+from dprl.policy import InferenceConfig, Policy
+from dprl.rollout.collector import Share
+from dprl.rollout.evaluation import Evaluation, Outcome, play, seats, summary
+from dprl.rollout.pool import Actor, Rollout, RolloutPool, check_state, checked_slice_size, cut, joined
+from dprl.spec import ChunkStep, EnvOptions, EnvSpec, EnvState, FloatArray, resolve
+
+try:
+    import ray
+except ImportError as error:
+    raise MissingDependencyError("ray", "ray", "a Ray rollout pool") from error
+
+from dprl.rollout.ray_pool.cluster import RayConnection
+from dprl.rollout.ray_pool.workers import Crew, WorkerOptions
+
+JOURNAL_LENGTH = 100
+"""Chunks of a policy that acts elsewhere, after which the environments' state is noted anew."""
+
+
+class RayPool(RolloutPool):
+    """N environments on Ray workers. The same seed and slice size give the same rollouts as in one process."""
+
+    def __init__(
+        self,
+        env: str | EnvSpec,
+        n_envs: int,
+        *,
+        num_workers: int,
+        seed: int = 0,
+        slice_size: int | None = None,
+        options: EnvOptions | None = None,
+        workers: WorkerOptions | None = None,
+        address: str | None = None,
+        runtime_env: dict[str, Any] | None = None,
+    ) -> None:
+        """Start `num_workers` actors on the Ray that runs in this process, at `address`, or is started here.
+
+        Args:
+            env: the task.
+            n_envs: environments over all workers.
+            num_workers: must divide the number of slices.
+            seed: of the environments and of the exploration noise.
+            slice_size: environments per inference batch; must divide `n_envs`. Default: at most 32.
+            options: of the environment, if it is named.
+            workers: what each claims, and what it is forgiven.
+            address: of a running cluster, as `ray.init` takes it.
+            runtime_env: Ray's, of a cluster. Default: one that carries this checkout's code to its nodes.
+
+        Raises:
+            ConfigError: the numbers do not divide, or Ray has too few CPUs.
+        """
+        self.spec = env if isinstance(env, EnvSpec) else resolve(env, options)
+        self.n_envs = n_envs
+        self.slice_size = checked_slice_size(n_envs, slice_size)
+        workers = workers or WorkerOptions()
+        threads = max(1, int(workers.cpus))
+        shares = Share(self.spec, seed, self.slice_size, 0, n_envs, threads).divided(num_workers, "num_workers")
+        self._ray = RayConnection(address, runtime_env)
+        try:
+            self._crew = Crew(num_workers, workers)
+            self._seats = [_Seat(share, host) for host, share in enumerate(shares)]
+            self._everywhere("state", [()] * num_workers)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def failures(self) -> int:
+        """How many calls had to be made again so far."""
+        return self._crew.failures
+
+    def reset(self) -> Observation:
+        """See `RolloutPool.reset`."""
+        return joined(self._complete("reset", [()] * len(self._seats)))
+
+    def step_chunk(self, actions: FloatArray) -> ChunkStep:
+        """See `RolloutPool.step_chunk`."""
+        pieces = cut(actions, [seat.share.n_envs for seat in self._seats])
+        step = ChunkStep.concatenate(self._complete("step_chunk", [(piece,) for piece in pieces]))
+        if len(self._seats[0].chunks) >= JOURNAL_LENGTH:
+            self.state()
+        return step
+
+    def collect(self, actor: Actor, n_steps: int) -> Rollout:
+        """See `RolloutPool.collect`.
+
+        Raises:
+            WorkerError: a worker failed more often than it is forgiven. `state` is then what it was before.
+        """
+        shared = ray.put(actor.cpu())
+        parts = self._everywhere("collect", [(shared, n_steps)] * len(self._seats))
+        kept = [part for part in parts if part is not None]
+        if not kept:
+            raise WorkerError(f"{self.spec.id}: every worker was lost, and episodes cannot be replayed")
+        return Rollout.concatenate(kept)
+
+    def evaluate(
+        self,
+        policy: Policy,
+        episodes: int,
+        seed: int,
+        *,
+        inference: InferenceConfig | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Evaluation:
+        """See `RolloutPool.evaluate`. Its slices are divided among the workers."""
+        shared, hosts = ray.put(_on_cpu(policy)), self._crew.hosts
+        jobs = [
+            _Call(hosts[i % len(hosts)], play, (shared, self.spec, episodes, seed, inference, part))
+            for i, part in enumerate(seats(episodes))
+        ]
+        outcomes: dict[int, Outcome] = {}
+
+        def take(part: dict[int, Outcome]) -> None:
+            outcomes.update(part)
+            if on_progress is not None:
+                on_progress(len(part))
+
+        self._crew.finish(jobs, take)
+        return summary(policy, self.spec, seed, inference, outcomes)
+
+    def state(self) -> EnvState:
+        """See `RolloutPool.state`; it fits any number of workers."""
+        if any(seat.chunks for seat in self._seats):
+            self._complete("state", [()] * len(self._seats))
+        return EnvState.concatenate([seat.state for seat in self._seats if seat.state is not None])
+
+    def restore(self, state: EnvState) -> None:
+        """See `RolloutPool.restore`."""
+        check_state(state, self.n_envs)
+        self._complete("restore", [(state.part(s.share.first_env, s.share.n_envs),) for s in self._seats])
+
+    def close(self) -> None:
+        """End the workers, and Ray if it was started for them."""
+        if hasattr(self, "_crew"):
+            self._crew.close()
+        self._ray.close()
+
+    def _complete(self, method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+        """Call a method of every share, where none can be done without."""
+        results = self._everywhere(method, arguments)
+        if method != "restore" and any(result is None for result in results):
+            raise WorkerError(f"{self.spec.id}: a worker was lost, and its episodes cannot be replayed")
+        return results
+
+    def _everywhere(self, method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+        """Call a method of every share; either all are then further, or none is."""
+        jobs = [_ShareCall(seat, method, a) for seat, a in zip(self._seats, arguments, strict=True)]
+        try:
+            replies = self._crew.finish(jobs)
+        except BaseException:
+            for seat in self._seats:
+                seat.built = False
+            raise
+        for seat, reply, its_arguments in zip(self._seats, replies, arguments, strict=True):
+            seat.built = True
+            if reply.state is None:
+                seat.chunks.append(its_arguments[0])
+            else:
+                seat.state, seat.chunks = reply.state, []
+        return [reply.result for reply in replies]
+
+
+@dataclass
+class _Seat:
+    """Where a share is, and all that brings it back."""
+
+    share: Share
+    host: int
+    built: bool = False
+    state: EnvState | None = None
+    chunks: list[FloatArray] = field(default_factory=list)
+    """What was executed since `state`."""
+
+
+@dataclass
+class _ShareCall:
+    """A method of a share's collector."""
+
+    seat: _Seat
+    method: str
+    arguments: tuple[Any, ...]
+
+    @property
+    def host(self) -> int:
+        return self.seat.host
+
+    @host.setter
+    def host(self, host: int) -> None:
+        self.seat.host = host
+
+    def start(self, worker: Any, *, again: bool) -> Any:
+        seat = self.seat
+        if again or not seat.built:
+            return worker.call_anew.remote(seat.share, seat.state, seat.chunks, self.method, *self.arguments)
+        return worker.call.remote(seat.share, self.method, *self.arguments)
+
+    def __str__(self) -> str:
+        return f"worker {self.host} ({self.seat.share})"
+
+
+@dataclass
+class _Call:
+    """A function that has nothing to do with the shares."""
+
+    host: int
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    def start(self, worker: Any, *, again: bool) -> Any:
+        return worker.apply.remote(self.function, *self.arguments)
+
+    def __str__(self) -> str:
+        return f"worker {self.host}"
+
+
+def _on_cpu(policy: Policy) -> Policy:
+    return policy if policy.device.type == "cpu" else copy.deepcopy(policy).cpu()

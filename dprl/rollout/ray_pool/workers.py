@@ -1,0 +1,293 @@
+"""Ray actors under supervision: whoever dies, hangs or whose environment fails is set right, and the call made again.
+
+Restarts are Ray's (``max_restarts=-1``). Ray repeats no call by itself (``max_task_retries=0``): on an actor that has
+lost its environments that would be wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from dprl.config import validate
+from dprl.errors import ConfigError, DprlError, EnvFaultError, MissingDependencyError, WorkerError
+from dprl.rollout.collector import Collector, Share
+from dprl.spec import EnvState, FloatArray
+
+try:
+    import ray
+    from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
+except ImportError as error:
+    raise MissingDependencyError("ray", "ray", "a Ray rollout pool") from error
+
+START_TIMEOUT_S = 120.0
+FREEING_TIMEOUT_S = 10.0
+POLL_S = 0.1
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Resource:
+    """One of Ray's custom resources."""
+
+    name: str
+    amount: float = 1.0
+
+    def __post_init__(self) -> None:
+        validate(self, above={"amount": 0})
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """What each worker claims of the cluster, and what it is forgiven."""
+
+    cpus: float = 1.0
+    """CPUs of those that Ray has declared, and the threads of the simulator."""
+    gpus: float = 0.0
+    """Of those that Ray has declared; for simulators that use one."""
+    resources: tuple[Resource, ...] = ()
+    """Ray's custom resources, which only some nodes have."""
+    placement: Literal["DEFAULT", "SPREAD"] = "DEFAULT"
+    """Ray's scheduling strategy: fill one node after the other, or spread over all."""
+    timeout_s: float = 600.0
+    """A call that takes longer has hung."""
+    restart_timeout_s: float = 60.0
+    """A worker that does not come back within this time is given up, and the others take its environments over."""
+    max_failures: int = 3
+    """How many failures of one worker in one call are mended."""
+
+    def __post_init__(self) -> None:
+        validate(
+            self,
+            at_least={"cpus": 0, "gpus": 0, "max_failures": 0},
+            above={"timeout_s": 0, "restart_timeout_s": 0},
+        )
+
+
+class BlankWorkerError(Exception):
+    """The worker was restarted and no longer has the environments it was asked for."""
+
+
+class Worker:
+    """Runs in its own process, and holds the shares that were given to it."""
+
+    def __init__(self) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        self._collectors: dict[int, Collector] = {}
+
+    def ready(self) -> bool:
+        """Answer."""
+        return True
+
+    def call(self, share: Share, method: str, *arguments: Any) -> Reply:
+        """Call a method of the share's collector."""
+        if share.first_env not in self._collectors:
+            raise BlankWorkerError
+        collector = self._collectors[share.first_env]
+        result = getattr(collector, method)(*arguments)
+        return Reply(result, None if method == "step_chunk" else collector.state())
+
+    def call_anew(
+        self, share: Share, state: EnvState | None, chunks: Sequence[FloatArray], method: str, *arguments: Any
+    ) -> Reply:
+        """Build the share's environments, in place of those it has; bring them to where they were; then `call`."""
+        old = self._collectors.pop(share.first_env, None)
+        if old is not None:
+            old.dispose()
+        collector = self._collectors[share.first_env] = share.build()
+        if state is not None and not share.spec.replayable:
+            return Reply(None, collector.state())
+        if state is not None:
+            collector.restore(_writable(state))
+        for actions in chunks:
+            collector.step_chunk(actions)
+        return self.call(share, method, *arguments)
+
+    def apply(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function that has nothing to do with the shares."""
+        return function(*arguments)
+
+
+class Reply(NamedTuple):
+    """What a share's collector returned."""
+
+    result: Any
+    """None: it was lost, and could not be made up for."""
+    state: EnvState | None
+    """Where the environments are now; None after a chunk, which whoever sent it can note."""
+
+
+def _writable(state: EnvState) -> EnvState:
+    """Return a copy: what comes from the object store is read-only."""
+    return EnvState(np.array(state.episodes), np.array(state.lengths), np.array(state.actions))
+
+
+class Job(Protocol):
+    """One call on one worker, which can be made again."""
+
+    host: int
+    """Which worker."""
+
+    def start(self, worker: Any, *, again: bool) -> Any:
+        """Submit the call; return its reference."""
+        ...
+
+
+class Crew:
+    """Workers, by number. All calls go through `finish`."""
+
+    def __init__(self, num_workers: int, options: WorkerOptions) -> None:
+        """Start them, and wait until all answer.
+
+        Raises:
+            ConfigError: Ray has less free than they claim.
+        """
+        self.options = options
+        require_capacity(num_workers, options)
+        actor = ray.remote(Worker).options(
+            num_cpus=options.cpus,
+            num_gpus=options.gpus,
+            resources={resource.name: resource.amount for resource in options.resources},
+            scheduling_strategy=options.placement,
+            max_restarts=-1,
+            max_task_retries=0,
+        )
+        self._workers: list[Any] = [actor.remote() for _ in range(num_workers)]
+        self.failures = 0
+        """Calls that were made again so far."""
+        try:
+            ray.get([worker.ready.remote() for worker in self._workers], timeout=START_TIMEOUT_S)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def hosts(self) -> list[int]:
+        """The workers that are not given up."""
+        return [i for i, worker in enumerate(self._workers) if worker is not None]
+
+    def finish(self, jobs: Sequence[Job], on_result: Callable[[Any], None] | None = None) -> list[Any]:
+        """Start all jobs and return their results; `on_result` sees each as it comes.
+
+        Raises:
+            WorkerError: a worker failed more often than it is forgiven, or none is left.
+            Exception: what a job raised, where the fault is not an environment's.
+        """
+        results: list[Any] = [None] * len(jobs)
+        failures = [0] * len(jobs)
+        pending: dict[Any, int] = {}
+        deadlines: dict[Any, float] = {}
+
+        def start(number: int, *, again: bool) -> None:
+            job = jobs[number]
+            ref = job.start(self._workers[job.host], again=again)
+            at_once = sum(other.host == job.host for other in jobs)  # a worker takes one call after the other
+            pending[ref], deadlines[ref] = number, time.monotonic() + at_once * self.options.timeout_s
+
+        for number in range(len(jobs)):
+            start(number, again=False)
+        while pending:
+            patience = max(0.0, min(deadlines[ref] for ref in pending) - time.monotonic())
+            ready, _ = ray.wait(list(pending), timeout=patience)
+            late = [] if ready else [ref for ref in pending if deadlines[ref] <= time.monotonic()]
+            for ref in [*ready, *late]:
+                number = pending.pop(ref)
+                try:
+                    result = self._outcome(ref, jobs[number], late=ref in late)
+                except (EnvFaultError, WorkerLostError) as failure:
+                    failures[number] += 1
+                    self.failures += 1
+                    if failures[number] > self.options.max_failures:
+                        raise WorkerError(
+                            f"{jobs[number]} failed {failures[number]} times in one call; the last time: {failure}"
+                        ) from failure
+                    log.warning("%s: %s; made again (failure %d)", jobs[number], failure, failures[number])
+                    self._settle(jobs[number])
+                    start(number, again=True)
+                except BlankWorkerError:
+                    start(number, again=True)
+                else:
+                    results[number] = result
+                    if on_result is not None:
+                        on_result(result)
+        return results
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers:
+            if worker is not None:
+                ray.kill(worker)
+        self._workers = []
+
+    def _outcome(self, ref: Any, job: Job, *, late: bool) -> Any:
+        """Return a job's result, or raise what it came to in terms of this library."""
+        if late:
+            ray.kill(self._workers[job.host], no_restart=False)
+            raise WorkerLostError(f"it did not answer for {self.options.timeout_s:g} s and was ended")
+        try:
+            return ray.get(ref)
+        except RayTaskError as error:
+            if isinstance(error.cause, DprlError | BlankWorkerError):
+                raise error.cause from None
+            raise
+        except RayError as error:
+            raise WorkerLostError(f"it died ({type(error).__name__})") from error
+
+    def _settle(self, job: Job) -> None:
+        """Wait until the job's worker answers again, or find the job another one."""
+        if self._answers(job.host):
+            return
+        if self._workers[job.host] is not None:
+            ray.kill(self._workers[job.host])
+            self._workers[job.host] = None
+        if not self.hosts:
+            raise WorkerError("no worker is left: none came back after it died")
+        heir = self.hosts[job.host % len(self.hosts)]
+        log.warning("%s does not come back: worker %d takes over", job, heir)
+        job.host = heir
+
+    def _answers(self, host: int) -> bool:
+        worker, deadline = self._workers[host], time.monotonic() + self.options.restart_timeout_s
+        while worker is not None and time.monotonic() < deadline:
+            try:
+                ray.get(worker.ready.remote(), timeout=max(POLL_S, deadline - time.monotonic()))
+                return True
+            except ActorDiedError:
+                return False
+            except RayActorError:  # it is being restarted
+                time.sleep(POLL_S)
+            except ray.exceptions.GetTimeoutError:
+                return False
+        return False
+
+
+class WorkerLostError(Exception):
+    """A worker's process died or hung."""
+
+
+def require_capacity(num_workers: int, options: WorkerOptions) -> None:
+    """Refuse what would wait for ever: an actor that does not fit what Ray has declared stays pending.
+
+    Raises:
+        ConfigError: with the arithmetic.
+    """
+    each = {"CPU": options.cpus, "GPU": options.gpus, **{r.name: r.amount for r in options.resources}}
+    deadline = time.monotonic() + FREEING_TIMEOUT_S  # workers that were just ended give theirs back a little later
+    for name, amount in each.items():
+        wanted, total = num_workers * amount, ray.cluster_resources().get(name, 0.0)
+        while (free := ray.available_resources().get(name, 0.0)) < wanted <= total and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        if free < wanted:
+            label = f"{name}s" if name in ("CPU", "GPU") else f"'{name}'"
+            raise ConfigError(
+                f"num_workers = {num_workers}: {num_workers} workers x {amount:g} {label} each = {wanted:g}, but Ray "
+                f"has {free:g} {label} free; use fewer workers, or let each claim less"
+            )

@@ -1,0 +1,184 @@
+"""stable-baselines3's `VecEnv` as a backend.
+
+A `VecEnv` resets an environment by itself when its episode ends; the episodes here begin with resets of their own, each
+seeded by its number, so that any of them can be replayed. It cannot step a subset: while a chunk is executed, an
+environment whose episode has ended takes zero actions, and is reset after it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from dprl.envs.chunked import ChunkedEnv, SimulatorStep
+from dprl.errors import EnvError
+from dprl.observations import Observation
+from dprl.seeding import derive_seed
+from dprl.spec import EnvSpec, FloatArray, IntArray, RewardKind, env_seeds, load
+
+SUCCESS_KEYS = ("is_success", "success")
+HARMLESS = ("VecMonitor", "VecCheckNan")
+"""Wrappers that leave observations and actions as they are."""
+
+
+class VecEnv(Protocol):
+    """What is needed of `stable_baselines3.common.vec_env.VecEnv`."""
+
+    num_envs: int
+    observation_space: Any
+    action_space: Any
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, list[dict[str, Any]]]: ...
+
+    def reset(self) -> Any: ...
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]: ...
+
+    def close(self) -> None: ...
+
+
+def from_vec_env(
+    env: VecEnv,
+    *,
+    max_episode_steps: int,
+    name: str = "vec-env",
+    reward: RewardKind = "dense",
+    has_success: bool = False,
+    n_obs_steps: int = 1,
+    seed: int = 0,
+) -> ChunkedEnv:
+    """Take a `VecEnv` as a batched environment.
+
+    Args:
+        env: e.g. ``make_vec_env("Hopper-v5", n_envs=8)``. Wrappers that change observations, such as `VecNormalize` and
+            `VecFrameStack`, are refused: policies normalise by themselves, and see `n_obs_steps` observations.
+        max_episode_steps: after which an episode is truncated, if it has not ended before.
+        name: for messages and data sets.
+        reward: the environment's own (dense), or 1 at the first success (sparse).
+        has_success: whether infos have ``is_success`` or ``success``.
+        n_obs_steps: how many of the latest observations a policy sees.
+        seed: of the episodes.
+
+    Raises:
+        EnvError: spaces that are not flat boxes, or a wrapper that changes observations.
+    """
+    spec = _spec(env, "", "", max_episode_steps, name, reward, has_success=has_success, n_obs_steps=n_obs_steps)
+    seeds = env_seeds(seed, env.num_envs)
+    return ChunkedEnv(spec, VecEnvSimulator(env, seeds), seeds)
+
+
+def make_spec(
+    reference: str,
+    *,
+    max_episode_steps: int,
+    name: str | None = None,
+    reward: RewardKind = "dense",
+    has_success: bool = False,
+    n_obs_steps: int = 1,
+) -> EnvSpec:
+    """Return the spec of what the function `reference` (``module:function``) makes: a `VecEnv` of n environments.
+
+    With a spec, any number of them can be built, and on Ray's workers too. See `from_vec_env`.
+    """
+    env: VecEnv = load(reference)(1)
+    try:
+        return _spec(
+            env, "dprl.envs.vec_env:build", reference, max_episode_steps, name or reference, reward,
+            has_success=has_success, n_obs_steps=n_obs_steps,
+        )  # fmt: skip
+    finally:
+        env.close()
+
+
+def build(spec: EnvSpec, seeds: list[int], num_threads: int = 0) -> ChunkedEnv:
+    """Build one environment per seed; `num_threads` is not used."""
+    return ChunkedEnv(spec, VecEnvSimulator(load(spec.backend_id)(len(seeds)), seeds), seeds)
+
+
+def _spec(
+    env: VecEnv,
+    builder: str,
+    backend_id: str,
+    max_episode_steps: int,
+    name: str,
+    reward: RewardKind,
+    *,
+    has_success: bool,
+    n_obs_steps: int,
+) -> EnvSpec:
+    outermost: Any = env
+    while hasattr(outermost, "venv"):
+        kind = type(outermost).__name__
+        if kind not in HARMLESS:
+            raise EnvError(
+                f"{name}: a VecEnv in {kind} is not taken: it stands between the policy and its environments"
+            )
+        outermost = outermost.venv
+    sizes = []
+    for what in ("observation_space", "action_space"):
+        space = getattr(env, what)
+        if len(getattr(space, "shape", None) or ()) != 1 or not np.issubdtype(space.dtype, np.floating):
+            raise EnvError(f"{name}: its {what} is {space}; it must be a flat Box of numbers")
+        sizes.append(space.shape[0])
+    return EnvSpec(
+        id=name,
+        builder=builder,
+        backend_id=backend_id,
+        observation_size=sizes[0],
+        action_low=tuple(map(float, env.action_space.low)),
+        action_high=tuple(map(float, env.action_space.high)),
+        max_episode_steps=max_episode_steps,
+        reward=reward,
+        has_success=has_success,
+        n_obs_steps=n_obs_steps,
+        serial=True,
+    )
+
+
+class VecEnvSimulator:
+    """Single steps of a `VecEnv`."""
+
+    def __init__(self, env: VecEnv, seeds: list[int]) -> None:
+        self._env = env
+        self._seeds = seeds
+        self._running = np.zeros(len(seeds), np.bool_)
+        self._zero = np.zeros((len(seeds), *env.action_space.shape), env.action_space.dtype)
+        env.reset()  # some step only after it
+
+    def reset(self, indices: IntArray, episodes: IntArray) -> Observation:
+        """Reset each environment with the seed of its episode."""
+        first = []
+        for index, episode in zip(indices, episodes, strict=True):
+            seed = derive_seed(self._seeds[index], "episode", int(episode)) & 0x7FFFFFFF
+            (result,) = self._env.env_method("reset", seed=seed, indices=[int(index)])
+            first.append(result[0])
+        self._running[indices] = True
+        observation: Observation = np.stack(first)
+        return observation
+
+    def step(self, indices: IntArray, actions: FloatArray) -> SimulatorStep:
+        """Step the environments `indices`.
+
+        Raises:
+            EnvError: another one is in the middle of an episode.
+        """
+        idle = np.ones(len(self._seeds), np.bool_)
+        idle[indices] = False
+        if self._running[idle].any():
+            raise EnvError("a VecEnv steps all its environments at once: give the running ones actions, all of them")
+        everything = self._zero.copy()
+        everything[indices] = actions
+        observation, reward, ended, infos = self._env.step(everything)
+        observation, ended = np.array(observation)[indices], np.asarray(ended, np.bool_)[indices]
+        infos = [infos[index] for index in indices]
+        for row in np.flatnonzero(ended):
+            observation[row] = infos[row]["terminal_observation"]
+        cut = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
+        success = np.array([any(float(info.get(key) or 0) > 0.5 for key in SUCCESS_KEYS) for info in infos])
+        self._running[indices[ended]] = False
+        return SimulatorStep(observation, np.asarray(reward)[indices], ended & ~cut, ended & cut, success)
+
+    def close(self) -> None:
+        """Close it."""
+        self._env.close()

@@ -1,0 +1,237 @@
+"""Workers that die, hang or whose environments fail: the rollout is the undisturbed one, or the loss is counted."""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from dprl.errors import EnvError, EnvFaultError, WorkerError
+from dprl.mdp import DenoisingMDP, ExplorationConfig
+from dprl.rollout import InProcessPool, Rollout, as_pool
+from dprl.seeding import numpy_generator
+from dprl.spec import EnvSpec, build, env_seeds
+from tests.rollout.faulty import FAULTS, Fault, faulty_spec, plant
+from tests.toys import toy_policy
+
+N_ENVS, SLICE, SEED, DECISIONS = 8, 2, 5, 12
+SEEDS = env_seeds(SEED, N_ENVS)
+
+ray = pytest.importorskip("ray")
+from dprl.rollout.ray_pool import RayPool, WorkerOptions  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def actor() -> DenoisingMDP:
+    return DenoisingMDP(toy_policy(), 2, ExplorationConfig())
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(actor, tmp_path_factory) -> list[Rollout]:
+    with InProcessPool(faulty_spec(tmp_path_factory.mktemp("none")), N_ENVS, seed=SEED, slice_size=SLICE) as pool:
+        return [pool.collect(actor, DECISIONS) for _ in range(2)]
+
+
+def on_ray(spec: EnvSpec, num_workers: int = 2, timeout_s: float = 30.0, max_failures: int = 3) -> RayPool:
+    options = WorkerOptions(timeout_s=timeout_s, max_failures=max_failures)
+    return RayPool(spec, N_ENVS, num_workers=num_workers, seed=SEED, slice_size=SLICE, workers=options)
+
+
+def in_process(spec: EnvSpec, max_failures: int = 3) -> InProcessPool:
+    return InProcessPool(spec, N_ENVS, seed=SEED, slice_size=SLICE, max_failures=max_failures)
+
+
+def random_fault(kind: str, rollouts: list[Rollout], number: int, times: int = 1) -> Fault:
+    """A fault at a step that is surely reached: one of an episode that came to its end."""
+    rng = numpy_generator(number, "fault")
+    lengths: dict[tuple[int, int], int] = {}
+    episode = np.zeros(N_ENVS, int)
+    for rollout in rollouts:
+        for t, index in np.argwhere(rollout.ended | True):
+            if rollout.ended[t, index]:
+                lengths[index, episode[index]] = int(rollout.episode_lengths[t, index])
+                episode[index] += 1
+    index, which = sorted(lengths)[rng.integers(len(lengths))]
+    return Fault(kind, SEEDS[index], int(which), int(rng.integers(lengths[index, which])), times)
+
+
+def assert_same(rollouts: list[Rollout], expected: list[Rollout]) -> None:
+    for rollout, undisturbed in zip(rollouts, expected, strict=True):
+        for field in fields(Rollout):
+            np.testing.assert_array_equal(getattr(rollout, field.name), getattr(undisturbed, field.name), field.name)
+
+
+def planted(folder: Path) -> int:
+    return len(list(folder.iterdir()))
+
+
+REPEATS = [pytest.param(i, marks=pytest.mark.full) if i else i for i in range(20)]
+
+
+@pytest.mark.parametrize("repeat", REPEATS)
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_worker_that_fails_changes_nothing(kind, repeat, cluster, actor, undisturbed, tmp_path):
+    plant(tmp_path, random_fault(kind, undisturbed, repeat))
+    start = time.monotonic()
+    with on_ray(faulty_spec(tmp_path), num_workers=1 + repeat % 2, timeout_s=2.0 if kind == "hang" else 30.0) as pool:
+        assert_same([pool.collect(actor, DECISIONS) for _ in range(2)], undisturbed)
+        assert pool.failures == 1
+    assert planted(tmp_path) == 0, "the fault should have happened"
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("repeat", REPEATS)
+@pytest.mark.parametrize("kind", ["raise", "nan", "shape"])
+def test_an_environment_that_fails_in_this_process_changes_nothing(kind, repeat, actor, undisturbed, tmp_path):
+    plant(tmp_path, random_fault(kind, undisturbed, repeat))
+    with in_process(faulty_spec(tmp_path)) as pool:
+        assert_same([pool.collect(actor, DECISIONS) for _ in range(2)], undisturbed)
+    assert planted(tmp_path) == 0
+
+
+@pytest.mark.parametrize("make", [on_ray, in_process])
+def test_too_many_failures_stop_with_all_that_is_known(make, cluster, actor, undisturbed, tmp_path):
+    """And the pool is where it was before the collection, so that a run can be saved, and go on."""
+    fault = Fault("nan", SEEDS[6], 1, 2, times=3)
+    with make(faulty_spec(tmp_path), max_failures=2) as pool:
+        assert_same([pool.collect(actor, 1)], [first_decisions(undisturbed[0], 1)])
+        before = pool.state()
+        plant(tmp_path, fault)
+        where = rf"observation is not finite in environment 6, episode 1, step 2 \(environment seed {SEEDS[6]}\)"
+        with pytest.raises((EnvFaultError, WorkerError), match=where):
+            pool.collect(actor, 2 * DECISIONS - 1)
+        assert planted(tmp_path) == 0
+        for field in fields(before):
+            np.testing.assert_array_equal(getattr(pool.state(), field.name), getattr(before, field.name))
+        rest = pool.collect(actor, 2 * DECISIONS - 1)
+        np.testing.assert_array_equal(rest.rewards[-1], undisturbed[1].rewards[-1])
+        np.testing.assert_array_equal(rest.observations[-1], undisturbed[1].observations[-1])
+
+
+def first_decisions(rollout: Rollout, n: int) -> Rollout:
+    whole = {field.name: getattr(rollout, field.name) for field in fields(Rollout)}
+    return Rollout(**{name: array if name == "environments" else array[:n] for name, array in whole.items()})
+
+
+def test_environments_that_were_given_stop_at_the_first_fault_and_keep_their_state(actor, tmp_path):
+    """The pool cannot build again what it did not build."""
+    pool = as_pool(build(faulty_spec(tmp_path), SEEDS), SEED)
+    pool.collect(actor, 1)
+    before = pool.state()
+    plant(tmp_path, Fault("raise", SEEDS[2], 1, 0))
+    with pytest.raises(EnvFaultError, match="the simulator raised: RuntimeError: the motor is on fire"):
+        pool.collect(actor, DECISIONS)
+    np.testing.assert_array_equal(pool.state().actions, before.actions)
+    with pytest.raises(EnvError, match="make a new one"):
+        pool.collect(actor, 1)
+
+
+def test_what_cannot_be_replayed_is_left_out_and_counted(cluster, actor, undisturbed, tmp_path):
+    plant(tmp_path, Fault("raise", SEEDS[5], 1, 0))
+    with on_ray(faulty_spec(tmp_path, replayable=False), num_workers=4) as pool:
+        rollout, after = pool.collect(actor, DECISIONS), pool.collect(actor, DECISIONS)
+    np.testing.assert_array_equal(rollout.environments, [0, 1, 2, 3, 6, 7])
+    np.testing.assert_array_equal(rollout.rewards, undisturbed[0].rewards[:, rollout.environments])
+    np.testing.assert_array_equal(after.environments, np.arange(N_ENVS))
+    np.testing.assert_array_equal(after.rewards[:, :4], undisturbed[1].rewards[:, :4])
+
+
+def test_losing_every_worker_is_an_error_where_nothing_can_be_replayed(cluster, actor, tmp_path):
+    plant(tmp_path, Fault("raise", SEEDS[5], 1, 0))
+    pool = on_ray(faulty_spec(tmp_path, replayable=False), num_workers=1)
+    with pool, pytest.raises(WorkerError, match="every worker was lost"):
+        pool.collect(actor, DECISIONS)
+
+
+def processes(pool: RayPool) -> list[psutil.Process]:
+    """The workers' processes."""
+    pids = ray.get([worker.apply.remote(os.getpid) for worker in pool._crew._workers if worker is not None])
+    return [psutil.Process(pid) for pid in pids]
+
+
+def test_a_worker_killed_between_collections_changes_nothing(cluster, actor, undisturbed, tmp_path):
+    with on_ray(faulty_spec(tmp_path)) as pool:
+        first = pool.collect(actor, DECISIONS)
+        processes(pool)[1].kill()
+        assert_same([first, pool.collect(actor, DECISIONS)], undisturbed)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_policy_that_acts_elsewhere_survives_a_fault(num_workers, cluster, tmp_path):
+    """Its chunks since the last state that is known are replayed."""
+    rng = numpy_generator(0, "chunks")
+    chunks = rng.uniform(-1, 1, (20, N_ENVS, 3, 1)).astype(np.float32)
+    plant(tmp_path, Fault("kill", SEEDS[1], 3, 4))
+    with on_ray(faulty_spec(tmp_path), num_workers) as pool, in_process(faulty_spec(tmp_path)) as other:
+        np.testing.assert_array_equal(pool.reset(), other.reset())
+        ours = [pool.step_chunk(chunk) for chunk in chunks]
+        assert pool.failures == 1
+        theirs = [other.step_chunk(chunk) for chunk in chunks]
+        assert ours[0].episode_length.max() == 3
+        for one, two in zip(ours, theirs, strict=True):
+            for field in fields(one):
+                np.testing.assert_array_equal(getattr(one, field.name), getattr(two, field.name), field.name)
+        np.testing.assert_array_equal(pool.state().actions, other.state().actions)
+
+
+def test_a_worker_that_does_not_come_back_is_replaced_by_the_others(cluster, actor, undisturbed, tmp_path, monkeypatch):
+    with on_ray(faulty_spec(tmp_path), num_workers=2) as pool:
+        first = pool.collect(actor, DECISIONS)
+        gone = pool._crew._workers[0]
+        ray.kill(gone)  # for good
+        assert_same([first, pool.collect(actor, DECISIONS)], undisturbed)
+        assert pool._crew.hosts == [1]
+        assert len(processes(pool)) == 1
+        pool.collect(actor, 1)
+
+
+def test_no_worker_left_is_an_error(cluster, actor, tmp_path):
+    with on_ray(faulty_spec(tmp_path), num_workers=1) as pool:
+        ray.kill(pool._crew._workers[0])
+        with pytest.raises(WorkerError, match="no worker is left"):
+            pool.collect(actor, 1)
+
+
+def test_a_mistake_of_the_policys_is_not_tried_again(cluster, actor, tmp_path):
+    class Mistaken:
+        n_action_steps, noise_shape = actor.n_action_steps, actor.noise_shape
+
+        def sample(self, obs, *, noise):
+            raise ZeroDivisionError("a policy's own")
+
+        def cpu(self):
+            return self
+
+    with on_ray(faulty_spec(tmp_path)) as pool:
+        with pytest.raises(ZeroDivisionError, match="a policy's own"):
+            pool.collect(Mistaken(), 1)
+        assert pool.failures == 0
+        pool.collect(actor, 1)
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, EnvFaultError])
+def test_nothing_is_left_after_close(error, cluster, actor, tmp_path):
+    before = set(psutil.Process().children(recursive=True))
+    try:
+        with on_ray(faulty_spec(tmp_path)) as pool:
+            workers = processes(pool)
+            pool.collect(actor, 1)
+            if error is not None:
+                raise error("toy", "fails")
+    except (KeyboardInterrupt, EnvFaultError):
+        pass
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert alive == []
+    started = set(psutil.Process().children(recursive=True)) - before
+    assert [p for p in started if "Worker" in p.name()] == []
