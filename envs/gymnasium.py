@@ -7,6 +7,8 @@ state, in the space's order. A member of a Dict that is called ``privileged`` is
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,10 +140,14 @@ class Held(gymnasium.Wrapper[Any, Any, Any, Any]):
         space = cast("Any", self.env.action_space)
         with self._named():
             result = self.env.step(np.asarray(action, space.dtype).reshape(space.shape))
-        self._observation, reward, terminated, truncated, info = result
-        success = any(float(info.get(key) or 0.0) > 0.5 for key in SUCCESS_KEYS)
+            observation, reward, terminated, truncated, info = result
+            expected, given = self.env.observation_space.shape, np.shape(observation)
+            if expected is not None and given != expected:
+                raise ValueError(f"an observation of shape {given}, not {expected}")
+            self._observation, reward = observation, float(reward)
+            success = any(float(info.get(key) or 0.0) > 0.5 for key in SUCCESS_KEYS)
         ends = {"dprl_terminated": bool(terminated), "dprl_truncated": bool(truncated), "dprl_success": success}
-        return self._observation, float(reward), False, False, ends
+        return self._observation, reward, False, False, ends
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -199,6 +205,8 @@ class GymnasiumSimulator:
 
     def __init__(self, spec: EnvSpec, seeds: list[int]) -> None:
         def make(index: int) -> gymnasium.Env[Any, Any]:
+            if spec.vectorization == "async" and multiprocessing.parent_process() is not None:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's interrupt is for the parent
             return Flat(Held(make_single(spec.backend_id, spec.max_episode_steps), index))
 
         vector = gymnasium.vector.SyncVectorEnv if spec.vectorization == "sync" else gymnasium.vector.AsyncVectorEnv
@@ -244,5 +252,11 @@ class GymnasiumSimulator:
         return observation
 
     def close(self) -> None:
-        """Close all environments and their processes."""
-        self._env.close()
+        """Close all environments and their processes, also those whose fellow has died."""
+        try:
+            self._env.close()
+        except Exception:
+            for process in getattr(self._env, "processes", ()):
+                process.kill()
+                process.join()
+            raise

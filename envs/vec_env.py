@@ -142,7 +142,7 @@ class VecEnvSimulator:
     def __init__(self, env: VecEnv, seeds: list[int]) -> None:
         self._env = env
         self._seeds = seeds
-        self._running = np.zeros(len(seeds), np.bool_)
+        self._spoiled = np.zeros(len(seeds), np.bool_)  # it took zero actions in a step that was not meant for it
         self._zero = np.zeros((len(seeds), *env.action_space.shape), env.action_space.dtype)
         env.reset()  # some step only after it
 
@@ -153,7 +153,7 @@ class VecEnvSimulator:
             seed = derive_seed(self._seeds[index], "episode", int(episode)) & 0x7FFFFFFF
             (result,) = self._env.env_method("reset", seed=seed, indices=[int(index)])
             first.append(result[0])
-        self._running[indices] = True
+        self._spoiled[indices] = False
         observation: Observation = np.stack(first)
         return observation
 
@@ -161,12 +161,13 @@ class VecEnvSimulator:
         """Step the environments `indices`.
 
         Raises:
-            EnvError: another one is in the middle of an episode.
+            EnvError: one was left out of an earlier step, in the middle of its episode.
         """
+        if self._spoiled[indices].any():
+            raise EnvError("a VecEnv steps all its environments at once: one that was left out must be reset")
         idle = np.ones(len(self._seeds), np.bool_)
         idle[indices] = False
-        if self._running[idle].any():
-            raise EnvError("a VecEnv steps all its environments at once: give the running ones actions, all of them")
+        self._spoiled |= idle
         everything = self._zero.copy()
         everything[indices] = actions
         observation, reward, ended, infos = self._env.step(everything)
@@ -176,7 +177,6 @@ class VecEnvSimulator:
             observation[row] = infos[row]["terminal_observation"]
         cut = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
         success = np.array([any(float(info.get(key) or 0) > 0.5 for key in SUCCESS_KEYS) for info in infos])
-        self._running[indices[ended]] = False
         return SimulatorStep(observation, np.asarray(reward)[indices], ended & ~cut, ended & cut, success)
 
     def close(self) -> None:

@@ -353,12 +353,12 @@ def _finetune(
     resume: bool,
     progress_bar: bool,
 ) -> None:
-    policy, spec = prepared.policy, prepared.spec
+    policy = prepared.policy
     train(
         DPPO(policy, pool, config.dppo, seed=config.seed),
         LoopConfig(config.total_timesteps, config.eval_every, config.checkpoint_every),
         run=run,
-        evaluate=lambda: _score(policy, spec, config),
+        evaluate=lambda: pool.evaluate(policy, config.eval_episodes, _selection(config), inference=config.inference),
         resume=resume,
         wandb_project=config.wandb,
         progress_bar=progress_bar,
@@ -366,10 +366,13 @@ def _finetune(
     plots.training_curves(run.path)
 
 
-def _score(policy: Policy, spec: EnvSpec, config: PretrainConfig | FinetuneConfig) -> Evaluation:
-    """Evaluate during training, on starts that no evaluation by hand has: the best checkpoint is chosen by them."""
-    seed = derive_seed(config.seed, "selection")
-    return evaluate(policy, spec, config.eval_episodes, seed, inference=config.inference)
+def _selection(config: PretrainConfig | FinetuneConfig) -> int:
+    """The seed of starts that no evaluation by hand has: the best checkpoint is chosen by them."""
+    return derive_seed(config.seed, "selection")
+
+
+def _score(policy: Policy, spec: EnvSpec, config: PretrainConfig) -> Evaluation:
+    return evaluate(policy, spec, config.eval_episodes, _selection(config), inference=config.inference)
 
 
 def _pool(config: FinetuneConfig, spec: EnvSpec, *, shown: bool) -> RolloutPool:

@@ -12,7 +12,7 @@ from dprl.rollout.pool import RolloutPool, checked_slice_size
 from dprl.spec import EnvSpec
 
 ENOUGH_CORES = 8
-"""From here on one thread of inference is what a pool in this process waits for (see docs/scaling.md)."""
+"""From here on one thread of inference is what a pool in this process waits for."""
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class Machine:
     """What there is to run on."""
 
     cores: int
-    """That this process may use, or that a running Ray has declared."""
+    """That this process may use, or that a running Ray has free."""
     nodes: int = 1
     """Of a running Ray."""
     has_ray: bool = True
@@ -33,7 +33,7 @@ class Machine:
         ray = sys.modules.get("ray")
         if ray is not None and ray.is_initialized():
             alive = [node for node in ray.nodes() if node["Alive"]]
-            return Machine(int(ray.cluster_resources().get("CPU", 0)), len(alive))
+            return Machine(int(ray.available_resources().get("CPU", 0)), len(alive))
         return Machine(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
                        has_ray=importlib.util.find_spec("ray") is not None)  # fmt: skip
 

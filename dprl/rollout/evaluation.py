@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dprl.errors import EnvError, check
+from dprl.errors import EnvError, EnvFaultError, check
 from dprl.observations import Camera, put, take, to_tensors
 from dprl.policy import InferenceConfig, Policy, RecedingHorizon
 from dprl.rollout.collector import one_thread
@@ -23,7 +25,10 @@ from dprl.spec import BatchedEnv, EnvSpec, build, env_seeds, with_n_obs_steps
 
 Z95 = 1.959963984540054
 MAX_ENVS = 50
+MAX_FAILURES = 3
 LATENCY_CALLS = 30
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,9 +93,15 @@ def evaluate(
         ConfigError: `episodes` below 1, or a setting of `inference` that the policy does not have.
         EnvError: the policy's sizes are not the environment's.
     """
-    return summary(
-        policy, spec, seed, inference, play(policy, spec, episodes, seed, inference, on_progress=on_progress)
-    )
+    for failures in itertools.count(1):
+        try:
+            outcomes = play(policy, spec, episodes, seed, inference, on_progress=on_progress)
+            break
+        except EnvFaultError as fault:
+            if failures > MAX_FAILURES:
+                raise
+            log.warning("%s; the evaluation is made again (failure %d)", fault, failures)
+    return summary(policy, spec, seed, inference, outcomes)
 
 
 class Outcome(NamedTuple):
@@ -104,6 +115,7 @@ class Outcome(NamedTuple):
 
 def seats(episodes: int) -> list[slice]:
     """Return the environments of an evaluation, slice by slice: what can be played apart."""
+    check(episodes >= 1, "episodes", episodes, "must be at least 1")
     n = min(episodes, MAX_ENVS)
     size = checked_slice_size(n, None)
     return [slice(i, i + size) for i in range(0, n, size)]
@@ -116,6 +128,7 @@ def play(
     seed: int,
     inference: InferenceConfig | None = None,
     part: slice | None = None,
+    num_threads: int = 0,
     *,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[int, Outcome]:
@@ -124,8 +137,11 @@ def play(
     An episode is the same in both cases. See `evaluate`.
     """
     control = RecedingHorizon(policy, inference)
-    with _environments(policy, spec, episodes, seed, part) as env:
-        return _play(control, env, episodes, seed, part, on_progress)
+    with _environments(policy, spec, episodes, seed, part, num_threads) as env:
+        try:
+            return _play(control, env, episodes, seed, part, on_progress)
+        except EnvFaultError as fault:
+            raise fault.counted_from(part.start if part else 0) from fault
 
 
 def summary(
@@ -199,13 +215,13 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 @contextmanager
 def _environments(
-    policy: Policy, spec: EnvSpec, episodes: int, seed: int, part: slice | None = None
+    policy: Policy, spec: EnvSpec, episodes: int, seed: int, part: slice | None = None, num_threads: int = 0
 ) -> Iterator[BatchedEnv]:
     check(episodes >= 1, "episodes", episodes, "must be at least 1")
     require_fit(policy, spec)
     spec = with_n_obs_steps(spec, policy.config.n_obs_steps)
     part = part or slice(0, min(episodes, MAX_ENVS))
-    env = build(spec, env_seeds(seed, part.stop - part.start, part.start, purpose="evaluation"))
+    env = build(spec, env_seeds(seed, part.stop - part.start, part.start, purpose="evaluation"), num_threads)
     try:
         yield env
     finally:

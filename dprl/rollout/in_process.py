@@ -64,7 +64,7 @@ class InProcessPool(RolloutPool):
             self._shares = []
             self._parts = [Collector(env, seed, size)]
         self.spec, self.n_envs, self.slice_size = self._parts[0].env.spec, sum(p.env.n_envs for p in self._parts), size
-        self._broken: EnvState | None = None
+        self._saved: EnvState | None = None  # where to go back to, after a failure
 
     def reset(self) -> Observation:
         """See `RolloutPool.reset`."""
@@ -79,6 +79,7 @@ class InProcessPool(RolloutPool):
 
     def collect(self, actor: Actor, n_steps: int) -> Rollout:
         """See `RolloutPool.collect`."""
+        check(n_steps >= 1, "n_steps", n_steps, "must be at least 1")
         if len(self._parts) == 1:
             return self._attempted(lambda: self._parts[0].collect(actor, n_steps))
         return self._attempted(lambda: _collect_in_turns(self._parts, actor, n_steps))
@@ -97,7 +98,7 @@ class InProcessPool(RolloutPool):
 
     def state(self) -> EnvState:
         """See `RolloutPool.state`."""
-        return self._broken or EnvState.concatenate([part.state() for part in self._parts])
+        return self._saved or EnvState.concatenate([part.state() for part in self._parts])
 
     def restore(self, state: EnvState) -> None:
         """See `RolloutPool.restore`."""
@@ -109,33 +110,40 @@ class InProcessPool(RolloutPool):
 
     def close(self) -> None:
         """See `RolloutPool.close`."""
-        for part in self._parts:
+        for part in self._parts[1:]:
+            part.dispose()
+        for part in self._parts[:1]:
             part.env.close()
 
     def _attempted(self, call: Callable[[], Result]) -> Result:
-        """Make `call`. Where an environment fails, bring all back to before it and make it again."""
-        if self._broken is not None:
-            raise EnvError(f"{self.spec.id}: an environment has failed, and this pool did not build it: make a new one")
+        """Make `call`. Where it fails, all is brought back to before it: to be made again, or left so."""
         before = self.state()
         for failures in itertools.count(1):
             try:
+                if self._saved is not None:
+                    self._build_again(self._saved)
                 return call()
             except EnvFaultError as fault:
-                if not self._shares:
-                    self._broken = before
+                self._saved = before
+                if failures > self._max_failures or not self._shares or not self.spec.replayable:
                     raise
-                self._build_again(before)
-                if failures > self._max_failures or not self.spec.replayable:
-                    raise
-                log.warning("%s; the environments were built again (failure %d)", fault, failures)
+                log.warning("%s; the environments are built again (failure %d)", fault, failures)
+            except BaseException:
+                self._saved = before if self._shares else self._saved
+                raise
         raise AssertionError
 
     def _build_again(self, state: EnvState) -> None:
+        if not self._shares:
+            raise EnvError(f"{self.spec.id}: an environment has failed, and this pool did not build it: make a new one")
         for part in self._parts:
             part.dispose()
-        self._parts = [share.build() for share in self._shares]
+        self._parts = []
+        for share in self._shares:
+            self._parts.append(share.build())
         if self.spec.replayable:
             self.restore(state)
+        self._saved = None
 
 
 def as_pool(env: BatchedEnv | RolloutPool, seed: int) -> RolloutPool:

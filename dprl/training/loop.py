@@ -108,15 +108,15 @@ def train(
         try:
             with ProgressBar(agent.name, config.total_timesteps, agent.timesteps, shown=progress_bar) as bar:
                 if not resume:
-                    _finish_iteration(agent, config, progress, {}, run, evaluate, log, bar)
-                while agent.timesteps < config.total_timesteps and not interrupted:
+                    fault = _finish_iteration(agent, config, progress, {}, run, evaluate, log, bar)
+                while fault is None and agent.timesteps < config.total_timesteps and not interrupted:
                     try:
                         metrics = _iterate(agent)
                     except (EnvFaultError, WorkerError) as error:  # the agent is as the last iteration left it
                         fault = error
                         break
                     progress.iteration += 1
-                    _finish_iteration(agent, config, progress, metrics, run, evaluate, log, bar)
+                    fault = _finish_iteration(agent, config, progress, metrics, run, evaluate, log, bar)
             if run is not None and (run.last is None or run.progress()["iteration"] != progress.iteration):
                 run.save(agent, progress.iteration, best=progress.best, is_best=False, elapsed_s=progress.elapsed_s)
         finally:
@@ -158,21 +158,26 @@ def _finish_iteration(
     evaluate: Callable[[], Evaluation] | None,
     log: MetricsLog | None,
     bar: ProgressBar,
-) -> None:
-    """Evaluate, log and checkpoint, as far as each is due."""
+) -> DprlError | None:
+    """Evaluate, log and checkpoint, as far as each is due; return what an evaluation failed with."""
     i, finished = progress.iteration, agent.timesteps >= config.total_timesteps
-    is_best = False
+    is_best, fault = False, None
     if evaluate is not None and config.eval_every and (i % config.eval_every == 0 or finished):
-        result = evaluate()
-        is_best = progress.best is None or result.score >= progress.best  # of equals the longer trained
-        progress.best = result.score if is_best else progress.best
-        metrics = metrics | result.metrics()
+        try:
+            result = evaluate()
+        except (EnvFaultError, WorkerError) as error:
+            fault = error
+        else:
+            is_best = progress.best is None or result.score >= progress.best  # of equals the longer trained
+            progress.best = result.score if is_best else progress.best
+            metrics = metrics | result.metrics()
     metrics = metrics | {"time/elapsed_s": progress.elapsed_s}
     if log is not None:
         log.write(metrics, i, agent.timesteps)
     if run is not None and (is_best or i % config.checkpoint_every == 0 or finished):
         run.save(agent, i, best=progress.best, is_best=is_best, elapsed_s=metrics["time/elapsed_s"])
     bar.update(agent.timesteps, metrics)
+    return fault
 
 
 @contextmanager

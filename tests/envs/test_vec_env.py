@@ -16,7 +16,7 @@ pytest.importorskip("stable_baselines3")
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecNormalize
 
-N_ENVS, LIMIT = 4, 12
+N_ENVS, LIMIT = 4, 13  # which no number of chunks fills
 
 
 def hopper(n_envs: int):
@@ -92,11 +92,14 @@ def test_other_spaces_are_refused():
     env.close()
 
 
-def test_a_running_environment_cannot_be_left_out():
+def test_an_environment_that_was_left_out_must_be_reset():
     env = vec_env.from_vec_env(hopper(2), max_episode_steps=10)
     env.reset()
-    with pytest.raises(EnvError, match="steps all its environments at once"):
-        env.step_chunk(np.zeros((1, 1, 3), np.float32), np.array([0]))
+    env.step_chunk(np.zeros((1, 1, 3), np.float32), np.array([0]))
+    with pytest.raises(EnvError, match="one that was left out must be reset"):
+        env.step_chunk(np.zeros((2, 1, 3), np.float32))
+    env.reset(np.array([1]))
+    env.step_chunk(np.zeros((2, 1, 3), np.float32))
     env.close()
 
 

@@ -67,6 +67,7 @@ def _node() -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
+@pytest.mark.full
 def test_workers_run_where_their_resource_is(cluster, tmp_path):
     cluster.add_node(num_cpus=1, resources={"simulation": 2})
     options = WorkerOptions(cpus=0.5, resources=(Resource("simulation"),))

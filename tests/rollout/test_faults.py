@@ -3,16 +3,16 @@
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
-from dprl.errors import EnvError, EnvFaultError, WorkerError
+from dprl.errors import ConfigError, EnvError, EnvFaultError, WorkerError
 from dprl.mdp import DenoisingMDP, ExplorationConfig
-from dprl.rollout import InProcessPool, Rollout, as_pool
+from dprl.rollout import InProcessPool, Rollout, as_pool, evaluate
 from dprl.seeding import numpy_generator
 from dprl.spec import EnvSpec, build, env_seeds
 from tests.rollout.faulty import FAULTS, Fault, faulty_spec, plant
@@ -235,3 +235,77 @@ def test_nothing_is_left_after_close(error, cluster, actor, tmp_path):
     assert alive == []
     started = set(psutil.Process().children(recursive=True)) - before
     assert [p for p in started if "Worker" in p.name()] == []
+
+
+@pytest.mark.parametrize("make", [on_ray, in_process])
+def test_a_fault_while_another_is_mended_counts_and_loses_nothing(make, cluster, actor, undisturbed, tmp_path):
+    """The second one waits in the actions that are replayed to get back to where the collection began."""
+    first, second = Fault("nan", SEEDS[4], 0, 3), Fault("nan", SEEDS[5], 0, 1, times=2)
+    with make(faulty_spec(tmp_path), max_failures=1) as pool:
+        begun = pool.collect(actor, 1)
+        before = pool.state()
+        plant(tmp_path, first)
+        plant(tmp_path, second)
+        with pytest.raises((EnvFaultError, WorkerError), match="environment 5, episode 0, step 1 "):
+            pool.collect(actor, 2 * DECISIONS - 1)
+        for field in fields(before):
+            np.testing.assert_array_equal(getattr(pool.state(), field.name), getattr(before, field.name))
+        for left in tmp_path.iterdir():
+            left.unlink()
+        rest = pool.collect(actor, DECISIONS - 1)
+    np.testing.assert_array_equal(begun.rewards[0], undisturbed[0].rewards[0])
+    np.testing.assert_array_equal(rest.chains, undisturbed[0].chains[1:])
+
+
+def test_one_hang_is_one_failure_however_much_a_worker_has_to_do(cluster, actor, undisturbed, tmp_path):
+    """Here it has both shares, since the other worker is gone."""
+    with on_ray(faulty_spec(tmp_path), timeout_s=2.0, max_failures=1) as pool:
+        ray.kill(pool._crew._workers[0])
+        first = pool.collect(actor, DECISIONS)
+        assert pool._crew.hosts == [1]
+        before = pool.failures
+        state = pool.state()
+        index = int(np.argmax(state.lengths > 0))
+        plant(tmp_path, Fault("hang", SEEDS[index], int(state.episodes[index]), int(state.lengths[index])))
+        assert_same([first, pool.collect(actor, DECISIONS)], undisturbed)
+        assert pool.failures == before + 1
+
+
+def evaluation_fault(seed: int, environment: int, kind: str, times: int = 1) -> Fault:
+    (its_seed,) = env_seeds(seed, 1, environment, purpose="evaluation")
+    return Fault(kind, its_seed, 0, 0, times)
+
+
+@pytest.mark.parametrize("make", [on_ray, in_process])
+def test_an_evaluation_survives_a_fault(make, cluster, actor, tmp_path):
+    spec = faulty_spec(tmp_path)
+    expected = evaluate(actor.policy, spec, 60, seed=1)
+    plant(tmp_path, evaluation_fault(1, 30, "raise"))
+    with make(spec) as pool:
+        result = pool.evaluate(actor.policy, 60, 1)
+    assert planted(tmp_path) == 0
+    assert replace(result, policy_latency_ms_p50=0.0) == replace(expected, policy_latency_ms_p50=0.0)
+
+
+def test_an_evaluation_names_the_environment_as_the_pool_counts_it(cluster, actor, tmp_path):
+    plant(tmp_path, evaluation_fault(1, 30, "nan", times=9))
+    with on_ray(faulty_spec(tmp_path), max_failures=1) as pool, pytest.raises(WorkerError, match="environment 30, "):
+        pool.evaluate(actor.policy, 60, 1)
+
+
+def test_a_worker_given_up_in_an_evaluation_is_made_up_for(cluster, actor, undisturbed, tmp_path):
+    with on_ray(faulty_spec(tmp_path)) as pool:
+        first = pool.collect(actor, DECISIONS)
+        ray.kill(pool._crew._workers[0])
+        pool.evaluate(actor.policy, 60, 1)
+        assert pool._crew.hosts == [1]
+        assert_same([first, pool.collect(actor, DECISIONS)], undisturbed)
+
+
+@pytest.mark.parametrize("make", [on_ray, in_process])
+def test_no_decisions_are_refused(make, cluster, actor, tmp_path):
+    with make(faulty_spec(tmp_path)) as pool:
+        with pytest.raises(ConfigError, match="n_steps = 0"):
+            pool.collect(actor, 0)
+        with pytest.raises(ConfigError, match="episodes = 0"):
+            pool.evaluate(actor.policy, 0, 1)

@@ -106,7 +106,7 @@ def test_of_a_simulator_too(inference: InferenceConfig | None, played: list[Any]
     trajectories = record(policy, spec, 4, seed=1, inference=inference)
     assert played[0] == played[1]
     returns = [sum(trajectory.rewards) for trajectory in trajectories]
-    np.testing.assert_allclose(returns, [episode_return for _, episode_return, _ in played[0]], rtol=1e-5)
+    np.testing.assert_allclose(returns, [outcome.episode_return for outcome in in_order(played[0])], rtol=1e-5)
 
 
 def in_order(outcomes: dict[int, Any]) -> list[Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from dprl.errors import MissingDependencyError, WorkerError
+from dprl.errors import MissingDependencyError, WorkerError, check
 from dprl.observations import Observation
 from dprl.policy import InferenceConfig, Policy
 from dprl.rollout.collector import Share
@@ -25,7 +25,7 @@ except ImportError as error:
     raise MissingDependencyError("ray", "ray", "a Ray rollout pool") from error
 
 from dprl.rollout.ray_pool.cluster import RayConnection
-from dprl.rollout.ray_pool.workers import Crew, WorkerOptions
+from dprl.rollout.ray_pool.workers import Crew, WorkerOptions, writable
 
 JOURNAL_LENGTH = 100
 """Chunks of a policy that acts elsewhere, after which the environments' state is noted anew."""
@@ -101,6 +101,7 @@ class RayPool(RolloutPool):
         Raises:
             WorkerError: a worker failed more often than it is forgiven. `state` is then what it was before.
         """
+        check(n_steps >= 1, "n_steps", n_steps, "must be at least 1")
         shared = ray.put(actor.cpu())
         parts = self._everywhere("collect", [(shared, n_steps)] * len(self._seats))
         kept = [part for part in parts if part is not None]
@@ -118,10 +119,11 @@ class RayPool(RolloutPool):
         on_progress: Callable[[int], None] | None = None,
     ) -> Evaluation:
         """See `RolloutPool.evaluate`. Its slices are divided among the workers."""
-        shared, hosts = ray.put(_on_cpu(policy)), self._crew.hosts
+        parts, hosts, threads = seats(episodes), self._crew.hosts or [0], self._seats[0].share.num_threads
+        shared = ray.put(_on_cpu(policy))
         jobs = [
-            _Call(hosts[i % len(hosts)], play, (shared, self.spec, episodes, seed, inference, part))
-            for i, part in enumerate(seats(episodes))
+            _Call(hosts[i % len(hosts)], play, (shared, self.spec, episodes, seed, inference, part, threads))
+            for i, part in enumerate(parts)
         ]
         outcomes: dict[int, Outcome] = {}
 
@@ -146,9 +148,11 @@ class RayPool(RolloutPool):
 
     def close(self) -> None:
         """End the workers, and Ray if it was started for them."""
-        if hasattr(self, "_crew"):
-            self._crew.close()
-        self._ray.close()
+        try:
+            if hasattr(self, "_crew"):
+                self._crew.close()
+        finally:
+            self._ray.close()
 
     def _complete(self, method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
         """Call a method of every share, where none can be done without."""
@@ -159,19 +163,17 @@ class RayPool(RolloutPool):
 
     def _everywhere(self, method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
         """Call a method of every share; either all are then further, or none is."""
-        jobs = [_ShareCall(seat, method, a) for seat, a in zip(self._seats, arguments, strict=True)]
-        try:
-            replies = self._crew.finish(jobs)
-        except BaseException:
-            for seat in self._seats:
-                seat.built = False
-            raise
+        jobs = [_ShareCall(seat, method, a, seat.built) for seat, a in zip(self._seats, arguments, strict=True)]
+        for seat in self._seats:
+            seat.built = False  # until all are further
+        replies = self._crew.finish(jobs)
         for seat, reply, its_arguments in zip(self._seats, replies, arguments, strict=True):
-            seat.built = True
             if reply.state is None:
                 seat.chunks.append(its_arguments[0])
             else:
-                seat.state, seat.chunks = reply.state, []
+                seat.state, seat.chunks = writable(reply.state), []
+        for seat in self._seats:
+            seat.built = True
         return [reply.result for reply in replies]
 
 
@@ -194,6 +196,8 @@ class _ShareCall:
     seat: _Seat
     method: str
     arguments: tuple[Any, ...]
+    built: bool
+    """Whether its worker has the share as it should be."""
 
     @property
     def host(self) -> int:
@@ -205,7 +209,7 @@ class _ShareCall:
 
     def start(self, worker: Any, *, again: bool) -> Any:
         seat = self.seat
-        if again or not seat.built:
+        if again or not self.built:
             return worker.call_anew.remote(seat.share, seat.state, seat.chunks, self.method, *self.arguments)
         return worker.call.remote(seat.share, self.method, *self.arguments)
 

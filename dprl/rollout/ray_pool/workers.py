@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -106,7 +108,7 @@ class Worker:
         if state is not None and not share.spec.replayable:
             return Reply(None, collector.state())
         if state is not None:
-            collector.restore(_writable(state))
+            collector.restore(writable(state))
         for actions in chunks:
             collector.step_chunk(actions)
         return self.call(share, method, *arguments)
@@ -125,7 +127,7 @@ class Reply(NamedTuple):
     """Where the environments are now; None after a chunk, which whoever sent it can note."""
 
 
-def _writable(state: EnvState) -> EnvState:
+def writable(state: EnvState) -> EnvState:
     """Return a copy: what comes from the object store is read-only."""
     return EnvState(np.array(state.episodes), np.array(state.lengths), np.array(state.actions))
 
@@ -139,6 +141,15 @@ class Job(Protocol):
     def start(self, worker: Any, *, again: bool) -> Any:
         """Submit the call; return its reference."""
         ...
+
+
+@dataclass
+class _Running:
+    """A call that is under way."""
+
+    number: int
+    host: int
+    deadline: float
 
 
 class Crew:
@@ -161,6 +172,7 @@ class Crew:
             max_task_retries=0,
         )
         self._workers: list[Any] = [actor.remote() for _ in range(num_workers)]
+        self._running: dict[Any, _Running] = {}
         self.failures = 0
         """Calls that were made again so far."""
         try:
@@ -175,63 +187,81 @@ class Crew:
         return [i for i, worker in enumerate(self._workers) if worker is not None]
 
     def finish(self, jobs: Sequence[Job], on_result: Callable[[Any], None] | None = None) -> list[Any]:
-        """Start all jobs and return their results; `on_result` sees each as it comes.
+        """Make all calls, one at a time on each worker; return their results; `on_result` sees each as it comes.
 
         Raises:
             WorkerError: a worker failed more often than it is forgiven, or none is left.
             Exception: what a job raised, where the fault is not an environment's.
         """
+        self._drain()
         results: list[Any] = [None] * len(jobs)
-        failures = [0] * len(jobs)
-        pending: dict[Any, int] = {}
-        deadlines: dict[Any, float] = {}
-
-        def start(number: int, *, again: bool) -> None:
-            job = jobs[number]
-            ref = job.start(self._workers[job.host], again=again)
-            at_once = sum(other.host == job.host for other in jobs)  # a worker takes one call after the other
-            pending[ref], deadlines[ref] = number, time.monotonic() + at_once * self.options.timeout_s
-
-        for number in range(len(jobs)):
-            start(number, again=False)
-        while pending:
-            patience = max(0.0, min(deadlines[ref] for ref in pending) - time.monotonic())
-            ready, _ = ray.wait(list(pending), timeout=patience)
-            late = [] if ready else [ref for ref in pending if deadlines[ref] <= time.monotonic()]
-            for ref in [*ready, *late]:
-                number = pending.pop(ref)
+        failures, again = [0] * len(jobs), [False] * len(jobs)
+        waiting = deque(range(len(jobs)))
+        while waiting or self._running:
+            self._start(jobs, waiting, again)
+            for ref in self._arrived():
+                number = self._running.pop(ref).number
                 try:
-                    result = self._outcome(ref, jobs[number], late=ref in late)
+                    results[number] = self._outcome(ref)
+                except BlankWorkerError:
+                    again[number] = True
+                    waiting.appendleft(number)
                 except (EnvFaultError, WorkerLostError) as failure:
                     failures[number] += 1
                     self.failures += 1
                     if failures[number] > self.options.max_failures:
-                        raise WorkerError(
-                            f"{jobs[number]} failed {failures[number]} times in one call; the last time: {failure}"
-                        ) from failure
+                        times = f"failed {failures[number]} times in one call; the last time"
+                        raise WorkerError(f"{jobs[number]} {times}: {failure}") from failure
                     log.warning("%s: %s; made again (failure %d)", jobs[number], failure, failures[number])
-                    self._settle(jobs[number])
-                    start(number, again=True)
-                except BlankWorkerError:
-                    start(number, again=True)
+                    if isinstance(failure, WorkerLostError):
+                        self._settle(jobs[number])
+                    again[number] = True
+                    waiting.appendleft(number)
                 else:
-                    results[number] = result
                     if on_result is not None:
-                        on_result(result)
+                        on_result(results[number])
         return results
 
     def close(self) -> None:
         """End the workers."""
         for worker in self._workers:
             if worker is not None:
-                ray.kill(worker)
-        self._workers = []
+                with suppress(Exception):  # Ray may have ended before
+                    ray.kill(worker)
+        self._workers, self._running = [], {}
 
-    def _outcome(self, ref: Any, job: Job, *, late: bool) -> Any:
+    def _start(self, jobs: Sequence[Job], waiting: deque[int], again: list[bool]) -> None:
+        """Start the jobs whose workers are free; give those of a worker that was given up another one."""
+        busy = {call.host for call in self._running.values()}
+        for number in list(waiting):
+            job = jobs[number]
+            if self._workers[job.host] is None:
+                job.host, again[number] = self._heir(job), True
+            if job.host not in busy:
+                busy.add(job.host)
+                waiting.remove(number)
+                ref = job.start(self._workers[job.host], again=again[number])
+                self._running[ref] = _Running(number, job.host, time.monotonic() + self.options.timeout_s)
+
+    def _arrived(self) -> list[Any]:
+        """Wait for calls that have ended, well or badly; end the workers of those that take too long."""
+        patience = min(call.deadline for call in self._running.values()) - time.monotonic()
+        ready, _ = ray.wait(list(self._running), timeout=max(0.0, patience))
+        if not ready:
+            for call in self._running.values():
+                if call.deadline <= time.monotonic():  # its call will fail now
+                    ray.kill(self._workers[call.host], no_restart=False)
+                    call.deadline = time.monotonic() + self.options.restart_timeout_s
+        return list(ready)
+
+    def _drain(self) -> None:
+        """Wait for what an interrupted `finish` has left behind; nobody wants its results."""
+        while self._running:
+            for ref in self._arrived():
+                del self._running[ref]
+
+    def _outcome(self, ref: Any) -> Any:
         """Return a job's result, or raise what it came to in terms of this library."""
-        if late:
-            ray.kill(self._workers[job.host], no_restart=False)
-            raise WorkerLostError(f"it did not answer for {self.options.timeout_s:g} s and was ended")
         try:
             return ray.get(ref)
         except RayTaskError as error:
@@ -239,20 +269,22 @@ class Crew:
                 raise error.cause from None
             raise
         except RayError as error:
-            raise WorkerLostError(f"it died ({type(error).__name__})") from error
+            raise WorkerLostError(
+                f"it died, or did not answer for {self.options.timeout_s:g} s and was ended ({type(error).__name__})"
+            ) from error
 
     def _settle(self, job: Job) -> None:
-        """Wait until the job's worker answers again, or find the job another one."""
-        if self._answers(job.host):
-            return
-        if self._workers[job.host] is not None:
-            ray.kill(self._workers[job.host])
-            self._workers[job.host] = None
+        """Wait until the job's worker answers again, or give it up."""
+        if not self._answers(job.host):
+            log.warning("worker %d does not come back: the others take its environments over", job.host)
+            worker, self._workers[job.host] = self._workers[job.host], None
+            if worker is not None:
+                ray.kill(worker)
+
+    def _heir(self, job: Job) -> int:
         if not self.hosts:
             raise WorkerError("no worker is left: none came back after it died")
-        heir = self.hosts[job.host % len(self.hosts)]
-        log.warning("%s does not come back: worker %d takes over", job, heir)
-        job.host = heir
+        return self.hosts[job.host % len(self.hosts)]
 
     def _answers(self, host: int) -> bool:
         worker, deadline = self._workers[host], time.monotonic() + self.options.restart_timeout_s
