@@ -60,7 +60,7 @@ def test_training_goes_on_and_says_so_when_a_node_is_removed(cluster, tmp_path, 
         learned = learn(pool, {2: lambda: cluster.remove_node(node, allow_graceful=False)})
         assert len(pool._crew.hosts) == 2
     assert [name for name in expected if not learned[name].equal(expected[name])] == []
-    assert "does not come back: worker" in caplog.text
+    assert "does not come back: the others take its environments over" in caplog.text
 
 
 def _node() -> str:
