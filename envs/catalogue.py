@@ -146,7 +146,7 @@ def _box_bounds(name: str, space: Any) -> tuple[tuple[float, ...], tuple[float, 
 
 def _reports_success(env: Any) -> bool:
     """One step tells: Gymnasium has no other word for it."""
-    from dprl.envs.gymnasium import SUCCESS_KEYS
+    from dprl.envs.chunked import SUCCESS_KEYS
 
     env.reset(seed=0)
     env.action_space.seed(0)

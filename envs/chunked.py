@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from dprl.errors import DprlError, EnvError, EnvFaultError
 from dprl.observations import STATE, Observation, map_parts, put, take
+from dprl.seeding import derive_seed
 from dprl.spec import BoolArray, ChunkStep, EnvSpec, EnvState, FloatArray, IntArray
 
 
@@ -52,6 +53,19 @@ class Privileged(Protocol):
     def privileged(self, indices: IntArray) -> FloatArray | None:
         """Return what experts of the task act on (n, P); None: the latest state."""
         ...
+
+
+SUCCESS_KEYS = ("success", "is_success")
+
+
+def succeeded(info: Mapping[str, Any]) -> bool:
+    """Whether an environment's info says so, by either of the names in use."""
+    return any(float(info.get(key) or 0.0) > 0.5 for key in SUCCESS_KEYS)
+
+
+def episode_seed(seed: int, episode: int) -> int:
+    """Return the 31-bit seed that episode number `episode` of the environment seeded `seed` is reset with."""
+    return derive_seed(seed, "episode", episode) & 0x7FFFFFFF
 
 
 class RaisedInsideError(Exception):

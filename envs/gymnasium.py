@@ -17,10 +17,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from dprl.envs.chunked import ChunkedEnv, RaisedInsideError, SimulatorStep
+from dprl.envs.chunked import ChunkedEnv, RaisedInsideError, SimulatorStep, episode_seed, succeeded
 from dprl.errors import EnvError, MissingDependencyError
 from dprl.observations import STATE, Camera, Observation, camera_name, state_of, take
-from dprl.seeding import derive_seed
 from dprl.spec import EnvSpec, FloatArray, IntArray, load
 
 try:
@@ -28,7 +27,6 @@ try:
 except ImportError as error:
     raise MissingDependencyError("gymnasium", "envs", "running environments") from error
 
-SUCCESS_KEYS = ("success", "is_success")
 PRIVILEGED = "privileged"
 
 Path = tuple[Any, ...]
@@ -145,7 +143,7 @@ class Held(gymnasium.Wrapper[Any, Any, Any, Any]):
             if expected is not None and given != expected:
                 raise ValueError(f"an observation of shape {given}, not {expected}")
             self._observation, reward = observation, float(reward)
-            success = any(float(info.get(key) or 0.0) > 0.5 for key in SUCCESS_KEYS)
+            success = succeeded(info)
         ends = {"dprl_terminated": bool(terminated), "dprl_truncated": bool(truncated), "dprl_success": success}
         return self._observation, reward, False, False, ends
 
@@ -221,7 +219,7 @@ class GymnasiumSimulator:
         """Reset each environment with the seed of its episode."""
         seeds: list[int | None] = [None] * len(self._seeds)
         for index, episode in zip(indices, episodes, strict=True):
-            seeds[index] = derive_seed(self._seeds[index], "episode", int(episode)) & 0x7FFFFFFF
+            seeds[index] = episode_seed(self._seeds[index], int(episode))
         mask = np.zeros(len(seeds), np.bool_)
         mask[indices] = True
         if not self._started.all():  # gymnasium.vector must see every environment once before it takes a mask

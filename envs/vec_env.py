@@ -11,13 +11,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dprl.envs.chunked import ChunkedEnv, SimulatorStep
+from dprl.envs.chunked import ChunkedEnv, SimulatorStep, episode_seed, succeeded
 from dprl.errors import EnvError
 from dprl.observations import Observation
-from dprl.seeding import derive_seed
 from dprl.spec import EnvSpec, FloatArray, IntArray, RewardKind, env_seeds, load
 
-SUCCESS_KEYS = ("is_success", "success")
 HARMLESS = ("VecMonitor", "VecCheckNan")
 """Wrappers that leave observations and actions as they are."""
 
@@ -150,7 +148,7 @@ class VecEnvSimulator:
         """Reset each environment with the seed of its episode."""
         first = []
         for index, episode in zip(indices, episodes, strict=True):
-            seed = derive_seed(self._seeds[index], "episode", int(episode)) & 0x7FFFFFFF
+            seed = episode_seed(self._seeds[index], int(episode))
             (result,) = self._env.env_method("reset", seed=seed, indices=[int(index)])
             first.append(result[0])
         self._spoiled[indices] = False
@@ -176,7 +174,7 @@ class VecEnvSimulator:
         for row in np.flatnonzero(ended):
             observation[row] = infos[row]["terminal_observation"]
         cut = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
-        success = np.array([any(float(info.get(key) or 0) > 0.5 for key in SUCCESS_KEYS) for info in infos])
+        success = np.array([succeeded(info) for info in infos])
         return SimulatorStep(observation, np.asarray(reward)[indices], ended & ~cut, ended & cut, success)
 
     def close(self) -> None:

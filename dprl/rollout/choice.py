@@ -12,7 +12,7 @@ from dprl.rollout.pool import RolloutPool, checked_slice_size
 from dprl.spec import EnvSpec
 
 ENOUGH_CORES = 8
-"""From here on one thread of inference is what a pool in this process waits for."""
+"""From here on workers that decide at once are expected to outdo a single thread of inference; not measured."""
 
 log = logging.getLogger(__name__)
 

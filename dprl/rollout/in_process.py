@@ -42,7 +42,7 @@ class InProcessPool(RolloutPool):
             seed: of the environments built and of the exploration noise.
             slice_size: environments per inference batch; must divide their number. Default: at most 32.
             double_buffer: let one half of the environments move while the policy decides for the other. The rollouts
-                are the same. Needs a spec, and an even number of slices.
+                are the same. Needs a spec, and an even number of slices. On two cores without a GPU it is slower.
             max_failures: how many failures of one call are mended: environments built from a spec are built again and
                 brought to where they were, and the call is repeated.
 
