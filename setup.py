@@ -30,7 +30,7 @@ extras["all"] = sorted({requirement for group in extras.values() for requirement
 extras["dev"] = [
     *extras["all"],
     "diffusers>=0.35", "hypothesis>=6", "minari>=0.5", "mypy>=2", "psutil>=6", "pytest>=8", "pytest-cov>=5",
-    "pytest-timeout>=2", "pytest-xdist>=3", "ruff>=0.17", "setuptools>=77", "wheel",
+    "pytest-timeout>=2", "pytest-xdist>=3", "ray[default]>=2.60,<2.61", "ruff>=0.17", "setuptools>=77", "wheel",
 ]  # fmt: skip
 
 setup(

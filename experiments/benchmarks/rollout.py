@@ -71,9 +71,11 @@ class RolloutBenchmark:
 
     def __post_init__(self) -> None:
         validate(self, at_least=dict.fromkeys(("n_envs", "chunk", "repeats"), 1), above={"seconds": 0})
+        check(self.n_envs % 2 == 0, "n_envs", self.n_envs, "must be even: one way divides them in halves")
+        most = max(self.workers, default=1)
         for workers in self.workers:
-            fits = workers >= 1 and self.n_envs % workers == 0
-            check(fits, "workers", workers, f"must divide the {self.n_envs} environments")
+            fits = workers >= 1 and most % workers == 0 and self.n_envs % most == 0
+            check(fits, "workers", workers, f"must divide the largest, {most}, and that the {self.n_envs} environments")
         code = self.reference is None or (self.reference / "model/diffusion/diffusion_ppo.py").is_file()
         check(
             code, "reference", str(self.reference), "must be a checkout of DPPO, with model/diffusion/diffusion_ppo.py"
@@ -94,7 +96,7 @@ class Figure:
 
 
 Round = Callable[[], int]
-"""One decision of every environment, or many; returns the environment steps it took."""
+"""One decision of every environment, or many; returns the environment steps that were simulated."""
 Decide = Callable[[FloatArray], FloatArray]
 """Observations (N, D) to actions (N, E, A)."""
 
@@ -136,13 +138,14 @@ class Chunked(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Step until the chunk or the episode ends."""
-        total = 0.0
+        total, n_steps = 0.0, 0
         for single in action:
+            n_steps += 1
             observation, reward, terminated, truncated, _ = self.env.step(single)
             total += float(reward)
             if terminated or truncated:
                 break
-        return observation, total, terminated, truncated, {}
+        return observation, total, terminated, truncated, {"n_steps": n_steps}
 
 
 def task(name: str, *, fast: bool) -> EnvSpec:
@@ -166,13 +169,17 @@ def vector(config: RolloutBenchmark, name: str, decide: Decide, *, processes: bo
     make = partial(_single, task(name, fast=False), config.chunk if inside else None)
     env: Any = (AsyncVectorEnv if processes else SyncVectorEnv)([make] * config.n_envs)
     observation, _ = env.reset(seed=0)
+    ended = np.zeros(config.n_envs, np.bool_)
 
     def once() -> int:
-        nonlocal observation
-        actions = decide(observation)
+        nonlocal observation, ended
+        actions, n_steps = decide(observation), 0
         for action in [actions] if inside else actions.swapaxes(0, 1):
-            observation, *_ = env.step(action)
-        return config.n_envs * config.chunk
+            starting = ended  # these are reset now, and not stepped
+            observation, _, terminated, truncated, info = env.step(action)
+            n_steps += int(info.get("n_steps", ~starting)[~starting].sum())
+            ended = terminated | truncated
+        return n_steps
 
     try:
         yield once
@@ -245,11 +252,11 @@ def random_decision(config: RolloutBenchmark, spec: EnvSpec) -> Decide:
     return lambda observation: rng.uniform(low, high, shape).astype(np.float32)
 
 
-def our_policy(config: RolloutBenchmark, spec: EnvSpec) -> DenoisingMDP:
+def our_policy(spec: EnvSpec, chunk: int) -> DenoisingMDP:
     """The size of the reference's policy for locomotion: 512 x 3, 20 denoising steps of which 10 are tuned."""
     network = MLPConfig(hidden_size=HIDDEN)
     policy_config = DiffusionConfig(
-        horizon=config.chunk, n_action_steps=config.chunk, num_train_timesteps=DENOISING_STEPS, denoiser=network
+        horizon=chunk, n_action_steps=chunk, num_train_timesteps=DENOISING_STEPS, denoiser=network
     )
     policy = DiffusionPolicy(Features(spec.observation_size, spec.action_size), policy_config)
     return DenoisingMDP(policy, TUNED_STEPS, ExplorationConfig())
@@ -257,7 +264,7 @@ def our_policy(config: RolloutBenchmark, spec: EnvSpec) -> DenoisingMDP:
 
 def our_decision(config: RolloutBenchmark, spec: EnvSpec) -> Decide:
     """Our policy, outside a pool."""
-    mdp, generator = our_policy(config, spec), torch_generator(0, "benchmark")
+    mdp, generator = our_policy(spec, config.chunk), torch_generator(0, "benchmark")
 
     def decide(observation: FloatArray) -> FloatArray:
         obs = torch.as_tensor(np.asarray(observation, np.float32))[:, None]
@@ -299,7 +306,7 @@ def reference_decision(path: Path, config: RolloutBenchmark, spec: EnvSpec) -> D
 def ways(config: RolloutBenchmark, name: str, *, policy: bool) -> dict[str, Callable[[], Any]]:
     """Return every way to run a task, as functions that open it."""
     spec = task(name, fast=True)
-    actor: Actor = our_policy(config, spec) if policy else RandomActor(config.chunk, spec.action_size)
+    actor: Actor = our_policy(spec, config.chunk) if policy else RandomActor(config.chunk, spec.action_size)
     decide = our_decision(config, spec) if policy else random_decision(config, spec)
     theirs = reference_decision(config.reference, config, spec) if policy and config.reference else decide
     found: dict[str, Callable[[], Any]] = {

@@ -54,7 +54,9 @@ def test_rollout(tmp_path, capsys):
     ("changes", "message"),
     [
         ({"n_envs": 0}, "n_envs = 0"),
-        ({"workers": (3,)}, "workers = 3: must divide the 40 environments"),
+        ({"n_envs": 5, "workers": ()}, "n_envs = 5: must be even"),
+        ({"workers": (2, 5)}, "workers = 2: must divide the largest, 5"),
+        ({"workers": (3,)}, "workers = 3: must divide the largest, 3, and that the 40 environments"),
         ({"reference": Path("nowhere")}, "reference = 'nowhere': must be a checkout of DPPO"),
     ],
 )

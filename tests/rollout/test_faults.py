@@ -23,6 +23,7 @@ SEEDS = env_seeds(SEED, N_ENVS)
 
 ray = pytest.importorskip("ray")
 from dprl.rollout.ray_pool import RayPool, WorkerOptions  # noqa: E402
+from tests.rollout.leaks import assert_nothing_is_left, living_actors, start_ray  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def actor() -> DenoisingMDP:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    start_ray(num_cpus=8)
     yield
     ray.shutdown()
 
@@ -89,6 +90,7 @@ def test_a_worker_that_fails_changes_nothing(kind, repeat, cluster, actor, undis
         assert pool.failures == 1
     assert planted(tmp_path) == 0, "the fault should have happened"
     assert time.monotonic() - start < 30
+    assert_nothing_is_left()
 
 
 @pytest.mark.parametrize("repeat", REPEATS)
@@ -222,19 +224,18 @@ def test_a_mistake_of_the_policys_is_not_tried_again(cluster, actor, tmp_path):
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, EnvFaultError])
 def test_nothing_is_left_after_close(error, cluster, actor, tmp_path):
-    before = set(psutil.Process().children(recursive=True))
     try:
         with on_ray(faulty_spec(tmp_path)) as pool:
             workers = processes(pool)
             pool.collect(actor, 1)
+            assert len(living_actors()) == 2
             if error is not None:
                 raise error("toy", "fails")
     except (KeyboardInterrupt, EnvFaultError):
         pass
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert alive == []
-    started = set(psutil.Process().children(recursive=True)) - before
-    assert [p for p in started if "Worker" in p.name()] == []
+    assert_nothing_is_left()
 
 
 @pytest.mark.parametrize("make", [on_ray, in_process])

@@ -246,8 +246,11 @@ class Crew:
     def _arrived(self) -> list[Any]:
         """Wait for calls that have ended, well or badly; end the workers of those that take too long."""
         patience = min(call.deadline for call in self._running.values()) - time.monotonic()
-        ready, _ = ray.wait(list(self._running), timeout=max(0.0, patience))
-        if not ready:
+        under_way = list(self._running)
+        ready, _ = ray.wait(under_way, timeout=max(0.0, patience))
+        if ready:  # and whatever else is there: one look for each of thousands of workers would take long
+            ready, _ = ray.wait(under_way, num_returns=len(under_way), timeout=0)
+        else:
             for call in self._running.values():
                 if call.deadline <= time.monotonic():  # its call will fail now
                     ray.kill(self._workers[call.host], no_restart=False)
