@@ -117,7 +117,19 @@ def _names(what: str) -> list[tuple[str, str]]:
         ]
         rows += [(name, "Meta-World v3, 39 numbers, 4 actions, success, 200 steps") for name in METAWORLD]
         rows += [(name, "Gymnasium MuJoCo, dense reward") for name in MUJOCO]
-        return [*rows, ("any other Gymnasium id", "with a Box action space, e.g. your_module:YourEnv-v0")]
+        return [
+            *rows,
+            ("any other Gymnasium id", "with a Box action space, e.g. your_module:YourEnv-v0"),
+            (
+                "  registered as nondeterministic",
+                "cannot be replayed: a lost worker's episodes are left out, and counted",
+            ),
+            (
+                "a stable-baselines3 VecEnv",
+                "dprl.envs.vec_env.from_vec_env, in Python; cannot be seeded by environment and "
+                "episode: neither replayed nor divided among workers",
+            ),
+        ]
     if what == "experts":
         from dprl.envs.experts import EXPERTS
 

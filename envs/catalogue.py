@@ -96,6 +96,7 @@ def _gymnasium(name: str, options: EnvOptions) -> EnvSpec:
         layout = backend.Layout.of(env.observation_space)
         observation_size = layout.state_size
         limit = env.spec.max_episode_steps if env.spec is not None else None
+        replayable = env.spec is None or not env.spec.nondeterministic
         has_success = _reports_success(env)
     finally:
         env.close()
@@ -114,6 +115,7 @@ def _gymnasium(name: str, options: EnvOptions) -> EnvSpec:
         has_success=has_success,
         vectorization=options.vectorization,
         serial=not on_envpool and options.vectorization == "sync",
+        replayable=replayable,
         cameras=layout.cameras,
     )
 

@@ -10,6 +10,7 @@ from dprl.errors import EnvError
 from dprl.spec import BatchedEnv, ChunkStep, EnvOptions, EnvSpec, build, env_seeds, resolve
 
 TERMINATING, SUCCEEDING, NESTED, ENDLESS = "dprl-test/Ends-v0", "dprl-test/Goal-v0", "dprl-test/Dict-v0", "Endless-v0"
+RANDOM = "dprl-test/Random-v0"
 
 
 class Toy(gymnasium.Env):
@@ -48,6 +49,7 @@ def _registered():
     gymnasium.register(SUCCEEDING, Toy, max_episode_steps=9, kwargs={"reports_success": True})
     gymnasium.register(NESTED, Toy, max_episode_steps=9, kwargs={"nested": True})
     gymnasium.register(ENDLESS, Toy)
+    gymnasium.register(RANDOM, Toy, max_episode_steps=9, nondeterministic=True)
     yield
     for name in (TERMINATING, SUCCEEDING, NESTED, ENDLESS):
         del gymnasium.registry[name]
@@ -86,6 +88,11 @@ def test_environment_without_a_limit_needs_one():
     with pytest.raises(EnvError, match="'Endless-v0' has no time limit of its own: state one with max_episode_steps"):
         resolve(ENDLESS)
     assert resolve(ENDLESS, EnvOptions(max_episode_steps=7)).max_episode_steps == 7
+
+
+def test_what_is_registered_as_nondeterministic_is_not_replayed():
+    assert not resolve(RANDOM).replayable
+    assert resolve(TERMINATING).replayable
 
 
 def test_users_environment_terminates():

@@ -63,6 +63,22 @@ def test_training_goes_on_and_says_so_when_a_node_is_removed(cluster, tmp_path, 
     assert "does not come back: the others take its environments over" in caplog.text
 
 
+def test_workers_that_no_node_holds_are_refused_at_once(cluster, tmp_path):
+    """Together the nodes have the CPUs; Ray alone would let a worker wait."""
+    cluster.add_node(num_cpus=2)
+    options = WorkerOptions(cpus=1.25)
+    too_little = r"num_workers = 4: 4 workers x 1\.25 CPUs each = 5, but Ray has 4 CPUs free"
+    with pytest.raises(ConfigError, match=too_little):
+        RayPool(
+            faulty_spec(tmp_path), N_ENVS, num_workers=4, workers=options, slice_size=SLICE, address=cluster.address
+        )
+    cluster.add_node(num_cpus=1)
+    with pytest.raises(ConfigError, match=r"Ray's 3 nodes have enough, .* 1\.25 CPU each, .* they hold only 2"):
+        RayPool(
+            faulty_spec(tmp_path), N_ENVS, num_workers=4, workers=options, slice_size=SLICE, address=cluster.address
+        )
+
+
 def _node() -> str:
     return str(ray.get_runtime_context().get_node_id())
 

@@ -58,7 +58,7 @@ class WorkerOptions:
     placement: Literal["DEFAULT", "SPREAD"] = "DEFAULT"
     """Ray's scheduling strategy: fill one node after the other, or spread over all."""
     timeout_s: float = 600.0
-    """A call that takes longer has hung."""
+    """A call that takes longer has hung: a collection, or the part of an evaluation that one worker plays at once."""
     restart_timeout_s: float = 60.0
     """A worker that does not come back within this time is given up, and the others take its environments over."""
     max_failures: int = 3
@@ -315,6 +315,7 @@ def require_capacity(num_workers: int, options: WorkerOptions) -> None:
         ConfigError: with the arithmetic.
     """
     each = {"CPU": options.cpus, "GPU": options.gpus, **{r.name: r.amount for r in options.resources}}
+    _require_nodes(num_workers, {name: amount for name, amount in each.items() if amount})
     deadline = time.monotonic() + FREEING_TIMEOUT_S  # workers that were just ended give theirs back a little later
     for name, amount in each.items():
         wanted, total = num_workers * amount, ray.cluster_resources().get(name, 0.0)
@@ -326,3 +327,17 @@ def require_capacity(num_workers: int, options: WorkerOptions) -> None:
                 f"num_workers = {num_workers}: {num_workers} workers x {amount:g} {label} each = {wanted:g}, but Ray "
                 f"has {free:g} {label} free; use fewer workers, or let each claim less"
             )
+
+
+def _require_nodes(num_workers: int, each: dict[str, float]) -> None:
+    """Refuse workers of which the nodes, each by itself, have no room for as many."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fits = [min((int(node.get(name, 0.0) / amount) for name, amount in each.items()), default=num_workers)
+            for node in nodes]  # fmt: skip
+    total = {name: sum(node.get(name, 0.0) for node in nodes) for name in each}
+    if sum(fits) < num_workers and all(total[name] >= num_workers * amount for name, amount in each.items()):
+        claim = " and ".join(f"{amount:g} {name}" for name, amount in each.items())
+        raise ConfigError(
+            f"num_workers = {num_workers}: together Ray's {len(nodes)} nodes have enough, but of workers that claim "
+            f"{claim} each, which must be on one node, they hold only {sum(fits)}; use fewer, or let each claim less"
+        )
