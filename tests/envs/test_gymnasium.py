@@ -51,7 +51,7 @@ def _registered():
     gymnasium.register(ENDLESS, Toy)
     gymnasium.register(RANDOM, Toy, max_episode_steps=9, nondeterministic=True)
     yield
-    for name in (TERMINATING, SUCCEEDING, NESTED, ENDLESS):
+    for name in (TERMINATING, SUCCEEDING, NESTED, ENDLESS, RANDOM):
         del gymnasium.registry[name]
 
 
