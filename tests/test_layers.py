@@ -22,7 +22,7 @@ LAZY_DOORS = ("dprl", "__getattr__")
 
 # optional package -> the modules (with what lies below them) that may import it
 HOMES = {
-    "ray": ("dprl.rollout.ray_pool", "dprl.interop"),
+    "ray": ("dprl.rollout.ray_pool", "dprl.interop", "dprl.experiments.benchmarks.scaling"),
     "wandb": ("dprl.log",),
     **dict.fromkeys(
         ("gymnasium", "envpool", "metaworld", "mujoco"),
