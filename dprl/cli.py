@@ -122,7 +122,7 @@ def _names(what: str) -> list[tuple[str, str]]:
             ("any other Gymnasium id", "with a Box action space, e.g. your_module:YourEnv-v0"),
             (
                 "  registered as nondeterministic",
-                "cannot be replayed: a lost worker's episodes are left out, and counted",
+                "cannot be replayed: what a lost worker played is left out (Rollout.environments)",
             ),
             (
                 "a stable-baselines3 VecEnv",

@@ -1,6 +1,8 @@
 """Workers that die, hang or whose environments fail: the rollout is the undisturbed one, or the loss is counted."""
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -177,7 +179,11 @@ def test_a_policy_that_acts_elsewhere_survives_a_fault(num_workers, cluster, tmp
     plant(tmp_path, Fault("kill", SEEDS[1], 3, 4))
     with on_ray(faulty_spec(tmp_path), num_workers) as pool, in_process(faulty_spec(tmp_path)) as other:
         np.testing.assert_array_equal(pool.reset(), other.reset())
-        ours = [pool.step_chunk(chunk) for chunk in chunks]
+        buffer = np.empty_like(chunks[0])  # one for all: the journal must not be of what is in it later
+        ours = []
+        for chunk in chunks:
+            buffer[:] = chunk
+            ours.append(pool.step_chunk(buffer))
         assert pool.failures == 1
         theirs = [other.step_chunk(chunk) for chunk in chunks]
         assert ours[0].episode_length.max() == 3
@@ -205,7 +211,8 @@ def test_no_worker_left_is_an_error(cluster, actor, tmp_path):
             pool.collect(actor, 1)
 
 
-def test_a_mistake_of_the_policys_is_not_tried_again(cluster, actor, tmp_path):
+@pytest.mark.parametrize("replayable", [True, False])
+def test_a_mistake_of_the_policys_is_not_tried_again(replayable, cluster, actor, tmp_path):
     class Mistaken:
         n_action_steps, noise_shape = actor.n_action_steps, actor.noise_shape
 
@@ -215,11 +222,68 @@ def test_a_mistake_of_the_policys_is_not_tried_again(cluster, actor, tmp_path):
         def cpu(self):
             return self
 
-    with on_ray(faulty_spec(tmp_path)) as pool:
+    with on_ray(faulty_spec(tmp_path, replayable=replayable)) as pool:
         with pytest.raises(ZeroDivisionError, match="a policy's own"):
             pool.collect(Mistaken(), 1)
         assert pool.failures == 0
-        pool.collect(actor, 1)
+        np.testing.assert_array_equal(pool.collect(actor, 1).environments, np.arange(N_ENVS))
+
+
+def test_a_closed_pool_says_so(cluster, actor, tmp_path):
+    with on_ray(faulty_spec(tmp_path)) as pool:
+        pass
+    for call in (
+        pool.reset,
+        lambda: pool.collect(actor, 1),
+        lambda: pool.evaluate(actor.policy, 1, 0),
+        lambda: pool.step_chunk(np.zeros((N_ENVS, 1, 1), np.float32)),
+    ):
+        with pytest.raises(WorkerError, match="this pool is closed"):
+            call()
+
+
+def test_what_a_running_ray_cannot_have_is_refused(cluster, tmp_path):
+    with pytest.raises(ConfigError, match=r"runtime_env = .*leave it out"):
+        RayPool(faulty_spec(tmp_path), N_ENVS, num_workers=1, runtime_env={"env_vars": {"A": "B"}})
+
+
+ALONE = """
+import threading
+from pathlib import Path
+
+import psutil
+
+from dprl.mdp import DenoisingMDP, ExplorationConfig
+from dprl.rollout.ray_pool import RayEvaluator, RayPool
+from tests.toys import reach_spec, toy_policy
+
+
+def use():
+    policy = toy_policy()
+    with RayPool(reach_spec(), 4, num_workers=1, slice_size=2) as pool:
+        pool.collect(DenoisingMDP(policy, 2, ExplorationConfig()), 3)
+    with RayEvaluator(reach_spec()) as evaluator:
+        evaluator.start(policy, 4, 0).result()
+
+
+def remains():
+    process = psutil.Process()
+    shared = {str(path) for path in Path("/dev/shm").iterdir()}
+    files = {file.path for file in process.open_files() if "/ray/session_" not in file.path}  # Ray keeps its log open
+    return [p.name() for p in process.children(recursive=True)], shared, files, {t.name for t in threading.enumerate()}
+
+
+nothing = remains()
+use()
+assert remains() == nothing, (nothing, remains())
+"""
+
+
+def test_nothing_is_left_of_a_ray_that_the_pool_started():
+    """No process, thread, shared memory or open file."""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, EnvFaultError])

@@ -21,7 +21,7 @@ from tests.rollout.leaks import assert_nothing_is_left, start_ray  # noqa: E402
 from tests.rollout.test_faults import N_ENVS, SEED, SEEDS, SLICE, assert_same, planted  # noqa: E402
 
 WORKERS, DECISIONS = 2, 4
-OPTIONS = WorkerOptions(timeout_s=3.0)
+OPTIONS = WorkerOptions(timeout_s=5.0)
 
 
 def memory_mb() -> float:
@@ -78,6 +78,7 @@ def test_soak(seconds, rate, tmp_path, capsys):
         assert_nothing_is_left()
     finally:
         ray.shutdown()
+    assert len(memory) >= 4
     first, last = np.mean(memory[:2]), np.mean(memory[-2:])
     with capsys.disabled():
         print(f"\nsoak: {calls} calls, {faults} faults in {passed:.0f} s; memory {first:.0f} to {last:.0f} MB")

@@ -33,15 +33,16 @@ class RayConnection:
     def __init__(self, address: str | None = None, runtime_env: dict[str, Any] | None = None) -> None:
         """Take the Ray that runs in this process; else join the cluster at `address`; else start one on this machine.
 
+        A cluster that ``RAY_ADDRESS`` names, as in Ray's jobs, is joined as it is: this code must be on its nodes.
+
         Raises:
             ConfigError: another Ray runs in this process already, or none is at `address`.
         """
         if ray.is_initialized():
-            check(address is None, "address", address, "Ray is initialised in this process already; leave address out")
+            for name, value in (("address", address), ("runtime_env", runtime_env)):
+                check(value is None, name, value, "Ray is initialised in this process already; leave it out")
         else:
-            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-            # Ray's default is 15: beside any busy process its workers then hardly run, and the learner waits for them
-            os.environ.setdefault("RAY_worker_niceness", "0")
+            prepare_environment()
             with _code_for(address, runtime_env) as environment:
                 _start(address, environment)
             RayConnection._started_here = True
@@ -56,18 +57,27 @@ class RayConnection:
                 ray.shutdown()
 
 
+def prepare_environment() -> None:
+    """Set what a Ray that is started here should know, unless the user has set it."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # Ray's default is 15: beside any busy process its workers then hardly run, and the learner waits for them
+    os.environ.setdefault("RAY_worker_niceness", "0")
+
+
 def _start(address: str | None, runtime_env: dict[str, Any] | None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
-        ray.init(include_dashboard=False, runtime_env=runtime_env, **quiet)
+        elsewhere = "RAY_ADDRESS" in os.environ
+        here: dict[str, Any] = {} if elsewhere else {"address": "local", "include_dashboard": False}
+        ray.init(runtime_env=runtime_env, **here, **quiet)
         return
     try:
         host, _, port = address.partition(":")
         if port.isdigit():  # Ray itself would try for minutes
             socket.create_connection((host, int(port)), ANSWER_TIMEOUT_S).close()
         ray.init(address, runtime_env=runtime_env, **quiet)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"address = {address!r}: no Ray cluster answers there ({error})") from error
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RuntimeEnvSetupError) as error:
+        raise ConfigError(f"address = {address!r}: this cluster cannot be joined: {error}") from error
 
 
 @contextmanager

@@ -6,16 +6,17 @@ it, read where they lie.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from dprl.errors import MissingDependencyError, WorkerError, check
 from dprl.observations import Observation
 from dprl.policy import InferenceConfig, Policy
 from dprl.rollout.collector import Share
-from dprl.rollout.evaluation import Evaluation, Outcome, play, seats, summary
+from dprl.rollout.evaluation import Evaluation, summary
 from dprl.rollout.pool import Actor, Rollout, RolloutPool, check_state, checked_slice_size, cut, joined
 from dprl.spec import ChunkStep, EnvOptions, EnvSpec, EnvState, FloatArray, resolve
 
@@ -25,7 +26,8 @@ except ImportError as error:
     raise MissingDependencyError("ray", "ray", "a Ray rollout pool") from error
 
 from dprl.rollout.ray_pool.cluster import RayConnection
-from dprl.rollout.ray_pool.workers import Crew, WorkerOptions, writable
+from dprl.rollout.ray_pool.evaluator import on_cpu, play_on
+from dprl.rollout.ray_pool.workers import Crew, Reply, WorkerOptions, writable
 
 JOURNAL_LENGTH = 100
 """Chunks of a policy that acts elsewhere, after which the environments' state is noted anew."""
@@ -89,11 +91,10 @@ class RayPool(RolloutPool):
 
     def step_chunk(self, actions: FloatArray) -> ChunkStep:
         """See `RolloutPool.step_chunk`."""
-        pieces = cut(actions, [seat.share.n_envs for seat in self._seats])
-        step = ChunkStep.concatenate(self._complete("step_chunk", [(piece,) for piece in pieces]))
         if len(self._seats[0].chunks) >= JOURNAL_LENGTH:
             self.state()
-        return step
+        pieces = cut(np.array(actions), [seat.share.n_envs for seat in self._seats])  # a copy, for the journal
+        return ChunkStep.concatenate(self._complete("step_chunk", [(piece,) for piece in pieces]))
 
     def collect(self, actor: Actor, n_steps: int) -> Rollout:
         """See `RolloutPool.collect`.
@@ -102,6 +103,7 @@ class RayPool(RolloutPool):
             WorkerError: a worker failed more often than it is forgiven. `state` is then what it was before.
         """
         check(n_steps >= 1, "n_steps", n_steps, "must be at least 1")
+        self._crew.require_open()
         shared = ray.put(actor.cpu())
         parts = self._everywhere("collect", [(shared, n_steps)] * len(self._seats))
         kept = [part for part in parts if part is not None]
@@ -119,20 +121,11 @@ class RayPool(RolloutPool):
         on_progress: Callable[[int], None] | None = None,
     ) -> Evaluation:
         """See `RolloutPool.evaluate`. Its slices are divided among the workers."""
-        parts, hosts, threads = seats(episodes), self._crew.hosts or [0], self._seats[0].share.num_threads
-        shared = ray.put(_on_cpu(policy))
-        jobs = [
-            _Call(hosts[i % len(hosts)], play, (shared, self.spec, episodes, seed, inference, part, threads))
-            for i, part in enumerate(parts)
-        ]
-        outcomes: dict[int, Outcome] = {}
-
-        def take(part: dict[int, Outcome]) -> None:
-            outcomes.update(part)
-            if on_progress is not None:
-                on_progress(len(part))
-
-        self._crew.finish(jobs, take)
+        self._crew.require_open()
+        outcomes = play_on(
+            self._crew, ray.put(on_cpu(policy)), self.spec, episodes, seed, inference,
+            num_threads=self._seats[0].share.num_threads, on_progress=on_progress,
+        )  # fmt: skip
         return summary(policy, self.spec, seed, inference, outcomes)
 
     def state(self) -> EnvState:
@@ -167,13 +160,7 @@ class RayPool(RolloutPool):
         for seat in self._seats:
             seat.built = False  # until all are further
         replies = self._crew.finish(jobs)
-        for seat, reply, its_arguments in zip(self._seats, replies, arguments, strict=True):
-            if reply.state is None:
-                seat.chunks.append(its_arguments[0])
-            else:
-                seat.state, seat.chunks = writable(reply.state), []
-        for seat in self._seats:
-            seat.built = True
+        self._seats = [seat.after(reply, a) for seat, reply, a in zip(self._seats, replies, arguments, strict=True)]
         return [reply.result for reply in replies]
 
 
@@ -187,6 +174,12 @@ class _Seat:
     state: EnvState | None = None
     chunks: list[FloatArray] = field(default_factory=list)
     """What was executed since `state`."""
+
+    def after(self, reply: Reply, arguments: tuple[Any, ...]) -> _Seat:
+        """Where it is once a call has come back."""
+        if reply.state is None:
+            return replace(self, built=True, chunks=[*self.chunks, arguments[0]])
+        return replace(self, built=True, state=writable(reply.state), chunks=[])
 
 
 @dataclass
@@ -209,28 +202,12 @@ class _ShareCall:
 
     def start(self, worker: Any, *, again: bool) -> Any:
         seat = self.seat
-        if again or not self.built:
-            return worker.call_anew.remote(seat.share, seat.state, seat.chunks, self.method, *self.arguments)
-        return worker.call.remote(seat.share, self.method, *self.arguments)
+        if self.built and not again:
+            return worker.call.remote(seat.share, self.method, *self.arguments)
+        # what cannot be replayed is lost with its worker; where a call was only abandoned, new episodes begin
+        known = again or seat.share.spec.replayable
+        before = (seat.state, seat.chunks) if known else (None, [])
+        return worker.call_anew.remote(seat.share, *before, self.method, *self.arguments)
 
     def __str__(self) -> str:
         return f"worker {self.host} ({self.seat.share})"
-
-
-@dataclass
-class _Call:
-    """A function that has nothing to do with the shares."""
-
-    host: int
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-
-    def start(self, worker: Any, *, again: bool) -> Any:
-        return worker.apply.remote(self.function, *self.arguments)
-
-    def __str__(self) -> str:
-        return f"worker {self.host}"
-
-
-def _on_cpu(policy: Policy) -> Policy:
-    return policy if policy.device.type == "cpu" else copy.deepcopy(policy).cpu()

@@ -29,7 +29,10 @@ except ImportError as error:
 
 START_TIMEOUT_S = 120.0
 FREEING_TIMEOUT_S = 10.0
+ABANDONED_TIMEOUT_S = 5.0
 POLL_S = 0.1
+ROUNDING = 1e-6
+"""Of sums of CPUs, which are fractions."""
 
 log = logging.getLogger(__name__)
 
@@ -173,12 +176,18 @@ class Crew:
         )
         self._workers: list[Any] = [actor.remote() for _ in range(num_workers)]
         self._running: dict[Any, _Running] = {}
+        self._closed = False
         self.failures = 0
         """Calls that were made again so far."""
         try:
             ray.get([worker.ready.remote() for worker in self._workers], timeout=START_TIMEOUT_S)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, RayError):
+                raise ConfigError(
+                    f"num_workers = {num_workers}: not all of them started within {START_TIMEOUT_S:g} s "
+                    f"({type(error).__name__}: {str(error).splitlines()[0]}); 'ray status' shows what they wait for"
+                ) from error
             raise
 
     @property
@@ -190,9 +199,10 @@ class Crew:
         """Make all calls, one at a time on each worker; return their results; `on_result` sees each as it comes.
 
         Raises:
-            WorkerError: a worker failed more often than it is forgiven, or none is left.
+            WorkerError: a worker failed more often than it is forgiven, none is left, or they are closed.
             Exception: what a job raised, where the fault is not an environment's.
         """
+        self.require_open()
         self._drain()
         results: list[Any] = [None] * len(jobs)
         failures, again = [0] * len(jobs), [False] * len(jobs)
@@ -207,6 +217,7 @@ class Crew:
                     again[number] = True
                     waiting.appendleft(number)
                 except (EnvFaultError, WorkerLostError) as failure:
+                    self.require_open()
                     failures[number] += 1
                     self.failures += 1
                     if failures[number] > self.options.max_failures:
@@ -223,12 +234,17 @@ class Crew:
         return results
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers. A `finish` in another thread then raises WorkerError."""
+        self._closed = True
         for worker in self._workers:
             if worker is not None:
                 with suppress(Exception):  # Ray may have ended before
                     ray.kill(worker)
-        self._workers, self._running = [], {}
+
+    def require_open(self) -> None:
+        """Raise WorkerError after `close`."""
+        if self._closed:
+            raise WorkerError("this pool is closed: make a new one")
 
     def _start(self, jobs: Sequence[Job], waiting: deque[int], again: list[bool]) -> None:
         """Start the jobs whose workers are free; give those of a worker that was given up another one."""
@@ -251,14 +267,22 @@ class Crew:
         if ready:  # and whatever else is there: one look for each of thousands of workers would take long
             ready, _ = ray.wait(under_way, num_returns=len(under_way), timeout=0)
         else:
-            for call in self._running.values():
-                if call.deadline <= time.monotonic():  # its call will fail now
-                    ray.kill(self._workers[call.host], no_restart=False)
-                    call.deadline = time.monotonic() + self.options.restart_timeout_s
+            self._end_late(under_way)
         return list(ready)
 
+    def _end_late(self, under_way: list[Any]) -> None:
+        """End the workers whose calls take too long, so that these fail; not where a result is on its way."""
+        finished, _ = ray.wait(under_way, num_returns=len(under_way), timeout=0, fetch_local=False)
+        for ref, call in self._running.items():
+            if call.deadline <= time.monotonic():
+                call.deadline = time.monotonic() + self.options.restart_timeout_s
+                if ref not in finished:
+                    ray.kill(self._workers[call.host], no_restart=False)
+
     def _drain(self) -> None:
-        """Wait for what an interrupted `finish` has left behind; nobody wants its results."""
+        """Wait a little for what an interrupted `finish` has left behind, then end it: nobody wants its results."""
+        for call in self._running.values():
+            call.deadline = min(call.deadline, time.monotonic() + ABANDONED_TIMEOUT_S)
         while self._running:
             for ref in self._arrived():
                 del self._running[ref]
@@ -319,24 +343,29 @@ def require_capacity(num_workers: int, options: WorkerOptions) -> None:
     deadline = time.monotonic() + FREEING_TIMEOUT_S  # workers that were just ended give theirs back a little later
     for name, amount in each.items():
         wanted, total = num_workers * amount, ray.cluster_resources().get(name, 0.0)
-        while (free := ray.available_resources().get(name, 0.0)) < wanted <= total and time.monotonic() < deadline:
+        enough = wanted - ROUNDING
+        while (free := ray.available_resources().get(name, 0.0)) < enough <= total and time.monotonic() < deadline:
             time.sleep(POLL_S)
-        if free < wanted:
-            label = f"{name}s" if name in ("CPU", "GPU") else f"'{name}'"
+        if free < enough:
+            label = _label(name)
             raise ConfigError(
                 f"num_workers = {num_workers}: {num_workers} workers x {amount:g} {label} each = {wanted:g}, but Ray "
                 f"has {free:g} {label} free; use fewer workers, or let each claim less"
             )
 
 
+def _label(name: str) -> str:
+    return f"{name}s" if name in ("CPU", "GPU") else f"'{name}'"
+
+
 def _require_nodes(num_workers: int, each: dict[str, float]) -> None:
     """Refuse workers of which the nodes, each by itself, have no room for as many."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fits = [min((int(node.get(name, 0.0) / amount) for name, amount in each.items()), default=num_workers)
+    fits = [min((int(node.get(name, 0.0) / amount + ROUNDING) for name, amount in each.items()), default=num_workers)
             for node in nodes]  # fmt: skip
     total = {name: sum(node.get(name, 0.0) for node in nodes) for name in each}
-    if sum(fits) < num_workers and all(total[name] >= num_workers * amount for name, amount in each.items()):
-        claim = " and ".join(f"{amount:g} {name}" for name, amount in each.items())
+    if sum(fits) < num_workers and all(total[name] > num_workers * amount - ROUNDING for name, amount in each.items()):
+        claim = " and ".join(f"{amount:g} {_label(name)}" for name, amount in each.items())
         raise ConfigError(
             f"num_workers = {num_workers}: together Ray's {len(nodes)} nodes have enough, but of workers that claim "
             f"{claim} each, which must be on one node, they hold only {sum(fits)}; use fewer, or let each claim less"

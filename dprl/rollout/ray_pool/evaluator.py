@@ -1,0 +1,140 @@
+"""Evaluation on Ray workers: on those of a pool, or on others, while training goes on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Self
+
+from dprl.errors import MissingDependencyError
+from dprl.policy import InferenceConfig, Policy
+from dprl.rollout.evaluation import Evaluation, Outcome, play, seats, summary
+from dprl.spec import EnvOptions, EnvSpec, resolve
+
+try:
+    import ray
+except ImportError as error:
+    raise MissingDependencyError("ray", "ray", "evaluating on Ray workers") from error
+
+from dprl.rollout.ray_pool.cluster import RayConnection
+from dprl.rollout.ray_pool.workers import Crew, WorkerOptions
+
+
+class RayEvaluator:
+    """Evaluates on Ray workers of its own, while the learner collects and updates. A context manager."""
+
+    def __init__(
+        self,
+        env: str | EnvSpec,
+        *,
+        num_workers: int = 1,
+        options: EnvOptions | None = None,
+        workers: WorkerOptions | None = None,
+        address: str | None = None,
+        runtime_env: dict[str, Any] | None = None,
+    ) -> None:
+        """Start `num_workers` actors, as `RayPool` does.
+
+        Args:
+            env: the task.
+            num_workers: among which the slices of an evaluation are divided, which are two for the usual 50 episodes.
+            options: of the environment, if it is named.
+            workers: what each claims, and what it is forgiven.
+            address: of a running cluster, as `ray.init` takes it.
+            runtime_env: Ray's, of a cluster. Default: one that carries this checkout's code to its nodes.
+
+        Raises:
+            ConfigError: Ray has too few CPUs.
+        """
+        self.spec = env if isinstance(env, EnvSpec) else resolve(env, options)
+        self._options = workers or WorkerOptions()
+        self._ray = RayConnection(address, runtime_env)
+        self._thread = ThreadPoolExecutor(1, "dprl-evaluation")
+        try:
+            self._crew = Crew(num_workers, self._options)
+        except BaseException:
+            self._ray.close()
+            raise
+
+    def start(
+        self, policy: Policy, episodes: int, seed: int, *, inference: InferenceConfig | None = None
+    ) -> Future[Evaluation]:
+        """Evaluate `policy` as it is now, see `dprl.rollout.evaluate`; what becomes of it later does not matter.
+
+        The result is that of `evaluate`, but for the latency, which is a worker's.
+        """
+        self._crew.require_open()
+        return self._thread.submit(self._evaluate, ray.put(on_cpu(policy)), episodes, seed, inference)
+
+    def close(self) -> None:
+        """End the workers, and Ray if it was started for them. An evaluation under way fails with WorkerError."""
+        try:
+            self._crew.close()
+            self._thread.shutdown(cancel_futures=True)
+        finally:
+            self._ray.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _evaluate(self, policy: Any, episodes: int, seed: int, inference: InferenceConfig | None) -> Evaluation:
+        threads = max(1, int(self._options.cpus))
+        outcomes = play_on(self._crew, policy, self.spec, episodes, seed, inference, num_threads=threads)
+        # its latency is measured there too: the learner's torch must not be disturbed
+        (result,) = self._crew.finish([Call(0, summary, (policy, self.spec, seed, inference, outcomes))])
+        assert isinstance(result, Evaluation)
+        return result
+
+
+@dataclass
+class Call:
+    """A function of which any worker can be asked."""
+
+    host: int
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    def start(self, worker: Any, *, again: bool) -> Any:
+        """See `Job.start`."""
+        return worker.apply.remote(self.function, *self.arguments)
+
+    def __str__(self) -> str:
+        return f"worker {self.host}"
+
+
+def play_on(
+    crew: Crew,
+    policy: Any,
+    spec: EnvSpec,
+    episodes: int,
+    seed: int,
+    inference: InferenceConfig | None,
+    *,
+    num_threads: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> dict[int, Outcome]:
+    """Play the episodes of an evaluation, its slices divided among the workers; `policy` is in the object store."""
+    hosts = crew.hosts or [0]
+    jobs = [
+        Call(hosts[i % len(hosts)], play, (policy, spec, episodes, seed, inference, part, num_threads))
+        for i, part in enumerate(seats(episodes))
+    ]
+    outcomes: dict[int, Outcome] = {}
+
+    def take(part: dict[int, Outcome]) -> None:
+        outcomes.update(part)
+        if on_progress is not None:
+            on_progress(len(part))
+
+    crew.finish(jobs, take)
+    return outcomes
+
+
+def on_cpu(policy: Policy) -> Policy:
+    """Return it, or a copy of it on the CPU."""
+    return policy if policy.device.type == "cpu" else copy.deepcopy(policy).cpu()
