@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -35,17 +34,18 @@ from dprl.envs.chunked import ChunkedEnv, SimulatorStep
 from dprl.errors import MissingDependencyError, check
 from dprl.experiments import plots
 from dprl.experiments.benchmarks import command
-from dprl.experiments.benchmarks.rollout import our_policy
+from dprl.experiments.benchmarks.rollout import DENOISING_STEPS, HIDDEN, TUNED_STEPS, our_policy
 from dprl.experiments.vision import VIT
 from dprl.mdp import Chain, DenoisingMDP, ExplorationConfig
 from dprl.networks import MLPConfig
-from dprl.observations import Camera, Observation, TensorObservation, map_parts
+from dprl.observations import Observation, TensorObservation, map_parts
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
 from dprl.rollout.collector import Share
-from dprl.rollout.pool import Actor, Rollout
+from dprl.rollout.pool import Rollout
 from dprl.rollout.ray_pool import RayPool, WorkerOptions
-from dprl.rollout.ray_pool.workers import Worker
-from dprl.spec import BoolArray, EnvSpec, FloatArray, IntArray, resolve
+from dprl.rollout.ray_pool.cluster import prepare_environment
+from dprl.rollout.ray_pool.workers import Reply, Worker, writable
+from dprl.spec import BoolArray, EnvSpec, EnvState, FloatArray, IntArray, resolve
 from dprl.training.progress import ProgressBar
 
 try:
@@ -54,11 +54,12 @@ try:
 except ImportError as error:
     raise MissingDependencyError("ray", "ray", "measuring how Ray scales") from error
 
-MB = 1e6
-SIZES = (100_000, 1_000_000, 8_000_000)
-"""Bytes of the results by which transfers are measured."""
-SLEEP_S = 0.02
-"""Of an environment step, where the simulation is checked."""
+SLEEP_S = 1e-3
+"""Of an environment step, where the simulation is checked: short, so that Ray's own costs are much of the time."""
+CPUS_EACH = 0.1
+"""What a worker of the check claims."""
+SEEDS = 5
+"""Simulations that are averaged, since workers differ by chance."""
 
 
 @dataclass(frozen=True)
@@ -86,34 +87,12 @@ class ScalingBenchmark:
     """Also write all figures to this file."""
 
     def __post_init__(self) -> None:
-        counts = ("envs_per_worker", "n_steps", "chunk", "largest", "workers_per_node", "nodes")
-        validate(self, at_least={**dict.fromkeys(counts, 1), "repeats": 2}, above={"gbit_per_s": 0})
+        counts = ("envs_per_worker", "n_steps", "chunk", "largest", "workers_per_node")
+        validate(self, at_least={**dict.fromkeys(counts, 1), "repeats": 2, "nodes": 2}, above={"gbit_per_s": 0})
         check(self.checked != () and min(self.checked) >= 1, "checked", self.checked, "must be numbers from 1 on")
 
 
 # ------------------------------------------------------------------------------------------------------- the simulation
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What Ray takes, in seconds; measured. A transfer takes a fixed time and a time for each byte."""
-
-    put: float
-    """The learner puts the weights into the object store: per byte."""
-    call: float
-    """The learner submits a call."""
-    reply: tuple[float, float]
-    """It looks for results that have arrived: per look, and per result it still waits for."""
-    get: tuple[float, float]
-    """It takes a result: fixed, per byte."""
-    copy: float
-    """It joins the rollouts: per byte."""
-    trip: float
-    """A call with nothing to do, there and back."""
-    load: float
-    """A worker reads the weights: per byte."""
-    store: tuple[float, float]
-    """A worker writes its rollout: fixed, per byte."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +103,37 @@ class Load:
     compute_s: float
     """Its environments and its policy: mean."""
     spread: float
-    """Standard deviation over mean."""
+    """Standard deviation over mean: of one process here, taken for that between workers."""
     cpu_share: float
     """Of `compute_s`, on a core; the rest sleeps."""
-    rollout_bytes: int
+    reply_bytes: int
+    """Its rollout, and the state of its environments."""
     weights_bytes: int
     env_steps: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What Ray takes for one load, in seconds; measured."""
+
+    put: float
+    """The learner puts the policy into the object store."""
+    call: float
+    """The learner submits a call."""
+    trip: float
+    """A call that does nothing, beside submitting and taking it."""
+    load: float
+    """A worker reads the policy."""
+    store: float
+    """A worker writes its reply."""
+    look: float
+    """The learner looks which replies have come: fixed,"""
+    look_each: float
+    """and for each that is still to come."""
+    take: float
+    """The learner takes a reply."""
+    join: float
+    """The learner joins the rollouts: for each."""
 
 
 @dataclass(frozen=True)
@@ -146,35 +150,37 @@ class Machines:
 Part = Callable[[Costs, Load, Machines], tuple[Costs, Load, Machines]]
 PARTS: dict[str, Part] = {
     "environments and policy": lambda c, x, m: (c, replace(x, compute_s=0.0), m),
-    "calls": lambda c, x, m: (replace(c, call=0.0, reply=(0.0, 0.0), get=(0.0, c.get[1]), trip=0.0), x, m),
-    "weights": lambda c, x, m: (c, replace(x, weights_bytes=0), m),
-    "network": lambda c, x, m: (c, x, replace(m, link=math.inf)),
-    "reading rollouts": lambda c, x, m: (replace(c, get=(c.get[0], 0.0), copy=0.0, store=(0.0, 0.0)), x, m),
+    "the slowest worker": lambda c, x, m: (c, replace(x, spread=0.0), m),
+    "calls": lambda c, x, m: (replace(c, call=0.0, trip=0.0, look=0.0, look_each=0.0), x, m),
+    "the policy's weights": lambda c, x, m: (replace(c, put=0.0, load=0.0), replace(x, weights_bytes=0), m),
+    "the network": lambda c, x, m: (c, x, replace(m, link=math.inf)),
+    "taking and joining": lambda c, x, m: (replace(c, store=0.0, take=0.0, join=0.0), x, m),
 }
 """What may limit a collection, and what it would be without that."""
 
 
-def simulate(costs: Costs, load: Load, machines: Machines, n_workers: int, seed: int = 0) -> float:
-    """Return the seconds that a collection by `n_workers` takes."""
-    ready = _computed(costs, load, machines, n_workers, np.random.default_rng(seed))
-    ready = _sent(ready, load.rollout_bytes / machines.link, machines.workers_per_node)
-    submitted = load.weights_bytes * costs.put + n_workers * costs.call
-    taken = _taken(np.sort(ready) + costs.trip / 2, submitted, costs, load)
-    return taken + n_workers * load.rollout_bytes * costs.copy
+def simulate(costs: Costs, load: Load, machines: Machines, n_workers: int) -> float:
+    """Return the seconds that a collection by `n_workers` takes, on average."""
+    return float(np.mean([_once(costs, load, machines, n_workers, np.random.default_rng(i)) for i in range(SEEDS)]))
 
 
-def _computed(
+def _once(costs: Costs, load: Load, machines: Machines, n_workers: int, rng: np.random.Generator) -> float:
+    written = _written(costs, load, machines, n_workers, rng)
+    here = _sent(written, load.reply_bytes / machines.link, machines.workers_per_node) + costs.trip / 2
+    submitted = costs.put + n_workers * costs.call
+    return _taken(np.sort(here), submitted, costs) + n_workers * costs.join
+
+
+def _written(
     costs: Costs, load: Load, machines: Machines, n_workers: int, rng: np.random.Generator
 ) -> npt.NDArray[np.float64]:
-    """When each worker has written its rollout. Weights go from node to node: twice as many have them every time."""
+    """When each worker has written its reply. Every other node gets the weights from the learner's, one by one."""
     workers = np.arange(n_workers)
-    waves = np.ceil(np.log2(workers // machines.workers_per_node + 1))
-    weights = load.weights_bytes * costs.put + waves * load.weights_bytes / machines.link
-    called = load.weights_bytes * costs.put + (workers + 1) * costs.call + costs.trip / 2
+    weights = costs.put + workers // machines.workers_per_node * load.weights_bytes / machines.link
+    called = costs.put + (workers + 1) * costs.call + costs.trip / 2
     times = load.compute_s * np.maximum(0.0, 1 + load.spread * rng.standard_normal(n_workers))
     slept = np.maximum(called, weights) + (1 - load.cpu_share) * times
-    store = costs.store[0] + load.rollout_bytes * costs.store[1]
-    busy = load.cpu_share * times + load.weights_bytes * costs.load + store
+    busy = load.cpu_share * times + costs.load + costs.store
     if machines.cores is None:
         return np.asarray(slept + busy)
     free = [0.0] * machines.cores  # the cores take the work in the order in which it comes
@@ -185,24 +191,23 @@ def _computed(
     return done
 
 
-def _sent(ready: npt.NDArray[np.float64], seconds_each: float, workers_per_node: int) -> npt.NDArray[np.float64]:
-    """When each rollout is on the learner's node: those of other nodes come one after the other over its link."""
-    arrived, link = ready.copy(), 0.0
-    for worker in np.argsort(ready, kind="stable"):
+def _sent(written: npt.NDArray[np.float64], seconds_each: float, workers_per_node: int) -> npt.NDArray[np.float64]:
+    """When each reply is on the learner's node: those of other nodes come one after the other over its link."""
+    arrived, link = written.copy(), 0.0
+    for worker in np.argsort(written, kind="stable"):
         if worker >= workers_per_node:
-            link = max(link, ready[worker]) + seconds_each
+            link = max(link, written[worker]) + seconds_each
             arrived[worker] = link
     return arrived
 
 
-def _taken(arrivals: npt.NDArray[np.float64], start: float, costs: Costs, load: Load) -> float:
+def _taken(arrivals: npt.NDArray[np.float64], start: float, costs: Costs) -> float:
     """When the learner has taken all that arrives (in this order): it takes at once what is there, and looks again."""
     now, taken, n = start, 0, len(arrivals)
-    each = costs.get[0] + load.rollout_bytes * costs.get[1]
     while taken < n:
         now = max(now, arrivals[taken])
         there = int(np.searchsorted(arrivals, now, side="right"))
-        now += costs.reply[0] + costs.reply[1] * (n - taken) + each * (there - taken)
+        now += costs.look + costs.look_each * (n - taken) + costs.take * (there - taken)
         taken = there
     return float(now)
 
@@ -242,27 +247,22 @@ def build_sleeper(spec: EnvSpec, seeds: list[int], num_threads: int = 0) -> Chun
     return ChunkedEnv(spec, Sleeper(spec), seeds)
 
 
-def sleeper(cameras: tuple[Camera, ...]) -> EnvSpec:
-    """Return the spec of environments that sleep."""
-    return EnvSpec(
-        id="sleeper", builder="dprl.experiments.benchmarks.scaling:build_sleeper", backend_id=str(SLEEP_S),
-        observation_size=11, action_low=(-1.0,) * 3, action_high=(1.0,) * 3, max_episode_steps=1000, cameras=cameras,
-    )  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Carrier:
-    """Acts at random, and is as large as a policy."""
+    """Acts at random, and carries a policy of which it makes no use."""
 
-    n_action_steps: int
-    action_size: int
-    n_chain: int
-    weights: Tensor
+    policy: DenoisingMDP
+
+    @property
+    def n_action_steps(self) -> int:
+        """The policy's."""
+        return self.policy.n_action_steps
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
         """A chain of draws."""
-        return self.n_chain, self.n_action_steps, self.action_size
+        _, *chunk = self.policy.noise_shape
+        return self.policy.tuned_steps + 1, *chunk
 
     def sample(self, obs: TensorObservation, *, noise: Tensor) -> Chain:
         """Take the noise for chain and actions."""
@@ -277,35 +277,36 @@ class Case(NamedTuple):
     """A task, and a policy of the size people use for it."""
 
     spec: EnvSpec
-    actor: Actor
+    actor: DenoisingMDP | Carrier
 
 
 def cases(config: ScalingBenchmark) -> dict[str, Case]:
     """Return what collecting is measured with: numbers alone, and images."""
     hopper, pixels = resolve("Hopper-v5"), resolve(avoid.PIXELS_ID)
     sees = DiffusionConfig(
-        horizon=config.chunk, n_action_steps=config.chunk, num_train_timesteps=20, denoiser=MLPConfig(), vision=VIT
-    )
+        horizon=config.chunk, n_action_steps=config.chunk, num_train_timesteps=DENOISING_STEPS,
+        denoiser=MLPConfig(HIDDEN), vision=VIT,
+    )  # fmt: skip
     policy = DiffusionPolicy(Features(pixels.observation_size, pixels.action_size, cameras=pixels.cameras), sees)
     return {
         "state": Case(hopper, our_policy(hopper, config.chunk)),
-        "images": Case(pixels, DenoisingMDP(policy, 10, ExplorationConfig())),
+        "images": Case(pixels, DenoisingMDP(policy, TUNED_STEPS, ExplorationConfig())),
     }
 
 
-def sleeping(case: Case, chunk: int) -> Case:
-    """Return the same sizes, in environments that sleep."""
-    spec = sleeper(case.spec.cameras)
-    weights = torch.zeros(_pickled(case.actor) // 4)
-    n_chain = case.actor.noise_shape[0]
-    return Case(spec, Carrier(chunk, spec.action_size, n_chain, weights))
+def sleeping(case: Case) -> Case:
+    """Return the same sizes, in environments that sleep and whose episodes do not end."""
+    assert isinstance(case.actor, DenoisingMDP)
+    builder = "dprl.experiments.benchmarks.scaling:build_sleeper"
+    spec = replace(case.spec, id="sleeper", builder=builder, backend_id=str(SLEEP_S), max_episode_steps=1_000_000)
+    return Case(spec, Carrier(case.actor))
 
 
 # ---------------------------------------------------------------------------------------------------------- measurement
 
 
-def measured_load(name: str, case: Case, config: ScalingBenchmark) -> Load:
-    """Let one worker's environments and policy run here, on one core."""
+def measured_load(name: str, case: Case, config: ScalingBenchmark) -> tuple[Load, Reply]:
+    """Let one worker's environments and policy run here, on one core; return also what it would reply."""
     n = config.envs_per_worker
     collector = Share(case.spec, 0, n, 0, n, num_threads=1).build()
     walls, cpus = [], []
@@ -315,58 +316,60 @@ def measured_load(name: str, case: Case, config: ScalingBenchmark) -> Load:
             rollout = collector.collect(case.actor, config.n_steps)
             walls.append(time.perf_counter() - wall)
             cpus.append(time.process_time() - cpu)
+        reply = Reply(rollout, collector.state())
     finally:
         collector.dispose()
     mean, cpu = float(np.mean(walls[1:])), float(np.mean(cpus[1:]))
-    steps = n * config.n_steps * config.chunk
-    share = min(1.0, cpu / mean)
-    return Load(name, mean, float(np.std(walls[1:]) / mean), share, _bytes(rollout), _pickled(case.actor), steps)
+    load = Load(
+        name, mean, float(np.std(walls[1:]) / mean), min(1.0, cpu / mean), _bytes(reply),
+        len(ray.cloudpickle.dumps(case.actor)), n * config.n_steps * config.chunk,
+    )  # fmt: skip
+    return load, reply
 
 
-def measured_costs(weights_bytes: int, repeats: int) -> Costs:
+def measured_costs(case: Case, reply: Reply, repeats: int) -> Costs:
     """Measure Ray on this machine, which must run already."""
     worker = _worker()
-    weights = torch.zeros(weights_bytes // 4)
+    actor, result = ray.put(case.actor), ray.put(reply)
 
     def trip(function: Callable[..., Any], *arguments: Any) -> float:
         return _median(lambda: ray.get(worker.apply.remote(function, *arguments)), repeats)
 
-    nothing = _median(lambda: ray.get(worker.ready.remote()), 5 * repeats)
-    put = _median(lambda: ray.put(weights), repeats)
-    shared = ray.put(weights)
-    gets, stores = zip(*[_transfer(worker, size, repeats, nothing) for size in SIZES], strict=True)
-    block = np.zeros(SIZES[-1], np.uint8)
-    costs = Costs(
-        put=put / weights_bytes,
-        call=_submission(worker),
-        reply=_looking(repeats),
-        get=_line(SIZES, gets),
-        copy=_median(lambda: np.concatenate([block] * 8), repeats) / (8 * block.nbytes),
-        trip=nothing,
-        load=max(0.0, trip(_touch, shared) - nothing) / weights_bytes,
-        store=_line(SIZES, stores),
+    call, look, nothing = _submission(worker, actor), _looking(repeats), trip(_nothing, 0)
+    take, there = _taking(worker, result, repeats)
+    seen = trip(_nothing, result)
+    return Costs(
+        put=_median(lambda: ray.put(case.actor), repeats),
+        call=call,
+        trip=max(0.0, nothing - call - _taking(worker, 0, repeats)[0]),
+        load=max(0.0, trip(_nothing, actor) - nothing),
+        store=max(0.0, there - seen),
+        look=look[0],
+        look_each=look[1],
+        take=take + _median(lambda: writable(_state(reply)), repeats),
+        join=_joining(reply.result, repeats),
     )
-    ray.kill(worker)
-    return costs
 
 
-def _transfer(worker: Any, size: int, repeats: int, nothing: float) -> tuple[float, float]:
-    """Return how long the learner takes to get a result of `size` bytes, and the worker to write it."""
-    gets, stores = [], []
+def _taking(worker: Any, result: Any, repeats: int) -> tuple[float, float]:
+    """Return how long the learner takes to get a worker's result, and how long it was until it was there."""
+    gets, waits = [], []
     for _ in range(repeats):
         start = time.perf_counter()
-        ref = worker.apply.remote(_blank, size)
+        ref = worker.apply.remote(_same, result)
         ray.wait([ref])
-        arrived = time.perf_counter()
+        there = time.perf_counter()
         ray.get(ref)
-        gets.append(time.perf_counter() - arrived)
-        stores.append(max(0.0, arrived - start - nothing))
-    return float(np.median(gets)), float(np.median(stores))
+        gets.append(time.perf_counter() - there)
+        waits.append(there - start)
+    return float(np.median(gets)), float(np.median(waits))
 
 
-def _submission(worker: Any, n: int = 500) -> float:
+def _submission(worker: Any, actor: Any, n: int = 200) -> float:
+    """What a call costs whoever makes it, with the arguments of a collection."""
+    share = Share(resolve("Hopper-v5"), 0, 1, 0, 1)
     start = time.perf_counter()
-    refs = [worker.ready.remote() for _ in range(n)]
+    refs = [worker.apply.remote(_nothing, actor, share, 1) for _ in range(n)]
     seconds = (time.perf_counter() - start) / n
     ray.get(refs)
     return seconds
@@ -381,37 +384,50 @@ def _looking(repeats: int, sizes: tuple[int, int] = (10, 2000)) -> tuple[float, 
         ray.wait(refs[:n], timeout=0)
         ray.wait(refs[:n], num_returns=n, timeout=0)
 
-    cost = _line(sizes, [_median(partial(look, n), repeats) for n in sizes])
+    few, many = (_median(partial(look, n), repeats) for n in sizes)
     ray.kill(worker)
-    return cost
+    each = max(0.0, many - few) / (sizes[1] - sizes[0])
+    return max(0.0, few - sizes[0] * each), each
 
 
-def _link(cluster: Any, repeats: int) -> float:
+def _joining(rollout: Rollout, repeats: int, sizes: tuple[int, int] = (4, 32)) -> float:
+    """What a rollout more costs when they are joined."""
+    few, many = (_median(partial(Rollout.concatenate, [rollout] * n), repeats) for n in sizes)
+    return max(0.0, many - few) / (sizes[1] - sizes[0])
+
+
+def _link(repeats: int, size: int = 8_000_000) -> float:
     """Bytes per second from one local node to the other, through Ray."""
-    worker = _worker(resources={"elsewhere": 1})
+    worker = _worker("elsewhere")
     seconds = []
     for _ in range(repeats):
-        ref = worker.apply.remote(_blank, SIZES[-1])
+        ref = worker.apply.remote(np.zeros, size, np.uint8)
         ray.wait([ref], fetch_local=False)
         start = time.perf_counter()
         ray.get(ref)
         seconds.append(time.perf_counter() - start)
     ray.kill(worker)
-    return SIZES[-1] / float(np.median(seconds))
+    return size / float(np.median(seconds))
 
 
-def _worker(**options: Any) -> Any:
-    worker: Any = ray.remote(Worker).options(num_cpus=0.1, **options).remote()
+def _worker(where: str = "node:__internal_head__") -> Any:
+    """Start one on a node that has the resource `where`: the learner's, or the other."""
+    worker: Any = ray.remote(Worker).options(num_cpus=CPUS_EACH, resources={where: 1e-3}).remote()
     ray.get(worker.ready.remote())
     return worker
 
 
-def _blank(size: int) -> npt.NDArray[np.uint8]:
-    return np.zeros(size, np.uint8)
+def _nothing(*_: Any) -> None:
+    """Take arguments."""
 
 
-def _touch(weights: Tensor) -> float:
-    return float(weights.clone()[0])
+def _same(result: Any) -> Any:
+    return result
+
+
+def _state(reply: Reply) -> EnvState:
+    assert reply.state is not None
+    return reply.state
 
 
 def _median(call: Callable[[], Any], repeats: int) -> float:
@@ -424,68 +440,66 @@ def _median(call: Callable[[], Any], repeats: int) -> float:
     return float(np.median(seconds))
 
 
-def _line(sizes: tuple[int, ...], seconds: Any) -> tuple[float, float]:
-    """A fixed time, and a time per unit, neither below 0."""
-    slope, fixed = np.polyfit(sizes, seconds, 1)
-    return max(0.0, float(fixed)), max(0.0, float(slope))
-
-
-def _bytes(rollout: Rollout) -> int:
+def _bytes(reply: Reply) -> int:
     sizes: list[int] = []
-    for value in vars(rollout).values():
+    for value in (*vars(reply.result).values(), *vars(_state(reply)).values()):
         map_parts(lambda array: sizes.append(array.nbytes), value)
     return sum(sizes)
-
-
-def _pickled(actor: Actor) -> int:
-    return len(ray.cloudpickle.dumps(actor.cpu()))
 
 
 # ------------------------------------------------------------------------------------------------------------ the check
 
 
-class Check(NamedTuple):
+@dataclass(frozen=True)
+class Check:
     """A collection by real workers, whose environments sleep, and what the simulation says of it."""
 
     load: str
     workers: int
+    alone_s: float
+    """What a worker's own part takes."""
     measured_s: float
     simulated_s: float
 
+    @property
+    def ratio(self) -> float:
+        """Simulated over measured, of what comes on top of a worker's own part."""
+        return (self.simulated_s - self.alone_s) / (self.measured_s - self.alone_s)
 
-def checks(config: ScalingBenchmark, costs: Costs, cluster: Any, bar: ProgressBar) -> list[Check]:
+
+def checks(config: ScalingBenchmark, link: float, bar: ProgressBar) -> Iterator[Check]:
     """Collect with more and more workers on local nodes, and simulate the same."""
-    found = []
-    machines = Machines(max(config.checked), _link(cluster, config.repeats), len(os.sched_getaffinity(0)))
     for name, awake in cases(config).items():
-        case = sleeping(awake, config.chunk)
-        load = measured_load(name, case, config)
+        case = sleeping(awake)
+        load, reply = measured_load(name, case, config)
+        costs = measured_costs(case, reply, config.repeats)
         for n in config.checked:
             bar.note(f"{name}, {n} workers")
-            here = replace(machines, workers_per_node=math.ceil(n / config.nodes))
-            found.append(Check(name, n, _collected(case, n, config), simulate(costs, load, here, n)))
+            here = Machines(math.ceil(n / config.nodes), link, len(os.sched_getaffinity(0)))
+            yield Check(name, n, load.compute_s, _collected(case, n, config), simulate(costs, load, here, n))
             bar.advance(1)
-    return found
 
 
 def _collected(case: Case, n_workers: int, config: ScalingBenchmark) -> float:
-    n_envs = n_workers * config.envs_per_worker
-    options = WorkerOptions(cpus=0.1, placement="SPREAD")
-    with RayPool(
-        case.spec, n_envs, num_workers=n_workers, slice_size=config.envs_per_worker, workers=options
-    ) as pool:  # fmt: skip
+    n_envs, size = n_workers * config.envs_per_worker, config.envs_per_worker
+    options = WorkerOptions(cpus=CPUS_EACH, placement="SPREAD")
+    with RayPool(case.spec, n_envs, num_workers=n_workers, slice_size=size, workers=options) as pool:
         return _median(lambda: pool.collect(case.actor, config.n_steps), config.repeats)
 
 
 @contextmanager
-def local_nodes(n: int) -> Iterator[Any]:
+def local_nodes(config: ScalingBenchmark) -> Iterator[None]:
     """Ray on several nodes of this machine, with as many CPUs as the check wants."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    prepare_environment()
+    room: dict[str, Any] = {
+        "num_cpus": math.ceil(CPUS_EACH * max(config.checked)) + 1, "object_store_memory": 2 * 10**9
+    }  # fmt: skip
+    cluster = Cluster(initialize_head=True, head_node_args={**room, "include_dashboard": False})
     try:
-        for _ in range(n - 1):
-            cluster.add_node(num_cpus=4, resources={"elsewhere": 1})
+        for _ in range(config.nodes - 1):
+            cluster.add_node(**room, resources={"elsewhere": 1})
         ray.init(cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-        yield cluster
+        yield
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -494,7 +508,8 @@ def local_nodes(n: int) -> Iterator[Any]:
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
-class Size(NamedTuple):
+@dataclass(frozen=True)
+class Size:
     """A simulated cluster."""
 
     load: str
@@ -506,40 +521,57 @@ class Size(NamedTuple):
     """Steps per second over those of as many workers that cost nothing but their own work."""
     limited_by: str
     gigabytes: float
-    """The rollouts of a collection, which the learner holds."""
+    """What the learner holds: the replies, and the rollout that they are joined to."""
 
 
 def sizes(config: ScalingBenchmark, costs: Costs, load: Load) -> list[Size]:
     """Simulate clusters of all sizes."""
     machines = Machines(config.workers_per_node, config.gbit_per_s * 1e9 / 8)
+    powers = [2**power for power in range(config.largest.bit_length())]
     found = []
-    for power in range(int(math.log2(config.largest)) + 1):
-        n = 2**power
+    for n in sorted({*powers, config.largest}):
         seconds = simulate(costs, load, machines, n)
         found.append(Size(
             load.name, n, seconds, n * load.env_steps / seconds, load.compute_s / seconds,
-            bottleneck(costs, load, machines, n), n * load.rollout_bytes / 1e9,
+            bottleneck(costs, load, machines, n), 2 * n * load.reply_bytes / 1e9,
         ))  # fmt: skip
     return found
 
 
+class Measured(NamedTuple):
+    """A load and its costs."""
+
+    load: Load
+    costs: Costs
+
+
 def main(config: ScalingBenchmark) -> None:
     """Measure, check, simulate, and print tables."""
-    loads = [measured_load(name, case, config) for name, case in cases(config).items()]
-    with ProgressBar("check", len(loads) * len(config.checked)) as bar, local_nodes(config.nodes) as cluster:
-        costs = measured_costs(max(load.weights_bytes for load in loads), config.repeats)
-        checked = checks(config, costs, cluster, bar)
-    simulated = [size for load in loads for size in sizes(config, costs, load)]
+    measured = []
+    with ProgressBar("measure and check", 2 * (1 + len(config.checked))) as bar, local_nodes(config):
+        for name, case in cases(config).items():
+            bar.note(name)
+            load, reply = measured_load(name, case, config)
+            measured.append(Measured(load, measured_costs(case, reply, config.repeats)))
+            bar.advance(1)
+        link = _link(config.repeats)
+        checked = list(checks(config, link, bar))
+    simulated = [size for load, costs in measured for size in sizes(config, costs, load)]
     console = Console()
-    console.print(_measured_table(costs, loads), _checked_table(checked), _simulated_table(simulated))
+    console.print(_measured_table(measured), _checked_table(checked), _simulated_table(simulated))
     console.print(
         f"{config.envs_per_worker} environments a worker, {config.n_steps} decisions of {config.chunk} steps; "
-        f"{config.workers_per_node} workers a node, {config.gbit_per_s:g} Gbit/s; medians of {config.repeats} on "
-        f"{len(os.sched_getaffinity(0))} cores, {config.nodes} local nodes"
+        f"simulated with {config.workers_per_node} workers a node and {config.gbit_per_s:g} Gbit/s; medians of "
+        f"{config.repeats} on {len(os.sched_getaffinity(0))} cores; {config.nodes} local nodes, between them "
+        f"{link / 1e6:,.0f} MB/s"
     )
     if config.json is not None:
-        figures = {"costs": costs, "loads": loads, "checked": checked, "simulated": simulated}
-        config.json.write_text(json.dumps(figures, indent=1, default=_plain), encoding="utf-8")
+        figures = {
+            "config": asdict(config), "link": link,
+            "measured": [{"load": asdict(load), "costs": asdict(costs)} for load, costs in measured],
+            "checked": [asdict(c) for c in checked], "simulated": [asdict(size) for size in simulated],
+        }  # fmt: skip
+        config.json.write_text(json.dumps(figures, indent=1, default=str), encoding="utf-8")
     if config.figure is not None:
         draw(simulated, checked, config.figure)
 
@@ -556,12 +588,13 @@ def draw(simulated: list[Size], checked: list[Check], file: Path) -> None:
         speed.loglog(workers, [n * alone for n in workers], ":", color=color)
         share.semilogx(workers, [size.efficiency for size in own], "o-", ms=3, color=color, label=name)
         real = [check for check in checked if check.load == name]
-        truth.loglog([c.workers for c in real], [c.measured_s for c in real], "o", color=color, label=f"{name}, real")
-        truth.loglog([c.workers for c in real], [c.simulated_s for c in real], "-", color=color, label="simulated")
+        counts = [check.workers for check in real]
+        truth.loglog(counts, [c.measured_s - c.alone_s for c in real], "o", color=color, label=f"{name}, measured")
+        truth.loglog(counts, [c.simulated_s - c.alone_s for c in real], "-", color=color, label="simulated")
     for axis, title in (
         (speed, "environment steps per second\n(simulated; dotted: perfect)"),
         (share, "efficiency (simulated)"),
-        (truth, "seconds of a collection,\nenvironments that sleep"),
+        (truth, "seconds beyond a worker's own part,\nenvironments that sleep, this machine"),
     ):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("workers")
@@ -571,44 +604,39 @@ def draw(simulated: list[Size], checked: list[Check], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def _measured_table(costs: Costs, loads: list[Load]) -> Table:
-    table = Table("measured", "", title="Measured here", box=None, title_justify="left")
-    for load in loads:
-        table.add_row(
-            f"{load.name}: a worker's collection",
-            f"{load.compute_s:.3f} s ± {100 * load.spread:.0f} %, rollout {load.rollout_bytes / MB:.2f} MB, "
-            f"weights {load.weights_bytes / MB:.1f} MB",
-        )
-    microseconds = {
-        "submit a call": costs.call,
-        "a call, there and back": costs.trip,
-        "look for results": costs.reply[0],
-        "and for each that is still to come": costs.reply[1],
-        "take a result": costs.get[0],
-        "and for each MB": costs.get[1] * MB,
-        "write a result, for each MB": costs.store[1] * MB,
-        "join rollouts, for each MB": costs.copy * MB,
-        "share weights, for each MB": costs.put * MB,
-        "read weights, for each MB": costs.load * MB,
+def _measured_table(measured: list[Measured]) -> Table:
+    names = [load.name for load, _ in measured]
+    table = Table("", *names, title="Measured here", box=None, title_justify="left")
+    rows: dict[str, Callable[[Load, Costs], str]] = {
+        "a worker's collection, one core": lambda x, _: f"{x.compute_s:.3f} s ± {100 * x.spread:.0f} %",
+        "its reply": lambda x, _: f"{x.reply_bytes / 1e6:.2f} MB",
+        "the policy": lambda x, _: f"{x.weights_bytes / 1e6:.2f} MB",
+        "put the policy into the store": lambda _, c: f"{1e3 * c.put:.2f} ms",
+        "read it, each worker": lambda _, c: f"{1e3 * c.load:.2f} ms",
+        "submit a call": lambda _, c: f"{1e3 * c.call:.2f} ms",
+        "a call, there and back": lambda _, c: f"{1e3 * c.trip:.2f} ms",
+        "write a reply, each worker": lambda _, c: f"{1e3 * c.store:.2f} ms",
+        "look for replies": lambda _, c: f"{1e3 * c.look:.3f} ms",
+        "and for each still to come": lambda _, c: f"{1e6 * c.look_each:.2f} µs",
+        "take a reply": lambda _, c: f"{1e3 * c.take:.2f} ms",
+        "join its rollout to the others": lambda _, c: f"{1e3 * c.join:.2f} ms",
     }
-    for name, seconds in microseconds.items():
-        table.add_row(name, f"{1e6 * seconds:,.1f} µs")
+    for name, shown in rows.items():
+        table.add_row(name, *(shown(load, costs) for load, costs in measured))
     return table
 
 
 def _checked_table(checked: list[Check]) -> Table:
-    columns = ("load", "workers", "measured, s", "simulated, s", "ratio")
+    columns = ("load", "workers", "own part, s", "measured, s", "simulated, s", "simulated / measured beyond own part")
     table = Table(*columns, title="\nChecked: real workers, environments that sleep", box=None, title_justify="left")
-    for check_ in checked:
-        ratio = check_.simulated_s / check_.measured_s
-        table.add_row(
-            check_.load, str(check_.workers), f"{check_.measured_s:.2f}", f"{check_.simulated_s:.2f}", f"{ratio:.2f}"
-        )
+    for c in checked:
+        seconds = (f"{value:.3f}" for value in (c.alone_s, c.measured_s, c.simulated_s))
+        table.add_row(c.load, str(c.workers), *seconds, f"{c.ratio:.2f}")
     return table
 
 
 def _simulated_table(simulated: list[Size]) -> Table:
-    columns = ("load", "workers", "collection, s", "env steps/s", "efficiency", "limited by", "rollouts, GB")
+    columns = ("load", "workers", "collection, s", "env steps/s", "efficiency", "limited by", "learner holds, GB")
     table = Table(*columns, title="\nSimulated", box=None, title_justify="left")
     for size in simulated:
         table.add_row(
@@ -616,10 +644,6 @@ def _simulated_table(simulated: list[Size]) -> Table:
             f"{size.efficiency:.2f}", size.limited_by, f"{size.gigabytes:.2f}",
         )  # fmt: skip
     return table
-
-
-def _plain(value: Any) -> Any:
-    return asdict(value) if hasattr(value, "__dataclass_fields__") else str(value)
 
 
 if __name__ == "__main__":
