@@ -279,6 +279,7 @@ assert remains() == nothing, (nothing, remains())
 """
 
 
+@pytest.mark.full
 def test_nothing_is_left_of_a_ray_that_the_pool_started():
     """No process, thread, shared memory or open file."""
     root = Path(__file__).parents[2]
