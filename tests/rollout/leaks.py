@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 
 import psutil
 import pytest
@@ -24,20 +25,27 @@ def worker_processes() -> list[psutil.Process]:
 
 def living_actors() -> list[str]:
     """What Ray knows of that is not dead."""
+    from ray._private.worker import get_dashboard_url
     from ray.util.state import list_actors
 
-    return [f"{actor.class_name} {actor.state}" for actor in list_actors() if actor.state != "DEAD"]
+    actors = list_actors(address=f"http://{get_dashboard_url()}")  # of this Ray: tests beside this one have theirs
+    return [f"{actor.class_name} {actor.state}" for actor in actors if actor.state != "DEAD"]
 
 
 def assert_nothing_is_left() -> None:
     """Wait for a while until there are no actors and no workers' processes."""
+    assert_becomes(lambda: [*living_actors(), *worker_processes()] == [])
+
+
+def assert_becomes(condition: Callable[[], bool]) -> None:
+    """Wait for a while until it is true: the state API lags behind."""
     deadline = time.monotonic() + PATIENCE_S
-    while (left := [*living_actors(), *worker_processes()]) and time.monotonic() < deadline:
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert left == []
+    assert condition()
 
 
 def start_ray(num_cpus: int) -> None:
     """Start Ray with what answers its state API."""
     pytest.importorskip("aiohttp_cors", reason="Ray's state API needs ray[default]")
-    ray.init(num_cpus=num_cpus, include_dashboard=True, log_to_driver=False)
+    ray.init("local", num_cpus=num_cpus, include_dashboard=True, log_to_driver=False)

@@ -31,7 +31,7 @@ def untimed(result):
     return replace(result, policy_latency_ms_p50=0.0)
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_it_evaluates_the_policy_as_it_was(num_workers, cluster, tmp_path):
     """Also where an environment fails."""
     policy, spec = toy_policy(), faulty_spec(tmp_path)

@@ -25,7 +25,7 @@ SEEDS = env_seeds(SEED, N_ENVS)
 
 ray = pytest.importorskip("ray")
 from dprl.rollout.ray_pool import RayPool, WorkerOptions  # noqa: E402
-from tests.rollout.leaks import assert_nothing_is_left, living_actors, start_ray  # noqa: E402
+from tests.rollout.leaks import assert_becomes, assert_nothing_is_left, living_actors, start_ray  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +293,7 @@ def test_nothing_is_left_after_close(error, cluster, actor, tmp_path):
         with on_ray(faulty_spec(tmp_path)) as pool:
             workers = processes(pool)
             pool.collect(actor, 1)
-            assert len(living_actors()) == 2
+            assert_becomes(lambda: len(living_actors()) == 2)
             if error is not None:
                 raise error("toy", "fails")
     except (KeyboardInterrupt, EnvFaultError):

@@ -52,7 +52,7 @@ def actor(spec) -> DenoisingMDP:
 @pytest.fixture(scope="module")
 def ray() -> Iterator[object]:
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     yield ray
     ray.shutdown()
 
@@ -278,7 +278,7 @@ def test_chunks_for_another_number_of_environments_are_refused(spec, chunks):
             pool.step_chunk(chunks[0][:3])
 
 
-@pytest.mark.parametrize("episodes", [3, 60])
+@pytest.mark.parametrize("episodes", [pytest.param(3, marks=pytest.mark.full), 60])
 def test_ray_evaluates_as_one_process_does(episodes, ray, spec, actor):
     """Whatever the number of workers, and without touching the pool's own environments."""
     from dprl.rollout.ray_pool import RayPool
@@ -333,7 +333,7 @@ def test_no_environments_are_refused(spec, n_envs):
         InProcessPool(spec, n_envs)
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 4])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.full), 2, 4])
 def test_ray_gives_the_same_rollouts(reference, on_ray, num_workers):
     collected = on_ray(num_workers)
     assert_same(collected.first, reference.first)
@@ -441,6 +441,7 @@ def test_ray_gives_the_same_on_every_backend(backend, ray):
 PLANS = st.integers(1, 6).flatmap(lambda horizon: st.tuples(st.just(horizon), st.integers(1, horizon)))
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("examples", [3, pytest.param(25, marks=pytest.mark.full)])
 def test_workers_do_not_matter_for_any_chunks_and_ends(examples, ray):
     from dprl.rollout.ray_pool import RayPool

@@ -43,7 +43,7 @@ def due_now(state: EnvState, rng: np.random.Generator) -> Fault:
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    ("seconds", "rate"), [(15, 0.1), pytest.param(600, 0.01, marks=pytest.mark.full)], ids=["short", "10 minutes"]
+    ("seconds", "rate"), [(6, 0.2), pytest.param(600, 0.01, marks=pytest.mark.full)], ids=["short", "10 minutes"]
 )
 def test_soak(seconds, rate, tmp_path, capsys):
     """Faults of all kinds in `rate` of the calls on workers."""
