@@ -91,8 +91,9 @@ class Collector:
         observation = self.observation
         noise = self._noise.draw(actor.noise_shape, self.indices, self._episodes, self._steps)
         with one_thread():
+            # in memory of their own: strides and neighbours decide which of torch's kernels, and so how it rounds
             chains = [
-                actor.sample(to_tensors(take(observation, rows)), noise=torch.from_numpy(noise[:, rows]))
+                actor.sample(to_tensors(take(observation, rows)), noise=torch.from_numpy(noise[:, rows].copy()))
                 for rows in self._slices
             ]
         steps = torch.cat([chain.steps for chain in chains]).cpu().numpy()

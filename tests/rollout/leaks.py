@@ -28,8 +28,9 @@ def living_actors() -> list[str]:
     from ray._private.worker import get_dashboard_url
     from ray.util.state import list_actors
 
-    actors = list_actors(address=f"http://{get_dashboard_url()}")  # of this Ray: tests beside this one have theirs
-    return [f"{actor.class_name} {actor.state}" for actor in actors if actor.state != "DEAD"]
+    # of this Ray, since tests beside this one have theirs; without the filter it would list the first hundred
+    actors = list_actors(f"http://{get_dashboard_url()}", filters=[("state", "!=", "DEAD")], limit=1000)
+    return [f"{actor.class_name} {actor.state}" for actor in actors]
 
 
 def assert_nothing_is_left() -> None:

@@ -20,6 +20,7 @@ from dprl.networks.vit import ViTConfig
 from dprl.observations import map_parts
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
 from dprl.rollout import InProcessPool, Rollout, RolloutPool, as_pool, evaluate
+from dprl.rollout.collector import Share
 from dprl.rollout.pool import checked_slice_size
 from dprl.seeding import EpisodeNoise
 from dprl.spec import ChunkStep, EnvOptions, EnvSpec, EnvState, FloatArray, build, env_seeds, resolve, with_n_obs_steps
@@ -436,6 +437,16 @@ def test_ray_gives_the_same_on_every_backend(backend, ray):
     assert_same(collected.first, expected.first)
     assert_same(collected.second, expected.second)
     assert_same_state(collected.state, expected.state)
+
+
+@pytest.mark.parametrize("plan", [(5, 1), (3, 2), (6, 6)])
+def test_a_share_does_not_depend_on_what_else_a_pool_has(plan):
+    """To the bit. The strides of the noise decide how torch rounds: one collection in thirty differed by them."""
+    actor, spec = random_actor(reach_spec(), *plan), reach_spec()
+    for seed in range(60):
+        whole = InProcessPool(spec, N_ENVS, seed=seed, slice_size=SLICE).collect(actor, 1)
+        shares = Share(spec, seed, SLICE, 0, N_ENVS, 1).divided(N_ENVS // SLICE, "workers")
+        assert_same(Rollout.concatenate([share.build().collect(actor, 1) for share in shares]), whole)
 
 
 PLANS = st.integers(1, 6).flatmap(lambda horizon: st.tuples(st.just(horizon), st.integers(1, horizon)))

@@ -71,8 +71,9 @@ class RayEvaluator:
     def close(self) -> None:
         """End the workers, and Ray if it was started for them. An evaluation under way fails with WorkerError."""
         try:
+            self._thread.shutdown(wait=False, cancel_futures=True)
             self._crew.close()
-            self._thread.shutdown(cancel_futures=True)
+            self._thread.shutdown()
         finally:
             self._ray.close()
 
