@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +45,7 @@ from dprl.rollout.evaluation import require_fit, wilson
 from dprl.rollout.pool import checked_slice_size
 from dprl.seeding import derive_seed
 from dprl.spec import EnvOptions, EnvSpec, resolve, with_n_obs_steps
-from dprl.training import LoopConfig, RunFolder, train
+from dprl.training import Evaluate, LoopConfig, RunFolder, train
 from dprl.training.run import RUN_FILE
 
 policy_name = partial(tyro.conf.subcommand, prefix_name=False)
@@ -158,6 +160,8 @@ class FinetuneConfig:
     eval_every: int = 10
     """Iterations between evaluations; 0 never evaluates."""
     eval_episodes: int = 50
+    eval_workers: int = 0
+    """Ray workers that evaluate while training goes on; 0: training waits for its evaluations."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     """How the policy acts in these evaluations."""
     options: EnvOptions = field(default_factory=EnvOptions)
@@ -168,7 +172,9 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         counts = ("total_timesteps", "n_envs", "n_action_steps", "slice_size", "checkpoint_every", "eval_episodes")
-        validate(self, at_least={**dict.fromkeys(counts, 1), "workers": 0, "eval_every": 0, "seed": 0})
+        validate(
+            self, at_least={**dict.fromkeys(counts, 1), "workers": 0, "eval_workers": 0, "eval_every": 0, "seed": 0}
+        )
 
 
 KINDS: dict[str, type[PretrainConfig] | type[FinetuneConfig]] = {
@@ -205,9 +211,9 @@ def finetune(config: FinetuneConfig, out: Path, *, progress_bar: bool = True) ->
     RunFolder.require_free(out)
     config = replace(config, policy=str(Path(config.policy).resolve()))
     prepared = _prepare_finetune(config, find_policy(Path(config.policy)))
-    with _pool(config, prepared.spec, shown=progress_bar) as pool:
+    with _pool(config, prepared.spec, shown=progress_bar) as pool, _scoring(config, prepared, pool) as score:
         run = RunFolder.create(out, "finetune", to_json(config))
-        _finetune(config, run, prepared, pool, resume=False, progress_bar=progress_bar)
+        _finetune(config, run, prepared, pool, score, resume=False, progress_bar=progress_bar)
     return run
 
 
@@ -230,8 +236,8 @@ def resume(path: Path, *, data: Path | None = None, progress_bar: bool = True) -
             _pretrain(config, run, _prepare_pretrain(config), resume=started, progress_bar=progress_bar)
             return run
         prepared = _prepare_finetune(config, run.last or find_policy(Path(config.policy)))
-        with _pool(config, prepared.spec, shown=progress_bar) as pool:
-            _finetune(config, run, prepared, pool, resume=started, progress_bar=progress_bar)
+        with _pool(config, prepared.spec, shown=progress_bar) as pool, _scoring(config, prepared, pool) as score:
+            _finetune(config, run, prepared, pool, score, resume=started, progress_bar=progress_bar)
     return run
 
 
@@ -349,21 +355,34 @@ def _finetune(
     run: RunFolder,
     prepared: _Finetuning,
     pool: RolloutPool,
+    score: Evaluate,
     *,
     resume: bool,
     progress_bar: bool,
 ) -> None:
-    policy = prepared.policy
     train(
-        DPPO(policy, pool, config.dppo, seed=config.seed),
+        DPPO(prepared.policy, pool, config.dppo, seed=config.seed),
         LoopConfig(config.total_timesteps, config.eval_every, config.checkpoint_every),
         run=run,
-        evaluate=lambda: pool.evaluate(policy, config.eval_episodes, _selection(config), inference=config.inference),
+        evaluate=score,
         resume=resume,
         wandb_project=config.wandb,
         progress_bar=progress_bar,
     )
     plots.training_curves(run.path)
+
+
+@contextmanager
+def _scoring(config: FinetuneConfig, prepared: _Finetuning, pool: RolloutPool) -> Iterator[Evaluate]:
+    """Let the pool evaluate, while training waits; or workers that have nothing else to do, while it goes on."""
+    policy, episodes, seed = prepared.policy, config.eval_episodes, _selection(config)
+    if not config.eval_workers:
+        yield lambda: pool.evaluate(policy, episodes, seed, inference=config.inference)
+        return
+    from dprl.rollout.ray_pool import RayEvaluator
+
+    with RayEvaluator(prepared.spec, num_workers=config.eval_workers) as evaluator:
+        yield lambda: evaluator.start(policy, episodes, seed, inference=config.inference)
 
 
 def _selection(config: PretrainConfig | FinetuneConfig) -> int:

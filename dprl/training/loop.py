@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FrameType
@@ -21,6 +22,9 @@ from dprl.training.run import RunFolder
 
 if TYPE_CHECKING:
     from dprl.rollout.evaluation import Evaluation
+
+
+Evaluate = Callable[[], "Evaluation | Future[Evaluation]"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class _Progress:
 
     iteration: int = 0
     best: float | None = None
+    pending: Future[Evaluation] | None = None
+    """An evaluation of the last iteration's policy that runs beside this iteration."""
     started: float = field(default_factory=time.perf_counter)
     seconds_before: float = 0.0
 
@@ -65,13 +71,19 @@ class _Progress:
         """Seconds of work, those before a resume included."""
         return self.seconds_before + time.perf_counter() - self.started
 
+    def improves(self, result: Evaluation) -> bool:
+        """Note the best score; of equals the longer trained is the better."""
+        better = self.best is None or result.score >= self.best
+        self.best = result.score if better else self.best
+        return better
+
 
 def train(
     agent: Agent[Any],
     config: LoopConfig,
     *,
     run: RunFolder | None = None,
-    evaluate: Callable[[], Evaluation] | None = None,
+    evaluate: Evaluate | None = None,
     resume: bool = False,
     wandb_project: str | None = None,
     progress_bar: bool = True,
@@ -86,7 +98,8 @@ def train(
         agent: what learns.
         config: when to stop, evaluate and save.
         run: where to save and log; None keeps all in memory.
-        evaluate: scores the agent's policy; must not touch its state.
+        evaluate: scores the agent's policy as it is now; must not touch its state. Where it returns a future, training
+            goes on meanwhile, and the figures are in the row of the iteration that follows.
         resume: continue from the run's newest checkpoint.
         wandb_project: also log to this W&B project.
         progress_bar: show one.
@@ -102,6 +115,8 @@ def train(
             assert run.last is not None
             about = load_agent_state(agent, run.last)
             progress = _Progress(about["iteration"], about["best_score"], seconds_before=about["elapsed_s"])
+            if about.get("pending_evaluation") and evaluate is not None:
+                progress.pending = _as_future(evaluate())
         kept = progress.iteration if resume else -1
         fault: DprlError | None = None
         log = MetricsLog(run.path, keep_iterations=kept, wandb_project=wandb_project) if run else None
@@ -155,29 +170,46 @@ def _finish_iteration(
     progress: _Progress,
     metrics: dict[str, float],
     run: RunFolder | None,
-    evaluate: Callable[[], Evaluation] | None,
+    evaluate: Evaluate | None,
     log: MetricsLog | None,
     bar: ProgressBar,
 ) -> DprlError | None:
     """Evaluate, log and checkpoint, as far as each is due; return what an evaluation failed with."""
     i, finished = progress.iteration, agent.timesteps >= config.total_timesteps
     is_best, fault = False, None
-    if evaluate is not None and config.eval_every and (i % config.eval_every == 0 or finished):
-        try:
+    try:
+        if progress.pending is not None:
+            earlier = progress.pending.result()
+            progress.pending = None
+            metrics = metrics | earlier.metrics()
+            if progress.improves(earlier) and run is not None:
+                run.mark_best(i - 1)
+        if evaluate is not None and config.eval_every and (i % config.eval_every == 0 or finished):
             result = evaluate()
-        except (EnvFaultError, WorkerError) as error:
-            fault = error
-        else:
-            is_best = progress.best is None or result.score >= progress.best  # of equals the longer trained
-            progress.best = result.score if is_best else progress.best
-            metrics = metrics | result.metrics()
+            if isinstance(result, Future) and not finished:
+                progress.pending = result
+            else:
+                score = result.result() if isinstance(result, Future) else result
+                is_best = progress.improves(score)
+                metrics = metrics | score.metrics()
+    except (EnvFaultError, WorkerError) as error:
+        fault = error
     metrics = metrics | {"time/elapsed_s": progress.elapsed_s}
     if log is not None:
         log.write(metrics, i, agent.timesteps)
-    if run is not None and (is_best or i % config.checkpoint_every == 0 or finished):
-        run.save(agent, i, best=progress.best, is_best=is_best, elapsed_s=metrics["time/elapsed_s"])
+    pending = progress.pending is not None  # then this may turn out to be the best
+    if run is not None and (is_best or pending or i % config.checkpoint_every == 0 or finished):
+        run.save(agent, i, best=progress.best, is_best=is_best, elapsed_s=metrics["time/elapsed_s"], pending=pending)
     bar.update(agent.timesteps, metrics)
     return fault
+
+
+def _as_future(result: Evaluation | Future[Evaluation]) -> Future[Evaluation]:
+    if isinstance(result, Future):
+        return result
+    done: Future[Evaluation] = Future()
+    done.set_result(result)
+    return done
 
 
 @contextmanager

@@ -99,15 +99,36 @@ class RunFolder:
         link = self.checkpoints / "last"
         return link.resolve() if link.exists() else None
 
-    def save(self, agent: Agent[Any], iteration: int, *, best: float | None, is_best: bool, elapsed_s: float) -> None:
-        """Publish a checkpoint; point `last`, and `best` if it is, at it; then drop those no link names."""
-        target = self.checkpoints / f"iteration-{iteration:06d}"
-        extra = {"iteration": iteration, "best_score": best, "elapsed_s": elapsed_s}
+    def save(
+        self,
+        agent: Agent[Any],
+        iteration: int,
+        *,
+        best: float | None,
+        is_best: bool,
+        elapsed_s: float,
+        pending: bool = False,
+    ) -> None:
+        """Publish a checkpoint; point `last`, and `best` if it is, at it; then drop those no link names.
+
+        `pending` says that it is being evaluated: `mark_best` may follow before the next checkpoint.
+        """
+        target = self._checkpoint(iteration)
+        extra = {
+            "iteration": iteration, "best_score": best, "elapsed_s": elapsed_s, "pending_evaluation": pending
+        }  # fmt: skip
         checkpoint.publish(target, lambda folder: write_agent(agent, folder, extra), overwrite=True)
         if is_best:  # before `last`: a run killed in between resumes from the old one and comes here again
-            checkpoint.replace_link(self.checkpoints / "best", target.name)
+            self.mark_best(iteration)
         checkpoint.replace_link(self.checkpoints / "last", target.name)
         self._prune()
+
+    def mark_best(self, iteration: int) -> None:
+        """Point `best` at the checkpoint of `iteration`, which must be there."""
+        checkpoint.replace_link(self.checkpoints / "best", self._checkpoint(iteration).name)
+
+    def _checkpoint(self, iteration: int) -> Path:
+        return self.checkpoints / f"iteration-{iteration:06d}"
 
     def progress(self) -> dict[str, Any]:
         """Return the newest checkpoint's agent.json."""
@@ -124,7 +145,7 @@ class RunFolder:
                 about = checkpoint.read_json(copy / AGENT_FILE)
                 if not isinstance(about, dict) or not isinstance(about.get("iteration"), int):
                     raise CheckpointError(f"'{copy / AGENT_FILE}' is damaged: it must name an iteration")
-                target = self.checkpoints / f"iteration-{about['iteration']:06d}"
+                target = self._checkpoint(about["iteration"])
                 if target.exists():
                     shutil.rmtree(copy)
                 else:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dprl.agents import BCConfig
+from dprl.agents import BCConfig, DPPOConfig
 from dprl.config import from_json, to_json
 from dprl.data import load_dataset, save_dataset
 from dprl.errors import CheckpointError, ConfigError, DatasetError, DprlError, EnvError
@@ -144,6 +144,24 @@ def test_evaluations_need_an_environment_that_fits(data: Path, seen: Path, tmp_p
     with pytest.raises(EnvError, match="some/env"):
         runs.pretrain(config_of("mse", seen, eval_every=1), tmp_path / "run", progress_bar=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluations_beside_fine_tuning_change_nothing_else(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    cloned = runs.pretrain(config_of("diffusion", data, steps=1), tmp_path / "cloned", progress_bar=False)
+    waits = FinetuneConfig(
+        str(cloned.path), ENV, total_timesteps=900, n_envs=2, workers=0, eval_every=2, eval_episodes=2,
+        dppo=DPPOConfig(tuned_steps=2, n_steps=20),
+    )  # fmt: skip
+    rows, evaluated = [], []
+    for i, config in enumerate((waits, replace(waits, eval_workers=1))):
+        runs.finetune(config, tmp_path / str(i), progress_bar=False)
+        found = timeless(tmp_path / str(i))
+        rows.append([{k: v for k, v in row.items() if not k.startswith("eval/")} for row in found])
+        evaluated.append([row["eval/return_mean"] for row in found if "eval/return_mean" in row])
+    assert rows[0] == rows[1]
+    assert len(rows[0]) > 3
+    assert evaluated[1] == evaluated[0]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "diffusion"])
