@@ -8,6 +8,7 @@ import platform
 import sys
 from dataclasses import dataclass
 
+from dprl.cores import available_cores
 from dprl.envs import rendering
 
 
@@ -64,7 +65,7 @@ def _package(name: str, extra: str | None) -> Finding:
 def _processors() -> Finding:
     import torch
 
-    return Finding("processors", True, f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    return Finding("processors", True, f"{available_cores()} cores, torch uses {torch.get_num_threads()} threads")
 
 
 def _accelerator() -> Finding:

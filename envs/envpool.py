@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
-import os
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dprl.cores import available_cores
 from dprl.envs.chunked import ChunkedEnv, SimulatorStep
 from dprl.errors import EnvError, MissingDependencyError
 from dprl.spec import EnvSpec, FloatArray, IntArray
@@ -45,7 +45,7 @@ class EnvPoolSimulator:
         self._env: Any = envpool.make_gymnasium(
             spec.backend_id,
             num_envs=len(seeds),
-            num_threads=min(num_threads or os.cpu_count() or 1, len(seeds)),
+            num_threads=min(num_threads or available_cores(), len(seeds)),
             env_seed=seeds,
             **options,
         )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import sys
 from dataclasses import dataclass
 
+from dprl.cores import available_cores
 from dprl.rollout.pool import RolloutPool, checked_slice_size
 from dprl.spec import EnvSpec
 
@@ -34,8 +34,7 @@ class Machine:
         if ray is not None and ray.is_initialized():
             alive = [node for node in ray.nodes() if node["Alive"]]
             return Machine(int(ray.available_resources().get("CPU", 0)), len(alive))
-        return Machine(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-                       has_ray=importlib.util.find_spec("ray") is not None)  # fmt: skip
+        return Machine(available_cores(), has_ray=importlib.util.find_spec("ray") is not None)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dprl.config import validate
+from dprl.cores import available_cores
 from dprl.envs.gymnasium import make_single
 from dprl.errors import check
 from dprl.experiments.benchmarks import command
@@ -202,7 +202,7 @@ def physics(config: RolloutBenchmark, name: str) -> Iterator[Round]:
 
     env: Any = make_single(task(name, fast=False).backend_id).unwrapped
     env.reset(seed=0)
-    model, cores = env.model, len(os.sched_getaffinity(0))
+    model, cores = env.model, available_cores()
     rng, n_steps = np.random.default_rng(0), 100
     low, high = model.actuator_ctrlrange.T
     control = rng.uniform(low, high, (config.n_envs, n_steps, model.nu))
@@ -396,7 +396,7 @@ def main(config: RolloutBenchmark) -> None:
     theirs = "the authors' policy" if config.reference else "our policy"
     Console().print(
         f"{config.n_envs} environments, chunks of {config.chunk}; {theirs} beside gymnasium.vector's processes, ours "
-        f"elsewhere; {config.repeats} times {config.seconds:g} s each; {len(os.sched_getaffinity(0))} cores"
+        f"elsewhere; {config.repeats} times {config.seconds:g} s each; {available_cores()} cores"
     )
     if config.json is not None:
         content = {"config": asdict(config), "figures": [asdict(figure) for figure in found]}

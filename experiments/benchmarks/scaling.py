@@ -13,7 +13,6 @@ import heapq
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dprl.config import validate
+from dprl.cores import available_cores
 from dprl.envs import avoid
 from dprl.envs.chunked import ChunkedEnv, SimulatorStep
 from dprl.errors import MissingDependencyError, check
@@ -475,7 +475,7 @@ def checks(config: ScalingBenchmark, link: float, bar: ProgressBar) -> Iterator[
         costs = measured_costs(case, reply, config.repeats)
         for n in config.checked:
             bar.note(f"{name}, {n} workers")
-            here = Machines(math.ceil(n / config.nodes), link, len(os.sched_getaffinity(0)))
+            here = Machines(math.ceil(n / config.nodes), link, available_cores())
             yield Check(name, n, load.compute_s, _collected(case, n, config), simulate(costs, load, here, n))
             bar.advance(1)
 
@@ -562,7 +562,7 @@ def main(config: ScalingBenchmark) -> None:
     console.print(
         f"{config.envs_per_worker} environments a worker, {config.n_steps} decisions of {config.chunk} steps; "
         f"simulated with {config.workers_per_node} workers a node and {config.gbit_per_s:g} Gbit/s; medians of "
-        f"{config.repeats} on {len(os.sched_getaffinity(0))} cores; {config.nodes} local nodes, between them "
+        f"{config.repeats} on {available_cores()} cores; {config.nodes} local nodes, between them "
         f"{link / 1e6:,.0f} MB/s"
     )
     if config.json is not None:
