@@ -78,6 +78,8 @@ def test_soak(seconds, rate, tmp_path, capsys):
         assert_nothing_is_left()
     finally:
         ray.shutdown()
+    if seconds < 60:
+        return  # too short to see memory grow
     assert len(memory) >= 4
     first, last = np.mean(memory[:2]), np.mean(memory[-2:])
     with capsys.disabled():
