@@ -21,7 +21,7 @@ from tests.rollout.leaks import assert_nothing_is_left, start_ray  # noqa: E402
 from tests.rollout.test_faults import N_ENVS, SEED, SEEDS, SLICE, assert_same, planted  # noqa: E402
 
 WORKERS, DECISIONS = 2, 4
-OPTIONS = WorkerOptions(timeout_s=5.0)
+OPTIONS = WorkerOptions(timeout_s=8.0)
 
 
 def memory_mb() -> float:
