@@ -1,13 +1,12 @@
 """A pool under a rain of faults: every rollout is the undisturbed one, and nothing grows."""
 
-import contextlib
 import gc
 import time
 
 import numpy as np
-import psutil
 import pytest
 
+from dprl.experiments.benchmarks.rollout import memory_mb
 from dprl.mdp import DenoisingMDP, ExplorationConfig
 from dprl.rollout import InProcessPool
 from dprl.seeding import numpy_generator
@@ -22,16 +21,6 @@ from tests.rollout.test_faults import N_ENVS, SEED, SEEDS, SLICE, assert_same, p
 
 WORKERS, DECISIONS = 2, 4
 OPTIONS = WorkerOptions(timeout_s=8.0)
-
-
-def memory_mb() -> float:
-    """Proportional set size of this process and of all that it started, Ray's own processes among them."""
-    gc.collect()
-    total = 0
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        with contextlib.suppress(psutil.Error):
-            total += process.memory_full_info().pss
-    return total / 1e6
 
 
 def due_now(state: EnvState, rng: np.random.Generator) -> Fault:
@@ -72,6 +61,7 @@ def test_soak(seconds, rate, tmp_path, capsys):
                 assert planted(some) == 0
                 calls += WORKERS
                 if passed > 0.3 * seconds and (not memory or passed > (0.3 + 0.07 * len(memory)) * seconds):
+                    gc.collect()
                     memory.append(memory_mb())
             assert pool.failures == faults > 0
             assert len(pool._crew.hosts) == WORKERS
