@@ -48,7 +48,8 @@ from dprl.training.progress import ProgressBar
 SPIN = "1 ms of Python"
 SPIN_S = 1e-3
 DENOISING_STEPS, TUNED_STEPS, HIDDEN = 20, 10, 512
-REFERENCE = "a process each, chunks inside"
+PROCESSES, INSIDE, ALONE = "a process each", "a process each, chunks inside", "MuJoCo's steps alone"
+"""What others are compared with: `AsyncVectorEnv`, the same as the DPPO authors use it, and the floor."""
 
 
 @dataclass(frozen=True)
@@ -310,8 +311,8 @@ def ways(config: RolloutBenchmark, name: str, *, policy: bool) -> dict[str, Call
     decide = our_decision(config, spec) if policy else random_decision(config, spec)
     theirs = reference_decision(config.reference, config, spec) if policy and config.reference else decide
     found: dict[str, Callable[[], Any]] = {
-        REFERENCE: partial(vector, config, name, theirs, processes=True, inside=True),
-        "a process each": partial(vector, config, name, theirs, processes=True, inside=False),
+        PROCESSES: partial(vector, config, name, theirs, processes=True, inside=False),
+        INSIDE: partial(vector, config, name, theirs, processes=True, inside=True),
         "one after the other": partial(vector, config, name, decide, processes=False, inside=False),
         "pool, in process": partial(pool, partial(InProcessPool, spec, config.n_envs, slice_size=config.n_envs), actor),
         "pool, double buffer": partial(
@@ -321,7 +322,7 @@ def ways(config: RolloutBenchmark, name: str, *, policy: bool) -> dict[str, Call
     for n in config.workers:
         found[f"pool, Ray, {n} worker{'s' * (n > 1)}"] = partial(pool, partial(_on_ray, config, spec, n), actor)
     if not policy and name != SPIN:
-        found["MuJoCo's steps alone"] = partial(physics, config, name)
+        found[ALONE] = partial(physics, config, name)
     return found
 
 
@@ -378,18 +379,18 @@ def ratio(one: Figure, other: Figure) -> float:
 def main(config: RolloutBenchmark) -> None:
     """Measure and print one table."""
     found = figures(config)
-    columns = ("environment", "policy", "way", "steps/s", f"times '{REFERENCE}'", "times MuJoCo's steps alone", "MB")
+    bases = tuple(f"times '{base}'" for base in (PROCESSES, INSIDE, ALONE))
+    columns = ("environment", "policy", "way", "steps/s", *bases, "MB")
     table = Table(*columns, box=None)
     for figure in found:
         same = {f.way: f for f in found if (f.env, f.policy) == (figure.env, figure.policy)}
-        alone = next((f for f in found if f.env == figure.env and f.way == "MuJoCo's steps alone"), None)
+        alone = next((f for f in found if f.env == figure.env and f.way == ALONE), None)
         table.add_row(
             figure.env,
             f"{HIDDEN} x 3, K = {DENOISING_STEPS}" if figure.policy else "none",
             figure.way,
             f"{np.median(figure.steps_per_s):,.0f}",
-            f"{ratio(figure, same[REFERENCE]):.2f}",
-            "" if alone is None else f"{ratio(figure, alone):.2f}",
+            *("" if base is None else f"{ratio(figure, base):.2f}" for base in (same[PROCESSES], same[INSIDE], alone)),
             f"{figure.memory_mb:,.0f}",
         )
     Console().print(table)

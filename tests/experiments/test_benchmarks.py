@@ -42,7 +42,7 @@ def test_rollout(tmp_path, capsys):
     envs = ("Hopper-v5", rollout.SPIN)
     rollout.main(rollout.RolloutBenchmark(envs, n_envs=2, workers=(), seconds=0.05, repeats=2, json=file))
     figures = json.loads(file.read_text())["figures"]
-    ways = [rollout.REFERENCE, "a process each", "one after the other", "pool, in process", "pool, double buffer"]
+    ways = [rollout.PROCESSES, rollout.INSIDE, "one after the other", "pool, in process", "pool, double buffer"]
     assert [f["way"] for f in figures] == [*ways, "MuJoCo's steps alone", *ways, *ways]
     assert all(len(f["steps_per_s"]) == 2 and min(f["steps_per_s"]) > 0 for f in figures)
     spinning = [f for f in figures if f["env"] == rollout.SPIN and f["way"] == "one after the other"]
