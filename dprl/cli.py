@@ -126,8 +126,8 @@ def _names(what: str) -> list[tuple[str, str]]:
             ),
             (
                 "a stable-baselines3 VecEnv",
-                "dprl.envs.vec_env.from_vec_env, in Python; cannot be seeded by environment and "
-                "episode: neither replayed nor divided among workers",
+                "in Python: dprl.envs.vec_env.from_vec_env, or make_spec for Ray workers; replayed and "
+                "divided like any other",
             ),
         ]
     if what == "experts":
