@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import os
 from typing import Any
 
 import numpy as np
@@ -38,14 +39,17 @@ class EnvPoolSimulator:
             raise MissingDependencyError("envpool", "envs", f"{spec.id} on EnvPool")
         import envpool
 
+        threads = min(num_threads or available_cores(), len(seeds))
         # Two steps of head room: EnvPool resets by itself after its own time limit, ours must come first.
         options: dict[str, Any] = {"max_episode_steps": spec.max_episode_steps + 2}
+        if threads == available_cores() == os.cpu_count():  # each stays on its core: left to itself, Linux doubles up
+            options["thread_affinity_offset"] = 0
         if spec.backend_id.startswith("MetaWorld/"):
             options["partially_observable"] = False
         self._env: Any = envpool.make_gymnasium(
             spec.backend_id,
             num_envs=len(seeds),
-            num_threads=min(num_threads or available_cores(), len(seeds)),
+            num_threads=threads,
             env_seed=seeds,
             **options,
         )

@@ -1,8 +1,11 @@
 """EnvPool: trajectories depend on an environment's seed and actions, and on nothing else."""
 
+import os
+
 import numpy as np
 import pytest
 
+from dprl.cores import available_cores
 from dprl.spec import BatchedEnv, ChunkStep, EnvOptions, EnvSpec, build, env_seeds, resolve, with_n_obs_steps
 
 pytest.importorskip("envpool")
@@ -110,6 +113,29 @@ def test_time_limit_is_the_specs(spec):
     still = np.zeros((1, spec.max_episode_steps + 5, spec.action_size), np.float32)
     step = env.step_chunk(still)
     assert (step.n_steps[0], step.truncated[0], step.terminated[0]) == (spec.max_episode_steps, True, False)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's list of threads")
+def test_threads_stay_on_their_cores_if_there_is_one_for_every_core():
+    cores = os.cpu_count()
+    if cores in (None, 1) or available_cores() != cores:
+        pytest.skip("needs more than one core, and all of the machine's")
+    spec = resolve("Hopper-v5")
+    before = pinned()
+    few = build(spec, env_seeds(0, cores - 1))
+    assert pinned() == before, "some cores only: whoever else runs here would pin to the same"
+    all_of_them = build(spec, env_seeds(0, cores))
+    new = pinned().keys() - before.keys()
+    assert len(new) == cores
+    assert {pinned()[thread] for thread in new} == set(range(cores))
+    few.close()
+    all_of_them.close()
+
+
+def pinned() -> dict[int, int]:
+    """Return the threads of this process that may run on one core only, and which."""
+    allowed = {int(thread): os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")}
+    return {thread: next(iter(cores)) for thread, cores in allowed.items() if len(cores) == 1}
 
 
 def test_closing_twice_is_harmless():
