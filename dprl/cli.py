@@ -58,14 +58,15 @@ def demo(
         solver: How the policy turns noise into actions; euler makes it a rectified flow.
         num_inference_steps: In so many steps. Default: 10.
         seed: Of everything.
-        out: New folder, or that of an interrupted demo, which then goes on. Default: runs/NAME-seedS-DATE-TIME.
+        out: New folder, or that of an interrupted demo, which then goes on.
+            Default: runs/NAME-DENOISER-seedS-DATE-TIME.
         pictures: Also draw trajectories and record a video.
         quiet: Show no progress bars.
     """
     chosen = demo_module.with_network(find(experiment), denoiser)
     if solver != "ddpm" or num_inference_steps is not None:
         chosen = demo_module.with_solver(chosen, solver, num_inference_steps)
-    folder = out or Path("runs") / f"{chosen.name}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = out or Path("runs") / f"{chosen.name}-{denoiser}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     demo_module.run(chosen, seed, folder, progress_bar=not quiet, pictures=pictures)
 
 

@@ -376,6 +376,18 @@ def ratio(one: Figure, other: Figure) -> float:
     return float(np.median(np.divide(one.steps_per_s, other.steps_per_s)))
 
 
+def checking_s(config: RolloutBenchmark, name: str, repeats: int = 2000) -> float:
+    """Return the seconds of an environment step that a pool spends on asking whether all numbers are finite."""
+    spec, n = task(name, fast=True), config.n_envs
+    each_step = [np.zeros((n, spec.observation_size), np.float32), np.zeros(n, np.float32)]
+    actions = np.zeros((n, config.chunk, spec.action_size), np.float32)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        for array in [*(each_step * config.chunk), actions]:
+            assert np.isfinite(array).all()
+    return (time.perf_counter() - start) / (repeats * n * config.chunk)
+
+
 def main(config: RolloutBenchmark) -> None:
     """Measure and print one table."""
     found = figures(config)
@@ -399,6 +411,12 @@ def main(config: RolloutBenchmark) -> None:
         f"{config.n_envs} environments, chunks of {config.chunk}; {theirs} beside gymnasium.vector's processes, ours "
         f"elsewhere; {config.repeats} times {config.seconds:g} s each; {available_cores()} cores"
     )
+    for figure in found:
+        if figure.way == "pool, in process" and not figure.policy:
+            share = checking_s(config, figure.env) * float(np.median(figure.steps_per_s))
+            Console().print(
+                f"{figure.env}: checking observations, rewards and actions is {share:.2%} of that pool's time"
+            )
     if config.json is not None:
         content = {"config": asdict(config), "figures": [asdict(figure) for figure in found]}
         config.json.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
