@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Self
 
 
 class DprlError(Exception):
@@ -26,8 +27,8 @@ class EnvError(DprlError, ValueError):
     """An environment that is unknown, misused, or returned something it must not."""
 
 
-class EnvFaultError(EnvError):
-    """An environment raised, or returned something it must not, through no fault of its caller's."""
+class LocatedEnvError(EnvError):
+    """An error that says which environment it was, where that is known, and where in its episode."""
 
     def __init__(
         self,
@@ -44,13 +45,28 @@ class EnvFaultError(EnvError):
         super().__init__(f"{env_id}: {what}{'' if index is None else where}{detail and f': {detail}'}")
         self._made_of = (env_id, what, detail, index, episode, step, seed)
 
-    def counted_from(self, first: int) -> EnvFaultError:
+    def counted_from(self, first: int) -> Self:
         """Return the same error of environment `first` + index."""
         env_id, what, detail, index, *rest = self._made_of
-        return EnvFaultError(env_id, what, detail, None if index is None else first + index, *rest)
+        return type(self)(env_id, what, detail, None if index is None else first + index, *rest)
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         return type(self), self._made_of
+
+
+class EnvFaultError(LocatedEnvError):
+    """An environment raised, or returned something it must not, through no fault of its caller's."""
+
+
+class EnvActionError(LocatedEnvError):
+    """An environment was given what it cannot execute."""
+
+
+class ClosedPoolError(DprlError):
+    """A pool was used after `close`."""
+
+    def __init__(self) -> None:
+        super().__init__("this pool is closed: make a new one")
 
 
 class WorkerError(DprlError):

@@ -235,6 +235,16 @@ def build(spec: EnvSpec, seeds: list[int], num_threads: int = 0) -> BatchedEnv:
     return cast("EnvBuilder", load(spec.builder))(spec, seeds, num_threads)
 
 
+def to_carry(spec: EnvSpec) -> Callable[[], object]:
+    """Return what another process must call before it can build `spec`, as the builder's module says (`to_carry`)."""
+    module = importlib.import_module(spec.builder.split(":", maxsplit=1)[0])
+    return cast("Callable[[], object]", module.to_carry(spec)) if hasattr(module, "to_carry") else _nothing
+
+
+def _nothing() -> None:
+    """Most builders need nothing."""
+
+
 def env_seeds(seed: int, n_envs: int, first: int = 0, *, purpose: str = "training") -> list[int]:
     """Return the 31-bit seeds of environments `first` to `first + n_envs - 1`; each purpose has its own."""
     return [derive_seed(seed, purpose, index) & 0x7FFFFFFF for index in range(first, first + n_envs)]
@@ -255,6 +265,16 @@ def make(
     check(n_envs >= 1, "n_envs", n_envs, "must be at least 1")
     spec = env if isinstance(env, EnvSpec) else resolve(env, options)
     return build(with_n_obs_steps(spec, n_obs_steps), env_seeds(seed, n_envs))
+
+
+def check_actions(actions: FloatArray, n_envs: int, spec: EnvSpec) -> None:
+    """Raise EnvError unless actions are (N, E, A), of at least one step."""
+    shape = np.shape(actions)
+    if len(shape) != 3 or shape[0] != n_envs or shape[1] < 1 or shape[2] != spec.action_size:
+        raise EnvError(
+            f"actions of shape {shape}: {spec.id} expects ({n_envs}, executed steps, {spec.action_size}), "
+            "with at least one step"
+        )
 
 
 def with_n_obs_steps(spec: EnvSpec, n_obs_steps: int) -> EnvSpec:

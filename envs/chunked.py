@@ -7,6 +7,7 @@ What is written (..., D) is a dict of parts where the task has cameras, see `dpr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from typing import Any, Protocol, cast, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from dprl.errors import DprlError, EnvError, EnvFaultError
+from dprl.errors import DprlError, EnvActionError, EnvError, EnvFaultError
 from dprl.observations import STATE, Observation, map_parts, put, take
 from dprl.seeding import derive_seed
-from dprl.spec import BoolArray, ChunkStep, EnvSpec, EnvState, FloatArray, IntArray
+from dprl.spec import BoolArray, ChunkStep, EnvSpec, EnvState, FloatArray, IntArray, check_actions
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,8 @@ class ChunkedEnv:
         """See `BatchedEnv.step_chunk`. Actions are clipped to the action space.
 
         Raises:
-            EnvError: actions of a wrong shape or not finite, or an environment whose episode has ended.
+            EnvError: actions of a wrong shape.
+            EnvActionError: actions that are not finite, or for an environment whose episode has ended.
             EnvFaultError: an environment raised, or returned a wrong shape or a number that is not finite.
         """
         indices = np.arange(self.n_envs) if indices is None else np.asarray(indices, np.int64)
@@ -155,17 +159,26 @@ class ChunkedEnv:
     def restore(self, state: EnvState) -> Observation:
         """Reset to the episodes of `state` and replay their actions; return the observations (N, O, D).
 
+        Where a replay would be another episode (`EnvSpec.replayable`), the next ones begin.
+
         Raises:
-            EnvError: the state is of another number of environments.
+            EnvError: the state is of another number of environments, or an episode ends in its replay.
         """
         if len(state.episodes) != self.n_envs:
             raise EnvError(f"the saved state is of {len(state.episodes)} environments, here are {self.n_envs}")
         started = np.flatnonzero(state.episodes >= 0)
+        if not self.spec.replayable:
+            self._begin(started, (state.episodes + (state.lengths > 0))[started])
+            return self._observation(np.arange(self.n_envs))
         self._begin(started, state.episodes[started])
         offsets = np.concatenate([[0], np.cumsum(state.lengths)])
         for step in range(int(state.lengths.max(initial=0))):
             rows = np.flatnonzero(state.lengths > step)
-            self._step(rows, state.actions[offsets[rows] + step])
+            replayed = self._step(rows, state.actions[offsets[rows] + step])
+            if (ended := replayed.terminated | replayed.truncated).any():
+                remedy = "it does not repeat itself: register it with nondeterministic=True"
+                fault = self._fault("an open episode ends when it is replayed", remedy, int(rows[ended][0]))
+                raise EnvError(str(fault))  # building it again would not help
         return self._observation(np.arange(self.n_envs))
 
     def privileged(self, indices: IntArray) -> FloatArray | None:
@@ -173,8 +186,11 @@ class ChunkedEnv:
         return self._simulator.privileged(indices) if isinstance(self._simulator, Privileged) else None
 
     def close(self) -> None:
-        """Free the simulator."""
-        self._simulator.close()
+        """Free the simulator. One that is broken may not close well; that hides no other error."""
+        try:
+            self._simulator.close()
+        except Exception as error:
+            log.warning("%s did not close: %s: %s", self.spec.id, type(error).__name__, error)
 
     def _begin(self, indices: IntArray, episodes: IntArray) -> None:
         if len(indices) == 0:
@@ -193,18 +209,22 @@ class ChunkedEnv:
         with self._blamed(indices):
             raw = self._simulator.step(indices, actions)
             observation = self._accepted(raw.observation, indices)
-            self._require_flags(raw, len(indices))
-            success = raw.success & self.spec.has_success
-            reward = (success if sparse else raw.reward).astype(np.float32)
-            self._require_finite("reward", reward, indices)
+            own_reward = self._column("reward", raw.reward, np.float32, indices)
+            self._require_finite("reward", own_reward, indices)
+            terminated, truncated, success = (
+                self._column(name, getattr(raw, name), np.bool_, indices)
+                for name in ("terminated", "truncated", "success")
+            )
+        success &= self.spec.has_success
+        reward = success.astype(np.float32) if sparse else own_reward
         self._actions[indices, self._length[indices]] = actions
         self._length[indices] += 1
         latest = map_parts(lambda part: part[:, None], observation)
         put(self._history, indices, map_parts(_shifted, take(self._history, indices), latest))
         self._return[indices] += reward
-        terminated = raw.terminated | (success & sparse)
+        terminated = terminated | (success & sparse)
         out_of_time = self._length[indices] >= self.spec.max_episode_steps
-        truncated = (raw.truncated | success | out_of_time) & ~terminated
+        truncated = (truncated | success | out_of_time) & ~terminated
         return SimulatorStep(observation, reward, terminated, truncated, success)
 
     def _observation(self, indices: IntArray) -> Observation:
@@ -236,25 +256,22 @@ class ChunkedEnv:
             self._require_finite("observation", part, indices)
         return part
 
-    def _require_flags(self, raw: SimulatorStep, n: int) -> None:
-        for name in ("reward", "terminated", "truncated", "success"):
-            shape = np.shape(getattr(raw, name))
-            if shape != (n,):
-                raise self._fault(f"{name} has the shape {shape}, not {(n,)}")
+    def _column(self, name: str, values: Any, dtype: npt.DTypeLike, indices: IntArray) -> npt.NDArray[Any]:
+        """Return one number of each environment, a copy."""
+        if np.shape(values) != (len(indices),):
+            raise self._fault(f"{name} has the shape {np.shape(values)}, not {(len(indices),)}")
+        return np.array(values, dtype)
 
     def _checked(self, actions: FloatArray, indices: IntArray) -> FloatArray:
         actions = np.asarray(actions, np.float32)
-        if actions.ndim != 3 or actions.shape[0] != len(indices) or actions.shape[2] != self.spec.action_size:
-            raise EnvError(
-                f"actions of shape {actions.shape}: {self.spec.id} expects "
-                f"({len(indices)}, executed steps, {self.spec.action_size})"
-            )
+        check_actions(actions, len(indices), self.spec)
         if not self._open[indices].all():
-            index = int(indices[~self._open[indices]][0])
-            raise EnvError(f"{self.spec.id}: environment {index} has no open episode; reset it before stepping it")
+            where = self._where(int(indices[~self._open[indices]][0]))
+            raise EnvActionError(self.spec.id, "there is no open episode", "reset it before stepping it", *where)
         if not np.isfinite(actions).all():
             row = int(np.flatnonzero(~np.isfinite(actions).all(axis=(1, 2)))[0])
-            raise EnvError(str(self._fault("action is not finite", str(actions[row]), int(indices[row]))))
+            where = self._where(int(indices[row]))
+            raise EnvActionError(self.spec.id, "action is not finite", str(actions[row]), *where)
         return np.clip(actions, self._low, self._high)
 
     def _require_finite(self, what: str, values: npt.NDArray[Any], indices: IntArray) -> None:
@@ -264,10 +281,11 @@ class ChunkedEnv:
         raise self._fault(f"{what} is not finite", str(values[row]), int(indices[row]))
 
     def _fault(self, what: str, detail: str = "", index: int | None = None) -> EnvFaultError:
-        if index is None:
-            return EnvFaultError(self.spec.id, what, detail)
-        where = (index, int(self._episode[index]), int(self._length[index]), self._seeds[index])
-        return EnvFaultError(self.spec.id, what, detail, *where)
+        return EnvFaultError(self.spec.id, what, detail, *(() if index is None else self._where(index)))
+
+    def _where(self, index: int) -> tuple[int, int, int, int]:
+        """What a `LocatedEnvError` says: environment, episode, step, seed."""
+        return index, int(self._episode[index]), int(self._length[index]), self._seeds[index]
 
     @contextmanager
     def _blamed(self, indices: IntArray) -> Iterator[None]:

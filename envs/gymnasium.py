@@ -7,9 +7,9 @@ state, in the space's order. A member of a Dict that is called ``privileged`` is
 
 from __future__ import annotations
 
-import multiprocessing
+import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -38,6 +38,20 @@ def build(spec: EnvSpec, seeds: list[int], num_threads: int = 0) -> ChunkedEnv:
     return ChunkedEnv(spec, GymnasiumSimulator(spec, seeds), seeds)
 
 
+def to_carry(spec: EnvSpec) -> Callable[[], object]:
+    """Return what registers the environment elsewhere: code that only this process has run may have registered it.
+
+    What has an id like ``module:Name-v0`` registers itself.
+    """
+    own = {name: known for name, known in gymnasium.registry.items() if name == spec.backend_id}
+    return partial(_register, own)
+
+
+def _register(known: dict[str, Any]) -> None:
+    for name, registration in known.items():
+        gymnasium.registry.setdefault(name, registration)
+
+
 def make_single(backend_id: str, max_episode_steps: int | None = None) -> gymnasium.Env[Any, Any]:
     """Build one plain environment: a Gymnasium id, or ``module:function!argument`` that returns one.
 
@@ -50,7 +64,8 @@ def make_single(backend_id: str, max_episode_steps: int | None = None) -> gymnas
     try:
         return gymnasium.make(backend_id, max_episode_steps=max_episode_steps)
     except Exception as error:  # any package may fail in any way while it builds its environment
-        raise EnvError(f"Gymnasium cannot make '{backend_id}': {error}") from error
+        remedy = "" if ":" in backend_id else f"; 'module:{backend_id}' names the module that registers it, too"
+        raise EnvError(f"Gymnasium cannot make '{backend_id}': {error}{remedy}") from error
 
 
 @dataclass(frozen=True)
@@ -123,12 +138,14 @@ class Held(gymnasium.Wrapper[Any, Any, Any, Any]):
     def __init__(self, env: gymnasium.Env[Any, Any], index: int) -> None:
         super().__init__(env)
         self._index = index
+        self._members = [(path, space.shape) for path, space in _members(env.observation_space)]
         self._observation: Any = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Reset and remember the observation."""
         with self._named():
-            self._observation, _ = self.env.reset(seed=seed, options=options)
+            observation, _ = self.env.reset(seed=seed, options=options)
+            self._observation = self._checked(observation)
         return self._observation, {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -139,13 +156,19 @@ class Held(gymnasium.Wrapper[Any, Any, Any, Any]):
         with self._named():
             result = self.env.step(np.asarray(action, space.dtype).reshape(space.shape))
             observation, reward, terminated, truncated, info = result
-            expected, given = self.env.observation_space.shape, np.shape(observation)
-            if expected is not None and given != expected:
-                raise ValueError(f"an observation of shape {given}, not {expected}")
-            self._observation, reward = observation, float(reward)
+            self._observation, reward = self._checked(observation), float(reward)
             success = succeeded(info)
         ends = {"dprl_terminated": bool(terminated), "dprl_truncated": bool(truncated), "dprl_success": success}
         return self._observation, reward, False, False, ends
+
+    def _checked(self, observation: Any) -> Any:
+        """Return it, if all its members have their shapes: of many environments' together one could not tell whose."""
+        for path, expected in self._members:
+            given = np.shape(_at(observation, path))
+            if expected is not None and given != expected:
+                where = f" in {list(path)}" if path else ""
+                raise ValueError(f"an observation of shape {given}, not {expected}{where}")
+        return observation
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -202,8 +225,10 @@ class GymnasiumSimulator:
     """`gymnasium.vector` with automatic resets off: episodes are seeded one by one, so any of them can be replayed."""
 
     def __init__(self, spec: EnvSpec, seeds: list[int]) -> None:
+        builder = os.getpid()
+
         def make(index: int) -> gymnasium.Env[Any, Any]:
-            if spec.vectorization == "async" and multiprocessing.parent_process() is not None:
+            if os.getpid() != builder:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's interrupt is for the parent
             return Flat(Held(make_single(spec.backend_id, spec.max_episode_steps), index))
 
@@ -251,10 +276,15 @@ class GymnasiumSimulator:
 
     def close(self) -> None:
         """Close all environments and their processes, also those whose fellow has died."""
-        try:
-            self._env.close()
-        except Exception:
-            for process in getattr(self._env, "processes", ()):
-                process.kill()
-                process.join()
-            raise
+        close_processes(self._env)
+
+
+def close_processes(env: Any) -> None:
+    """Close a vector environment; where that fails, end its processes first."""
+    try:
+        env.close()
+    except Exception:
+        for process in getattr(env, "processes", ()):
+            process.kill()
+            process.join()
+        raise

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dprl.envs.chunked import ChunkedEnv, SimulatorStep, episode_seed, succeeded
+from dprl.envs.chunked import ChunkedEnv, RaisedInsideError, SimulatorStep, episode_seed, succeeded
+from dprl.envs.gymnasium import close_processes
 from dprl.errors import EnvError
 from dprl.observations import Observation
 from dprl.spec import EnvSpec, FloatArray, IntArray, RewardKind, env_seeds, load
@@ -149,7 +150,10 @@ class VecEnvSimulator:
         first = []
         for index, episode in zip(indices, episodes, strict=True):
             seed = episode_seed(self._seeds[index], int(episode))
-            (result,) = self._env.env_method("reset", seed=seed, indices=[int(index)])
+            try:
+                (result,) = self._env.env_method("reset", seed=seed, indices=[int(index)])
+            except Exception as error:
+                raise RaisedInsideError(int(index), f"{type(error).__name__}: {error}") from error
             first.append(result[0])
         self._spoiled[indices] = False
         observation: Observation = np.stack(first)
@@ -178,5 +182,5 @@ class VecEnvSimulator:
         return SimulatorStep(observation, np.asarray(reward)[indices], ended & ~cut, ended & cut, success)
 
     def close(self) -> None:
-        """Close it."""
-        self._env.close()
+        """Close it, also where one of its processes has died."""
+        close_processes(self._env)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -381,7 +382,9 @@ def _scoring(config: FinetuneConfig, prepared: _Finetuning, pool: RolloutPool) -
         return
     from dprl.rollout.ray_pool import RayEvaluator
 
-    with RayEvaluator(prepared.spec, num_workers=config.eval_workers) as evaluator:
+    with _called("eval_workers"):
+        evaluator = RayEvaluator(prepared.spec, num_workers=config.eval_workers)
+    with evaluator:
         yield lambda: evaluator.start(policy, episodes, seed, inference=config.inference)
 
 
@@ -396,17 +399,28 @@ def _score(policy: Policy, spec: EnvSpec, config: PretrainConfig) -> Evaluation:
 
 def _pool(config: FinetuneConfig, spec: EnvSpec, *, shown: bool) -> RolloutPool:
     """Build the environments, and say how they run."""
-    pool = RolloutPool.auto(
-        spec,
-        config.n_envs,
-        seed=config.seed,
-        slice_size=config.slice_size,
-        device=config.device,
-        num_workers=config.workers,
-    )
+    with _called("workers"):
+        pool = RolloutPool.auto(
+            spec,
+            config.n_envs,
+            seed=config.seed,
+            slice_size=config.slice_size,
+            device=config.device,
+            num_workers=config.workers,
+            other_workers=config.eval_workers,
+        )
     if shown:
         print(f"rollouts {pool.choice}")
     return pool
+
+
+@contextmanager
+def _called(field: str) -> Iterator[None]:
+    """Let a refusal of `num_workers` name the field that says so here."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(re.sub(r"^num_workers\b", field, str(error))) from error
 
 
 def check_device(name: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dprl.errors import MissingDependencyError, check
+from dprl.errors import EnvError, MissingDependencyError, check
 from dprl.observations import Observation, map_parts, take
 from dprl.spec import BatchedEnv, ChunkStep, FloatArray
 
@@ -41,7 +41,14 @@ class ChunkedVecEnv(VecEnv):
         return self._shown(self._env.reset())
 
     def step_async(self, actions: np.ndarray[Any, Any]) -> None:
-        """Take the actions (N, E·A)."""
+        """Take the actions (N, E·A).
+
+        Raises:
+            EnvError: they have another shape.
+        """
+        expected = (self.num_envs, self._n_action_steps * self._env.spec.action_size)
+        if np.shape(actions) != expected:
+            raise EnvError(f"actions of shape {np.shape(actions)}: {self._env.spec.id} expects {expected}")
         self._actions = np.asarray(actions, np.float32).reshape(self.num_envs, self._n_action_steps, -1)
 
     def step_wait(self) -> tuple[Any, np.ndarray[Any, Any], np.ndarray[Any, Any], list[dict[str, Any]]]:

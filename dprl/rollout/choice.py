@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dprl.cores import available_cores
-from dprl.rollout.pool import RolloutPool, checked_slice_size
+from dprl.errors import check
+from dprl.rollout.pool import RolloutPool, checked_slice_size, is_count
 from dprl.spec import EnvSpec
 
 ENOUGH_CORES = 8
@@ -59,6 +60,7 @@ def choose(
     rules = (  # the first that applies
         (num_workers is not None, num_workers or 0, "as asked for"),
         (not machine.has_ray, 0, "Ray is not installed"),
+        (machine.cores < 1, 0, "no CPU is free for Ray workers"),
         (machine.nodes > 1, most, f"Ray runs on {machine.nodes} nodes with {machine.cores} CPUs"),
         (most == 1, 0, f"nothing to divide: {machine.cores} cores, {n_envs} environments in {slices} slices"),
         (spec.serial, most, f"{spec.id} steps one environment after the other, and there are {machine.cores} cores"),
@@ -77,9 +79,14 @@ def auto_pool(
     slice_size: int | None = None,
     device: str = "cpu",
     num_workers: int | None = None,
+    other_workers: int = 0,
 ) -> RolloutPool:
     """See `RolloutPool.auto`."""
-    choice = choose(spec, n_envs, slice_size, Machine.here(), device, num_workers)
+    counted = num_workers is None or is_count(num_workers, least=0)
+    check(counted, "num_workers", num_workers, "must be None, or a whole number from 0 on")
+    machine = Machine.here()
+    machine = replace(machine, cores=max(0, machine.cores - other_workers))
+    choice = choose(spec, n_envs, slice_size, machine, device, num_workers)
     log.info("rollouts %s", choice)
     pool: RolloutPool
     if choice.num_workers:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from dprl.errors import EnvError, EnvFaultError, check
+from dprl.errors import EnvError, LocatedEnvError, check
 from dprl.observations import Observation, map_parts, take, to_tensors
-from dprl.rollout.pool import Actor, Rollout
+from dprl.rollout.pool import Actor, Rollout, is_count
 from dprl.seeding import EpisodeNoise
 from dprl.spec import BatchedEnv, ChunkStep, EnvSpec, EnvState, FloatArray, IntArray, build, env_seeds
 
@@ -41,7 +41,7 @@ class Share:
             ConfigError: naming `field`, whose value is `n`: whole slices cannot be divided so.
         """
         slices = self.n_envs // self.slice_size
-        fits = n >= 1 and slices % n == 0
+        fits = is_count(n) and slices % n == 0
         check(fits, field, n, "must divide the number of slices: "
               f"{self.n_envs} environments / slice_size {self.slice_size} = {slices}")  # fmt: skip
         size = self.n_envs // n
@@ -117,11 +117,11 @@ class Collector:
         with self._own_indices():
             observation = self.env.restore(state)
         if (state.episodes >= 0).all():
-            self._observe(observation, state)
+            self._observe(observation, self.env.state())
 
     def dispose(self) -> None:
         """Close what may have failed, and may not close either."""
-        with suppress(Exception):
+        with suppress(Exception):  # an environment that was handed in may be anything
             self.env.close()
 
     def _observe(self, observation: Observation, state: EnvState) -> None:
@@ -132,8 +132,8 @@ class Collector:
         """Name the environment of a fault as the pool counts it."""
         try:
             yield
-        except EnvFaultError as fault:
-            raise fault.counted_from(self._first_env) from fault
+        except LocatedEnvError as error:
+            raise error.counted_from(self._first_env) from error
 
 
 class Record:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dprl.errors import EnvError, EnvFaultError, check
+from dprl.errors import EnvError, EnvFaultError, LocatedEnvError, check
 from dprl.observations import Camera, put, take, to_tensors
 from dprl.policy import InferenceConfig, Policy, RecedingHorizon
 from dprl.rollout.collector import one_thread
@@ -93,15 +93,34 @@ def evaluate(
         ConfigError: `episodes` below 1, or a setting of `inference` that the policy does not have.
         EnvError: the policy's sizes are not the environment's.
     """
+    progress = _Progress(on_progress)
     for failures in itertools.count(1):
         try:
-            outcomes = play(policy, spec, episodes, seed, inference, on_progress=on_progress)
+            outcomes = play(policy, spec, episodes, seed, inference, on_progress=progress.again())
             break
         except EnvFaultError as fault:
             if failures > MAX_FAILURES:
                 raise
             log.warning("%s; the evaluation is made again (failure %d)", fault, failures)
     return summary(policy, spec, seed, inference, outcomes)
+
+
+class _Progress:
+    """Says how many episodes have ended, those of an evaluation that is made again only once."""
+
+    def __init__(self, on_progress: Callable[[int], None] | None) -> None:
+        self._say, self._said, self._played = on_progress, 0, 0
+
+    def again(self) -> Callable[[int], None]:
+        """Count from the first episode on."""
+        self._played = 0
+        return self._advance
+
+    def _advance(self, n: int) -> None:
+        self._played += n
+        if self._say is not None and self._played > self._said:
+            self._say(self._played - self._said)
+            self._said = self._played
 
 
 class Outcome(NamedTuple):
@@ -140,8 +159,8 @@ def play(
     with _environments(policy, spec, episodes, seed, part, num_threads) as env:
         try:
             return _play(control, env, episodes, seed, part, on_progress)
-        except EnvFaultError as fault:
-            raise fault.counted_from(part.start if part else 0) from fault
+        except LocatedEnvError as error:
+            raise error.counted_from(part.start if part else 0) from error
 
 
 def summary(

@@ -6,15 +6,25 @@ import itertools
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import TypeVar
 
-from dprl.errors import ConfigError, EnvError, EnvFaultError, check
+from dprl.errors import ClosedPoolError, ConfigError, EnvError, EnvFaultError, check
 from dprl.observations import Observation
 from dprl.policy import InferenceConfig, Policy
 from dprl.rollout.collector import Collector, Record, Share
 from dprl.rollout.evaluation import Evaluation, evaluate
-from dprl.rollout.pool import Actor, Rollout, RolloutPool, check_state, checked_slice_size, cut, joined
-from dprl.spec import BatchedEnv, ChunkStep, EnvSpec, EnvState, FloatArray
+from dprl.rollout.pool import (
+    Actor,
+    Rollout,
+    RolloutPool,
+    check_collection,
+    check_state,
+    checked_slice_size,
+    cut,
+    joined,
+)
+from dprl.spec import BatchedEnv, ChunkStep, EnvOptions, EnvSpec, EnvState, FloatArray, check_actions, resolve
 
 Result = TypeVar("Result")
 
@@ -26,21 +36,23 @@ class InProcessPool(RolloutPool):
 
     def __init__(
         self,
-        env: BatchedEnv | EnvSpec,
+        env: BatchedEnv | EnvSpec | str,
         n_envs: int | None = None,
         *,
         seed: int = 0,
         slice_size: int | None = None,
+        options: EnvOptions | None = None,
         double_buffer: bool = False,
         max_failures: int = 3,
     ) -> None:
-        """Take a batched environment, or build `n_envs` from a spec.
+        """Take a batched environment, or build `n_envs` from a spec or a name.
 
         Args:
             env: the environments, or what to build.
-            n_envs: how many to build; only with a spec.
+            n_envs: how many to build; only with a spec or a name.
             seed: of the environments built and of the exploration noise.
             slice_size: environments per inference batch; must divide their number. Default: at most 32.
+            options: of the environment, if it is named.
             double_buffer: let one half of the environments move while the policy decides for the other. The rollouts
                 are the same. Needs a spec, and an even number of slices. On two cores without a GPU it is slower.
             max_failures: how many failures of one call are mended: environments built from a spec are built again and
@@ -51,6 +63,7 @@ class InProcessPool(RolloutPool):
         """
         check(max_failures >= 0, "max_failures", max_failures, "must be at least 0")
         self._max_failures = max_failures
+        env = resolve(env, options) if isinstance(env, str) else env
         if isinstance(env, EnvSpec):
             if n_envs is None:
                 raise ConfigError("n_envs = None: state how many environments to build from a spec")
@@ -64,7 +77,9 @@ class InProcessPool(RolloutPool):
             self._shares = []
             self._parts = [Collector(env, seed, size)]
         self.spec, self.n_envs, self.slice_size = self._parts[0].env.spec, sum(p.env.n_envs for p in self._parts), size
+        self._sizes = [part.env.n_envs for part in self._parts]
         self._saved: EnvState | None = None  # where to go back to, after a failure
+        self._closed = False
 
     def reset(self) -> Observation:
         """See `RolloutPool.reset`."""
@@ -72,14 +87,15 @@ class InProcessPool(RolloutPool):
 
     def step_chunk(self, actions: FloatArray) -> ChunkStep:
         """See `RolloutPool.step_chunk`."""
-        pieces = cut(actions, [part.env.n_envs for part in self._parts])
+        check_actions(actions, self.n_envs, self.spec)
+        pieces = cut(actions, self._sizes)
         return self._attempted(
             lambda: ChunkStep.concatenate([p.step_chunk(a) for p, a in zip(self._parts, pieces, strict=True)])
         )
 
     def collect(self, actor: Actor, n_steps: int) -> Rollout:
         """See `RolloutPool.collect`."""
-        check(n_steps >= 1, "n_steps", n_steps, "must be at least 1")
+        check_collection(actor, n_steps)
         if len(self._parts) == 1:
             return self._attempted(lambda: self._parts[0].collect(actor, n_steps))
         return self._attempted(lambda: _collect_in_turns(self._parts, actor, n_steps))
@@ -94,6 +110,7 @@ class InProcessPool(RolloutPool):
         on_progress: Callable[[int], None] | None = None,
     ) -> Evaluation:
         """See `RolloutPool.evaluate`."""
+        self._require_open()
         return evaluate(policy, self.spec, episodes, seed, inference=inference, on_progress=on_progress)
 
     def state(self) -> EnvState:
@@ -103,29 +120,47 @@ class InProcessPool(RolloutPool):
     def restore(self, state: EnvState) -> None:
         """See `RolloutPool.restore`."""
         check_state(state, self.n_envs)
-        first = 0
-        for part in self._parts:
-            part.restore(state.part(first, part.env.n_envs))
-            first += part.env.n_envs
+        self._require_open()
+        used = bool((self.state().episodes >= 0).any())
+        self._saved = state if used and self._shares else None
+        try:
+            if self._saved is None:
+                self._place(state)
+        except EnvFaultError as fault:
+            self._saved = state
+            if self._gives_up(1):
+                raise
+            log.warning("%s; the environments are built again (failure 1)", fault)
+        if self._saved is not None:
+            self._attempted(lambda: None, failed=0 if used else 1)
 
     def close(self) -> None:
         """See `RolloutPool.close`."""
+        self._closed = True
         for part in self._parts[1:]:
             part.dispose()
         for part in self._parts[:1]:
             part.env.close()
 
-    def _attempted(self, call: Callable[[], Result]) -> Result:
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ClosedPoolError
+
+    def _gives_up(self, failures: int) -> bool:
+        return failures > self._max_failures or not self._shares or not self.spec.replayable
+
+    def _attempted(self, call: Callable[[], Result], failed: int = 0) -> Result:
         """Make `call`. Where it fails, all is brought back to before it: to be made again, or left so."""
+        self._require_open()
         before = self.state()
-        for failures in itertools.count(1):
+        for failures in itertools.count(failed + 1):
             try:
                 if self._saved is not None:
                     self._build_again(self._saved)
                 return call()
             except EnvFaultError as fault:
                 self._saved = before
-                if failures > self._max_failures or not self._shares or not self.spec.replayable:
+                if self._gives_up(failures):
                     raise
                 log.warning("%s; the environments are built again (failure %d)", fault, failures)
             except BaseException:
@@ -138,12 +173,23 @@ class InProcessPool(RolloutPool):
             raise EnvError(f"{self.spec.id}: an environment has failed, and this pool did not build it: make a new one")
         for part in self._parts:
             part.dispose()
-        self._parts = []
-        for share in self._shares:
-            self._parts.append(share.build())
-        if self.spec.replayable:
-            self.restore(state)
+        with ExitStack() as undo:
+            parts = []
+            for share in self._shares:
+                part = share.build()
+                undo.callback(part.dispose)
+                parts.append(part)
+            undo.pop_all()
+        self._parts = parts
+        self._place(state)
         self._saved = None
+
+    def _place(self, state: EnvState) -> None:
+        """Bring environments that were just built to `state`."""
+        first = 0
+        for part in self._parts:
+            part.restore(state.part(first, part.env.n_envs))
+            first += part.env.n_envs
 
 
 def as_pool(env: BatchedEnv | RolloutPool, seed: int) -> RolloutPool:

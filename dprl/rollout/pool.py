@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 from torch import Tensor
 
-from dprl.errors import EnvError, check
+from dprl.errors import check
 from dprl.mdp import Chain
 from dprl.observations import Observation, TensorObservation, map_parts
 from dprl.spec import BoolArray, ChunkStep, EnvOptions, EnvSpec, EnvState, FloatArray, IntArray, resolve
@@ -125,6 +125,7 @@ class RolloutPool(ABC):
         slice_size: int | None = None,
         device: str = "cpu",
         num_workers: int | None = None,
+        other_workers: int = 0,
         options: EnvOptions | None = None,
     ) -> RolloutPool:
         """Choose by the simulator, the cores, the nodes of a running Ray and the policy's device; say so in `choice`.
@@ -138,12 +139,16 @@ class RolloutPool(ABC):
             slice_size: environments per inference batch; must divide `n_envs`. Default: at most 32.
             device: where the policy is.
             num_workers: Ray workers, in place of the choice; 0: in this process.
+            other_workers: Ray workers that something else will want, such as a `RayEvaluator`: the choice leaves room.
             options: of the environment, if it is named.
         """
         from dprl.rollout.choice import auto_pool
 
         spec = env if isinstance(env, EnvSpec) else resolve(env, options)
-        return auto_pool(spec, n_envs, seed=seed, slice_size=slice_size, device=device, num_workers=num_workers)
+        return auto_pool(
+            spec, n_envs, seed=seed, slice_size=slice_size, device=device, num_workers=num_workers,
+            other_workers=other_workers,
+        )  # fmt: skip
 
     @abstractmethod
     def reset(self) -> Observation:
@@ -164,7 +169,9 @@ class RolloutPool(ABC):
         Episodes go on from where the last collection, `reset` or `step_chunk` left them.
 
         Raises:
-            EnvError: an environment failed more often than the pool forgives. `state` is then what it was before.
+            ConfigError: `actor` is none, or `n_steps` below 1.
+            EnvError: an environment failed more often than the pool forgives. `state` is then what it was before, but
+                for environments that a pool did not build itself: those stay where they are.
         """
 
     @abstractmethod
@@ -185,7 +192,13 @@ class RolloutPool(ABC):
 
     @abstractmethod
     def restore(self, state: EnvState) -> None:
-        """Take up `state`; this pool must be freshly built."""
+        """Take up `state`, whatever was before. Where episodes cannot be replayed, the next ones begin.
+
+        Raises:
+            ConfigError: the state is of another number of environments.
+            EnvError: an environment failed more often than the pool forgives, or was not built by the pool and is past
+                its episode already.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -204,12 +217,25 @@ def checked_slice_size(n_envs: int, slice_size: int | None) -> int:
     Raises:
         ConfigError: it does not divide `n_envs`.
     """
-    check(n_envs >= 1, "n_envs", n_envs, "must be at least 1")
+    check(is_count(n_envs), "n_envs", n_envs, "must be a whole number, at least 1")
     if slice_size is None:
         return max(size for size in range(1, min(n_envs, MAX_SLICE) + 1) if n_envs % size == 0)
-    fits = 1 <= slice_size <= n_envs and n_envs % slice_size == 0
+    fits = is_count(slice_size) and n_envs % slice_size == 0
     check(fits, "slice_size", slice_size, f"must divide n_envs, which is {n_envs}")
     return slice_size
+
+
+def is_count(value: object, least: int = 1) -> bool:
+    """Whether it is a whole number from `least` on."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= least
+
+
+def check_collection(actor: object, n_steps: object) -> None:
+    """Raise ConfigError unless `actor` can act `n_steps` times."""
+    check(is_count(n_steps), "n_steps", n_steps, "must be a whole number, at least 1")
+    acts = all(hasattr(actor, name) for name in ("n_action_steps", "noise_shape", "sample"))
+    remedy = "must act by noise that it is given, as DenoisingMDP(policy, tuned_steps, ExplorationConfig()) does"
+    check(acts, "actor", type(actor).__name__, remedy)
 
 
 def check_state(state: EnvState, n_envs: int) -> None:
@@ -225,11 +251,5 @@ def joined(observations: Sequence[Observation]) -> Observation:
 
 
 def cut(actions: FloatArray, sizes: Sequence[int]) -> list[FloatArray]:
-    """Divide actions (N, E, A) among groups of environments of these sizes.
-
-    Raises:
-        EnvError: they are for another number of environments.
-    """
-    if len(actions) != sum(sizes):
-        raise EnvError(f"actions of shape {np.shape(actions)}: there are {sum(sizes)} environments")
+    """Divide actions (N, E, A) among groups of environments of these sizes."""
     return np.split(actions, np.cumsum(sizes)[:-1])

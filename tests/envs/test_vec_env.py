@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dprl.envs import vec_env
-from dprl.errors import EnvError
+from dprl.errors import EnvError, EnvFaultError
 from dprl.mdp import DenoisingMDP, ExplorationConfig
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
 from dprl.rollout import InProcessPool, Rollout, as_pool
@@ -101,6 +101,27 @@ def test_an_environment_that_was_left_out_must_be_reset():
     env.reset(np.array([1]))
     env.step_chunk(np.zeros((2, 1, 3), np.float32))
     env.close()
+
+
+def test_an_environment_that_fails_to_reset_is_named():
+    env = vec_env.from_vec_env(make_vec_env("Hopper-v5", 2), max_episode_steps=LIMIT)
+    env.reset()
+    env._simulator._env.envs[1].reset = None
+    with pytest.raises(EnvFaultError, match=r"raised in environment 1, episode 1, step 0 .*TypeError"):
+        env.reset()
+    env.close()
+
+
+def test_processes_that_have_died_do_not_hinder_closing(caplog):
+    env = vec_env.from_vec_env(hopper_in_processes(2), max_episode_steps=LIMIT)
+    env.reset()
+    processes = env._simulator._env.processes
+    processes[0].kill()
+    with pytest.raises(EnvFaultError, match="the simulator raised"):
+        env.step_chunk(np.zeros((2, 1, 3), np.float32))
+    env.close()
+    assert "did not close" in caplog.text
+    assert not any(process.is_alive() for process in processes)
 
 
 def test_spec_builds_any_number():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dprl.errors import ConfigError
+from dprl.errors import ConfigError, EnvError
 from dprl.spec import EnvOptions, make
 from tests.toys import make_toy, reach_spec
 
@@ -61,6 +61,13 @@ def test_images_and_history_have_their_spaces():
     assert env.observation_space["observation.images.scene"].shape == (2, 48, 48, 3)
     assert env.action_space.shape == (4,)
     env.close()
+
+
+def test_actions_of_another_size_are_refused():
+    env = ChunkedVecEnv(make_toy(reach_spec(), 2), 3)
+    env.reset()
+    with pytest.raises(EnvError, match=r"actions of shape \(2, 4\): toy/reach expects \(2, 3\)"):
+        env.step(np.zeros((2, 4), np.float32))
 
 
 def test_a_chunk_of_nothing_is_refused():

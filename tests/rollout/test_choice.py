@@ -29,6 +29,7 @@ BATCHED, SERIAL = reach_spec(), replace(reach_spec(), serial=True)
         (SERIAL, Machine(1), "cpu", None, 0, "nothing to divide: 1 cores, 64 environments in 2 slices"),
         (SERIAL, Machine(16), "cpu", 64, 0, "nothing to divide: 16 cores, 64 environments in 1 slices"),
         (SERIAL, Machine(2, has_ray=False), "cpu", None, 0, "Ray is not installed"),
+        (SERIAL, Machine(0, nodes=2), "cpu", None, 0, "no CPU is free"),
     ],
 )
 def test_choice(spec: EnvSpec, machine: Machine, device: str, slice_size: int | None, workers: int, why: str) -> None:
@@ -52,6 +53,19 @@ def test_auto_takes_a_name():
     pytest.importorskip("envpool")
     with RolloutPool.auto("Hopper-v5", 2, num_workers=0) as pool:
         assert pool.spec.id == "Hopper-v5"
+
+
+def test_room_is_left_for_others_workers():
+    serial = replace(reach_spec(), serial=True)
+    assert choose(serial, 4, 1, Machine(2), "cpu", None).num_workers == 2
+    with RolloutPool.auto(serial, 4, slice_size=1, other_workers=1000) as pool:
+        assert str(pool.choice) == "in this process: no CPU is free for Ray workers"
+
+
+@pytest.mark.parametrize("num_workers", [-1, True, "2", 1.0])
+def test_no_number_of_workers_is_refused(num_workers):
+    with pytest.raises(ConfigError, match=r"num_workers = .*: must be None, or a whole number from 0 on"):
+        RolloutPool.auto(reach_spec(), 4, num_workers=num_workers)
 
 
 def test_a_slice_that_does_not_divide_is_refused():

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dprl.errors import ConfigError, WorkerError
+from dprl.errors import ClosedPoolError, ConfigError
 from dprl.rollout import evaluate
 from dprl.spec import env_seeds
 from tests.rollout.faulty import Fault, faulty_spec, plant
@@ -57,7 +57,7 @@ def test_closing_ends_an_evaluation_under_way(cluster, tmp_path):
         waiting = evaluator.start(toy_policy(), EPISODES, SEED)
         while list(tmp_path.iterdir()):
             time.sleep(0.1)
-    with pytest.raises(WorkerError, match="closed"):
+    with pytest.raises(ClosedPoolError):
         running.result()
     assert waiting.cancelled()
     assert time.monotonic() - start < 30

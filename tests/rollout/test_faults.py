@@ -1,22 +1,27 @@
 """Workers that die, hang or whose environments fail: the rollout is the undisturbed one, or the loss is counted."""
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
+from weakref import WeakSet
 
 import numpy as np
 import psutil
 import pytest
 
-from dprl.errors import ConfigError, EnvError, EnvFaultError, WorkerError
+from dprl.errors import ClosedPoolError, ConfigError, EnvActionError, EnvError, EnvFaultError, WorkerError
 from dprl.mdp import DenoisingMDP, ExplorationConfig
 from dprl.rollout import InProcessPool, Rollout, as_pool, evaluate
 from dprl.seeding import numpy_generator
-from dprl.spec import EnvSpec, build, env_seeds
+from dprl.spec import EnvSpec, EnvState, build, env_seeds
 from tests.rollout.faulty import FAULTS, Fault, faulty_spec, plant
 from tests.toys import toy_policy
 
@@ -25,6 +30,7 @@ SEEDS = env_seeds(SEED, N_ENVS)
 
 ray = pytest.importorskip("ray")
 from dprl.rollout.ray_pool import RayPool, WorkerOptions  # noqa: E402
+from dprl.rollout.ray_pool.cluster import RayConnection  # noqa: E402
 from tests.rollout.leaks import assert_becomes, assert_nothing_is_left, living_actors, start_ray  # noqa: E402
 
 
@@ -229,17 +235,184 @@ def test_a_mistake_of_the_policys_is_not_tried_again(replayable, cluster, actor,
         np.testing.assert_array_equal(pool.collect(actor, 1).environments, np.arange(N_ENVS))
 
 
-def test_a_closed_pool_says_so(cluster, actor, tmp_path):
-    with on_ray(faulty_spec(tmp_path)) as pool:
-        pass
+@pytest.mark.parametrize("make", [on_ray, in_process])
+def test_a_closed_pool_says_so(make, cluster, actor, tmp_path):
+    with make(faulty_spec(tmp_path)) as pool:
+        pool.reset()
     for call in (
         pool.reset,
         lambda: pool.collect(actor, 1),
         lambda: pool.evaluate(actor.policy, 1, 0),
         lambda: pool.step_chunk(np.zeros((N_ENVS, 1, 1), np.float32)),
     ):
-        with pytest.raises(WorkerError, match="this pool is closed"):
+        with pytest.raises(ClosedPoolError, match="this pool is closed"):
             call()
+
+
+@pytest.mark.parametrize("make", [on_ray, in_process])
+def test_a_fault_while_it_is_restored_is_mended(make, cluster, actor, tmp_path):
+    with in_process(faulty_spec(tmp_path)) as pool:
+        pool.collect(actor, 3)
+        state, expected = pool.state(), pool.collect(actor, 5)
+    plant(tmp_path, Fault("nan", SEEDS[0], 0, 2))
+    with make(faulty_spec(tmp_path)) as pool:
+        pool.restore(state)
+        assert planted(tmp_path) == 0
+        assert_same([pool.collect(actor, 5)], [expected])
+
+
+@pytest.mark.parametrize("make", [on_ray, in_process])
+def test_whatever_was_before_it_is_restored(make, cluster, actor, tmp_path):
+    """Episodes that were played, or a failure that was not mended."""
+    with in_process(faulty_spec(tmp_path)) as pool:
+        pool.collect(actor, 7)
+        state, expected = pool.state(), pool.collect(actor, 5)
+    with make(faulty_spec(tmp_path), max_failures=0) as pool:
+        pool.collect(actor, 1)
+        plant(tmp_path, Fault("nan", SEEDS[0], 0, 3))
+        with pytest.raises((EnvFaultError, WorkerError)):
+            pool.collect(actor, 3)
+        pool.restore(state)
+        assert_same([pool.collect(actor, 5)], [expected])
+        pool.restore(state)
+        assert_same([pool.collect(actor, 5)], [expected])
+
+
+@pytest.mark.parametrize("make", [on_ray, in_process])
+def test_where_nothing_can_be_replayed_the_next_episodes_begin(make, cluster, actor, tmp_path):
+    spec = faulty_spec(tmp_path, replayable=False)
+    with make(spec) as pool:
+        pool.collect(actor, 1)
+        state = pool.state()
+        assert (state.lengths > 0).all()
+    with make(spec) as pool:
+        pool.restore(state)
+        restored = pool.state()
+        np.testing.assert_array_equal(restored.episodes, state.episodes + 1)
+        np.testing.assert_array_equal(restored.lengths, 0)
+        np.testing.assert_array_equal(pool.collect(actor, 2).episode_lengths[0], pool.state().lengths * 0 + 2)
+
+
+def test_an_episode_that_ends_in_its_replay_is_an_error(tmp_path):
+    spec = faulty_spec(tmp_path)
+    too_long = np.zeros((spec.max_episode_steps + 1, 1), np.float32)
+    episodes, lengths = np.zeros(N_ENVS, np.int64), np.zeros(N_ENVS, np.int64)
+    lengths[3] = len(too_long)
+    with in_process(spec) as pool, pytest.raises(EnvError, match="ends when it is replayed in environment 3"):
+        pool.restore(EnvState(episodes, lengths, too_long))
+
+
+def test_a_rebuild_that_fails_can_be_tried_again(actor, tmp_path, monkeypatch):
+    actions = np.zeros((N_ENVS, 2, 1), np.float32)
+    with in_process(faulty_spec(tmp_path)) as pool:
+        pool.reset()
+        expected = [pool.step_chunk(actions).observation for _ in range(2)][1]
+    plant(tmp_path, Fault("nan", SEEDS[0], 0, 2))
+    with in_process(faulty_spec(tmp_path)) as pool:
+        pool.reset()
+        pool.step_chunk(actions)
+        with monkeypatch.context() as broken:
+            broken.setattr("tests.rollout.faulty.build_faulty", _cannot)
+            with pytest.raises(OSError, match="too many open files"):
+                pool.step_chunk(actions)
+        np.testing.assert_array_equal(pool.step_chunk(actions).observation, expected)
+
+
+def _cannot(*_: object) -> None:
+    raise OSError("too many open files")
+
+
+@pytest.mark.parametrize(
+    "make", [on_ray, in_process, lambda s: InProcessPool(s, N_ENVS, seed=SEED, slice_size=SLICE, double_buffer=True)]
+)
+def test_an_action_that_is_not_finite_is_named_and_costs_nothing(make, cluster, tmp_path):
+    actions = np.zeros((N_ENVS, 2, 1), np.float32)
+    wrong = actions.copy()
+    wrong[6] = np.nan
+    with make(faulty_spec(tmp_path)) as pool:
+        pool.reset()
+        with pytest.raises(EnvActionError, match=f"environment 6, episode 0, step 0 .environment seed {SEEDS[6]}"):
+            pool.step_chunk(wrong)
+        assert pool.step_chunk(actions).n_steps.tolist() == [2] * N_ENVS
+
+
+def test_threads_take_turns(cluster, actor, tmp_path):
+    with on_ray(faulty_spec(tmp_path)) as pool, ThreadPoolExecutor(1) as thread:
+        expected = evaluate(actor.policy, pool.spec, 60, 1)
+        for _ in range(3):
+            evaluation = thread.submit(pool.evaluate, actor.policy, 60, 1)
+            pool.collect(actor, 5)
+            assert evaluation.result().metrics() == expected.metrics()
+
+
+def test_what_an_interrupt_ends_is_no_failure(cluster, actor, tmp_path, monkeypatch):
+    """Its calls are ended; that their workers are restarted is nobody's fault."""
+    monkeypatch.setattr("dprl.rollout.ray_pool.workers.ABANDONED_TIMEOUT_S", 0.5)
+    with in_process(faulty_spec(tmp_path)) as pool:
+        expected = [pool.collect(actor, DECISIONS) for _ in range(2)]
+    with on_ray(faulty_spec(tmp_path), max_failures=0) as pool:
+        rollouts = [pool.collect(actor, DECISIONS)]
+        timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            pool.collect(Slow(actor), DECISIONS)
+        assert_same([*rollouts, pool.collect(actor, DECISIONS)], expected)
+        assert pool.failures == 0
+
+
+class Slow:
+    """Takes a second for a decision."""
+
+    def __init__(self, actor: DenoisingMDP) -> None:
+        self._actor = actor
+        self.n_action_steps, self.noise_shape = actor.n_action_steps, actor.noise_shape
+
+    def sample(self, obs, *, noise):
+        time.sleep(1)
+        return self._actor.sample(obs, noise=noise)
+
+    def cpu(self):
+        return self
+
+
+class FakeRay:
+    """Counts how often it is started and ended."""
+
+    def __init__(self) -> None:
+        self.running, self.starts, self.ends = False, 0, 0
+
+    def init(self, *_: object, **__: object) -> None:
+        self.running, self.starts = True, self.starts + 1
+
+    def shutdown(self) -> None:
+        self.running, self.ends = False, self.ends + 1
+
+    def is_initialized(self) -> bool:
+        return self.running
+
+    def get_runtime_context(self) -> SimpleNamespace:
+        return SimpleNamespace(gcs_address=f"127.0.0.1:{self.starts}", get_job_id=lambda: "01")
+
+
+def test_only_the_ray_that_was_started_for_pools_is_ended(monkeypatch):
+    monkeypatch.setattr("dprl.rollout.ray_pool.cluster.ray", fake := FakeRay())
+    monkeypatch.setattr(RayConnection, "_users", WeakSet())
+    monkeypatch.setattr(RayConnection, "_started", None)
+    one, other = RayConnection(), RayConnection()
+    one.close()
+    assert fake.running, "somebody needs it"
+    other.close()
+    assert not fake.running
+    one = RayConnection()
+    fake.shutdown()
+    fake.init()  # the user's own
+    one.close()
+    assert fake.running
+    fake.shutdown()
+    forgotten, one = RayConnection(), RayConnection()
+    del forgotten
+    one.close()
+    assert not fake.running, "who was forgotten needs it no more"
 
 
 def test_what_a_running_ray_cannot_have_is_refused(cluster, tmp_path):

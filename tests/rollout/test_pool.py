@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -275,8 +276,10 @@ def test_a_chunk_before_the_first_reset_is_refused(spec, chunks):
 def test_chunks_for_another_number_of_environments_are_refused(spec, chunks):
     with in_process(spec) as pool:
         pool.reset()
-        with pytest.raises(EnvError, match="there are 8 environments"):
-            pool.step_chunk(chunks[0][:3])
+        for wrong in (chunks[0][:3], chunks[0][:, :0], chunks[0][..., :0], chunks[0][0]):
+            with pytest.raises(EnvError, match=r"actions of shape .* expects \(8, executed steps, "):
+                pool.step_chunk(wrong)
+        pool.step_chunk(chunks[0])  # and nothing has happened
 
 
 @pytest.mark.parametrize("episodes", [pytest.param(3, marks=pytest.mark.full), 60])
@@ -313,9 +316,9 @@ def test_restore_of_another_number_of_environments_is_refused(reference, spec):
         pool.restore(reference.state)
 
 
-@pytest.mark.parametrize("slice_size", [0, 3, 16, -2])
+@pytest.mark.parametrize("slice_size", [0, 3, 16, -2, 2.0, "2", True])
 def test_slice_size_must_divide_the_environments(spec, slice_size):
-    with pytest.raises(ConfigError, match=f"slice_size = {slice_size}: must divide n_envs, which is 8"):
+    with pytest.raises(ConfigError, match=f"slice_size = {slice_size!r}: must divide n_envs, which is 8"):
         in_process(spec, slice_size=slice_size)
 
 
@@ -328,10 +331,26 @@ def test_number_of_environments_must_be_stated(spec):
         InProcessPool(spec)
 
 
-@pytest.mark.parametrize("n_envs", [0, -1])
+@pytest.mark.parametrize("n_envs", [0, -1, "8", 8.0])
 def test_no_environments_are_refused(spec, n_envs):
-    with pytest.raises(ConfigError, match=f"n_envs = {n_envs}"):
+    with pytest.raises(ConfigError, match=f"n_envs = {n_envs!r}"):
         InProcessPool(spec, n_envs)
+
+
+def test_a_name_will_do(spec):
+    with InProcessPool("Hopper-v5", 2, options=EnvOptions(max_episode_steps=10)) as pool:
+        assert pool.spec == replace(spec, n_obs_steps=1)
+
+
+@pytest.mark.parametrize("n_steps", [0, 2.0, None])
+def test_no_decisions_are_refused(spec, actor, n_steps):
+    with in_process(spec) as pool, pytest.raises(ConfigError, match=f"n_steps = {n_steps}"):
+        pool.collect(actor, n_steps)
+
+
+def test_a_policy_that_does_not_explore_is_no_actor(spec, actor):
+    with in_process(spec) as pool, pytest.raises(ConfigError, match=r"actor = 'DiffusionPolicy': .* as DenoisingMDP"):
+        pool.collect(actor.policy, 1)
 
 
 @pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.full), 2, 4])
@@ -368,12 +387,20 @@ def test_too_many_workers_are_refused_with_the_arithmetic(ray, spec):
     assert ray.is_initialized(), "a Ray that was running before must go on"
 
 
-@pytest.mark.parametrize("num_workers", [0, 3, 8])
+@pytest.mark.parametrize("num_workers", [0, 3, 8, "2", None])
 def test_workers_must_divide_the_slices(ray, spec, num_workers):
     from dprl.rollout.ray_pool import RayPool
 
-    with pytest.raises(ConfigError, match=rf"num_workers = {num_workers}: .*8 environments / slice_size 2 = 4"):
+    with pytest.raises(ConfigError, match=rf"num_workers = {num_workers!r}: .*8 environments / slice_size 2 = 4"):
         RayPool(spec, N_ENVS, num_workers=num_workers, slice_size=SLICE)
+
+
+def test_what_workers_claim_is_no_dict(ray, spec):
+    from dprl.rollout.ray_pool import RayEvaluator, RayPool
+
+    for build_it in (partial(RayPool, spec, N_ENVS, num_workers=1), partial(RayEvaluator, spec)):
+        with pytest.raises(ConfigError, match=r"workers = {'cpus': 1}: must be WorkerOptions"):
+            build_it(workers={"cpus": 1})
 
 
 def test_slice_size_must_divide_the_environments_on_ray(ray, spec):

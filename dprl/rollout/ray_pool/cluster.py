@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import dprl
 from dprl.errors import ConfigError, MissingDependencyError, check
@@ -27,8 +28,9 @@ PACKAGES = ("agents", "envs", "experiments")
 class RayConnection:
     """Ray, for as long as someone in this process needs it. What was started here ends with the last of them."""
 
-    _users: ClassVar[set[RayConnection]] = set()
-    _started_here: ClassVar[bool] = False
+    _users: ClassVar[WeakSet[RayConnection]] = WeakSet()
+    _started: ClassVar[str | None] = None
+    """Where the Ray is that was started here, or joined."""
 
     def __init__(self, address: str | None = None, runtime_env: dict[str, Any] | None = None) -> None:
         """Take the Ray that runs in this process; else join the cluster at `address`; else start one on this machine.
@@ -45,16 +47,22 @@ class RayConnection:
             prepare_environment()
             with _code_for(address, runtime_env) as environment:
                 _start(address, environment)
-            RayConnection._started_here = True
+            RayConnection._started = _whereabouts()
         self._users.add(self)
 
     def close(self) -> None:
         """Let go of it."""
         self._users.discard(self)
-        if self._started_here and not self._users:
-            RayConnection._started_here = False
-            if ray.is_initialized():
+        if self._started is not None and not self._users:
+            if ray.is_initialized() and self._started == _whereabouts():  # and not one that the user started since
                 ray.shutdown()
+            RayConnection._started = None
+
+
+def _whereabouts() -> str:
+    """Which Ray this process is in, and as which of its jobs."""
+    context = ray.get_runtime_context()
+    return f"{context.gcs_address} {context.get_job_id()}"
 
 
 def prepare_environment() -> None:

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Self
 
-from dprl.errors import MissingDependencyError
+from dprl.errors import MissingDependencyError, check
 from dprl.policy import InferenceConfig, Policy
 from dprl.rollout.evaluation import Evaluation, Outcome, play, seats, summary
 from dprl.spec import EnvOptions, EnvSpec, resolve
@@ -49,11 +49,12 @@ class RayEvaluator:
             ConfigError: Ray has too few CPUs.
         """
         self.spec = env if isinstance(env, EnvSpec) else resolve(env, options)
-        self._options = workers or WorkerOptions()
+        self._options = WorkerOptions() if workers is None else workers
+        check(isinstance(self._options, WorkerOptions), "workers", workers, "must be WorkerOptions(...)")
         self._ray = RayConnection(address, runtime_env)
         self._thread = ThreadPoolExecutor(1, "dprl-evaluation")
         try:
-            self._crew = Crew(num_workers, self._options)
+            self._crew = Crew(num_workers, self._options, self.spec)
         except BaseException:
             self._ray.close()
             raise
@@ -69,7 +70,7 @@ class RayEvaluator:
         return self._thread.submit(self._evaluate, ray.put(on_cpu(policy)), episodes, seed, inference)
 
     def close(self) -> None:
-        """End the workers, and Ray if it was started for them. An evaluation under way fails with WorkerError."""
+        """End the workers, and Ray if it was started for them. An evaluation under way fails with ClosedPoolError."""
         try:
             self._thread.shutdown(wait=False, cancel_futures=True)
             self._crew.close()

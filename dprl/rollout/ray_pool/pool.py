@@ -17,8 +17,17 @@ from dprl.observations import Observation
 from dprl.policy import InferenceConfig, Policy
 from dprl.rollout.collector import Share
 from dprl.rollout.evaluation import Evaluation, summary
-from dprl.rollout.pool import Actor, Rollout, RolloutPool, check_state, checked_slice_size, cut, joined
-from dprl.spec import ChunkStep, EnvOptions, EnvSpec, EnvState, FloatArray, resolve
+from dprl.rollout.pool import (
+    Actor,
+    Rollout,
+    RolloutPool,
+    check_collection,
+    check_state,
+    checked_slice_size,
+    cut,
+    joined,
+)
+from dprl.spec import ChunkStep, EnvOptions, EnvSpec, EnvState, FloatArray, check_actions, resolve
 
 try:
     import ray
@@ -68,12 +77,13 @@ class RayPool(RolloutPool):
         self.spec = env if isinstance(env, EnvSpec) else resolve(env, options)
         self.n_envs = n_envs
         self.slice_size = checked_slice_size(n_envs, slice_size)
-        workers = workers or WorkerOptions()
+        workers = WorkerOptions() if workers is None else workers
+        check(isinstance(workers, WorkerOptions), "workers", workers, "must be WorkerOptions(...)")
         threads = max(1, int(workers.cpus))
         shares = Share(self.spec, seed, self.slice_size, 0, n_envs, threads).divided(num_workers, "num_workers")
         self._ray = RayConnection(address, runtime_env)
         try:
-            self._crew = Crew(num_workers, workers)
+            self._crew = Crew(num_workers, workers, self.spec)
             self._seats = [_Seat(share, host) for host, share in enumerate(shares)]
             self._everywhere("state", [()] * num_workers)
         except BaseException:
@@ -91,6 +101,7 @@ class RayPool(RolloutPool):
 
     def step_chunk(self, actions: FloatArray) -> ChunkStep:
         """See `RolloutPool.step_chunk`."""
+        check_actions(actions, self.n_envs, self.spec)
         if len(self._seats[0].chunks) >= JOURNAL_LENGTH:
             self.state()
         pieces = cut(np.array(actions), [seat.share.n_envs for seat in self._seats])  # a copy, for the journal
@@ -102,7 +113,7 @@ class RayPool(RolloutPool):
         Raises:
             WorkerError: a worker failed more often than it is forgiven. `state` is then what it was before.
         """
-        check(n_steps >= 1, "n_steps", n_steps, "must be at least 1")
+        check_collection(actor, n_steps)
         self._crew.require_open()
         shared = ray.put(actor.cpu())
         parts = self._everywhere("collect", [(shared, n_steps)] * len(self._seats))

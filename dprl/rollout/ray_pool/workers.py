@@ -7,6 +7,7 @@ lost its environments that would be wrong.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,15 +18,26 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from dprl.config import validate
-from dprl.errors import ConfigError, DprlError, EnvFaultError, MissingDependencyError, WorkerError
+from dprl.errors import (
+    ClosedPoolError,
+    ConfigError,
+    DprlError,
+    EnvFaultError,
+    MissingDependencyError,
+    WorkerError,
+    check,
+)
 from dprl.rollout.collector import Collector, Share
-from dprl.spec import EnvState, FloatArray
+from dprl.rollout.pool import is_count
+from dprl.spec import EnvSpec, EnvState, FloatArray
 
 try:
     import ray
     from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 except ImportError as error:
     raise MissingDependencyError("ray", "ray", "a Ray rollout pool") from error
+
+from dprl.rollout.ray_pool.surroundings import Surroundings
 
 START_TIMEOUT_S = 120.0
 FREEING_TIMEOUT_S = 10.0
@@ -82,10 +94,12 @@ class BlankWorkerError(Exception):
 class Worker:
     """Runs in its own process, and holds the shares that were given to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, surroundings: Surroundings | None = None) -> None:
         import torch
 
         torch.set_num_threads(1)
+        if surroundings is not None:
+            surroundings.enter()
         self._collectors: dict[int, Collector] = {}
 
     def ready(self) -> bool:
@@ -108,10 +122,10 @@ class Worker:
         if old is not None:
             old.dispose()
         collector = self._collectors[share.first_env] = share.build()
-        if state is not None and not share.spec.replayable:
-            return Reply(None, collector.state())
         if state is not None:
             collector.restore(writable(state))
+            if not share.spec.replayable:
+                return Reply(None, collector.state())
         for actions in chunks:
             collector.step_chunk(actions)
         return self.call(share, method, *arguments)
@@ -153,17 +167,20 @@ class _Running:
     number: int
     host: int
     deadline: float
+    ended: bool = False
+    """Its worker was ended, because it took too long."""
 
 
 class Crew:
     """Workers, by number. All calls go through `finish`."""
 
-    def __init__(self, num_workers: int, options: WorkerOptions) -> None:
-        """Start them, and wait until all answer.
+    def __init__(self, num_workers: int, options: WorkerOptions, spec: EnvSpec) -> None:
+        """Start them, where the environments of `spec` can be built, and wait until all answer.
 
         Raises:
             ConfigError: Ray has less free than they claim.
         """
+        check(is_count(num_workers), "num_workers", num_workers, "must be a whole number, at least 1")
         self.options = options
         require_capacity(num_workers, options)
         actor = ray.remote(Worker).options(
@@ -174,9 +191,11 @@ class Crew:
             max_restarts=-1,
             max_task_retries=0,
         )
-        self._workers: list[Any] = [actor.remote() for _ in range(num_workers)]
+        surroundings = Surroundings.here(spec)
+        self._workers: list[Any] = [actor.remote(surroundings) for _ in range(num_workers)]
         self._running: dict[Any, _Running] = {}
         self._closed = False
+        self._turn = threading.Lock()
         self.failures = 0
         """Calls that were made again so far."""
         try:
@@ -198,10 +217,17 @@ class Crew:
     def finish(self, jobs: Sequence[Job], on_result: Callable[[Any], None] | None = None) -> list[Any]:
         """Make all calls, one at a time on each worker; return their results; `on_result` sees each as it comes.
 
+        Threads take turns.
+
         Raises:
-            WorkerError: a worker failed more often than it is forgiven, none is left, or they are closed.
+            WorkerError: a worker failed more often than it is forgiven, or none is left.
+            ClosedPoolError: they are closed.
             Exception: what a job raised, where the fault is not an environment's.
         """
+        with self._turn:
+            return self._finish(jobs, on_result)
+
+    def _finish(self, jobs: Sequence[Job], on_result: Callable[[Any], None] | None) -> list[Any]:
         self.require_open()
         self._drain()
         results: list[Any] = [None] * len(jobs)
@@ -225,7 +251,7 @@ class Crew:
                         raise WorkerError(f"{jobs[number]} {times}: {failure}") from failure
                     log.warning("%s: %s; made again (failure %d)", jobs[number], failure, failures[number])
                     if isinstance(failure, WorkerLostError):
-                        self._settle(jobs[number])
+                        self._settle(jobs[number].host)
                     again[number] = True
                     waiting.appendleft(number)
                 else:
@@ -234,7 +260,7 @@ class Crew:
         return results
 
     def close(self) -> None:
-        """End the workers. A `finish` in another thread then raises WorkerError."""
+        """End the workers. A `finish` in another thread then raises ClosedPoolError."""
         self._closed = True
         for worker in self._workers:
             if worker is not None:
@@ -242,9 +268,9 @@ class Crew:
                     ray.kill(worker)
 
     def require_open(self) -> None:
-        """Raise WorkerError after `close`."""
+        """Raise ClosedPoolError after `close`."""
         if self._closed:
-            raise WorkerError("this pool is closed: make a new one")
+            raise ClosedPoolError
 
     def _start(self, jobs: Sequence[Job], waiting: deque[int], again: list[bool]) -> None:
         """Start the jobs whose workers are free; give those of a worker that was given up another one."""
@@ -277,6 +303,7 @@ class Crew:
             if call.deadline <= time.monotonic():
                 call.deadline = time.monotonic() + self.options.restart_timeout_s
                 if ref not in finished:
+                    call.ended = True
                     ray.kill(self._workers[call.host], no_restart=False)
 
     def _drain(self) -> None:
@@ -285,7 +312,9 @@ class Crew:
             call.deadline = min(call.deadline, time.monotonic() + ABANDONED_TIMEOUT_S)
         while self._running:
             for ref in self._arrived():
-                del self._running[ref]
+                call = self._running.pop(ref)
+                if call.ended:  # that it is restarted now is not the next call's failure
+                    self._settle(call.host)
 
     def _outcome(self, ref: Any) -> Any:
         """Return a job's result, or raise what it came to in terms of this library."""
@@ -300,11 +329,11 @@ class Crew:
                 f"it died, or did not answer for {self.options.timeout_s:g} s and was ended ({type(error).__name__})"
             ) from error
 
-    def _settle(self, job: Job) -> None:
-        """Wait until the job's worker answers again, or give it up."""
-        if not self._answers(job.host):
-            log.warning("worker %d does not come back: the others take its environments over", job.host)
-            worker, self._workers[job.host] = self._workers[job.host], None
+    def _settle(self, host: int) -> None:
+        """Wait until a worker answers again, or give it up."""
+        if not self._answers(host):
+            log.warning("worker %d does not come back: the others take its environments over", host)
+            worker, self._workers[host] = self._workers[host], None
             if worker is not None:
                 ray.kill(worker)
 
