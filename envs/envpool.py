@@ -77,7 +77,7 @@ class EnvPoolSimulator:
         """Step the environments `indices`; results come back in that order."""
         ids = indices.astype(np.int32)
         observation, reward, terminated, truncated, info = self._env.step(actions.astype(np.float64), env_id=ids)
-        back = np.argsort(self._order(info, indices))
+        back = slice(None) if np.array_equal(info["env_id"], ids) else np.argsort(self._order(info, indices))
         success = np.asarray(info["success"])[back] > 0.5 if self._has_success else np.zeros(len(ids), np.bool_)
         return SimulatorStep(
             np.asarray(observation)[back],
