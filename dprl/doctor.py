@@ -29,6 +29,7 @@ PACKAGES: tuple[tuple[str, str | None], ...] = (
     ("safetensors", None),
     ("tyro", None),
     ("rich", None),
+    ("filelock", None),
     ("gymnasium", "envs"),
     ("mujoco", "envs"),
     ("envpool", "envs"),
@@ -41,7 +42,7 @@ PACKAGES: tuple[tuple[str, str | None], ...] = (
     ("ray", "ray"),
     ("wandb", "wandb"),
     ("minari", "dev"),
-    ("stable-baselines3", "dev"),
+    ("stable-baselines3", "sb3"),
 )
 
 

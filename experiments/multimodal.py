@@ -145,7 +145,7 @@ def draw(paths: dict[str, list[Path2D]], file: Path) -> None:
 
 def _notes(config: StudyConfig, outcomes: list[Outcome]) -> list[str]:
     return [
-        f"`{avoid.STATE_ID}`, 100 scripted demonstrations with action noise 0.1, half of them on either side; "
+        f"`{avoid.STATE_ID}`, 100 scripted demonstrations with action noise 0.1, on either side with equal chance; "
         f"{STEPS * config.scale:,.0f} gradient steps (causal transformer: half as many again; IBC: half) of 256 "
         f"chunks of {HORIZON} actions, {EXECUTED} of them executed (the LSTM: one); diffusion samples "
         "with ddpm, 50 steps, the flow with 10. "

@@ -384,13 +384,13 @@ def write_table(
     notes: Sequence[str],
     outcomes: Sequence[Outcome] = (),
 ) -> Path:
-    """Write ``name.md`` and ``name.csv`` with `notes` and how its `outcomes`, if any, were made; return the former."""
+    """Write ``name.md``, with ``name.png``, `notes` and how `outcomes` were made, and ``name.csv``; return the former."""
     out = config.out
     with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([columns, *rows])
     lines = [f"# {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    lines += ["", *notes, "", provenance(name, config, outcomes), ""]
+    lines += ["", f"![{title}]({name}.png)", "", *notes, "", provenance(name, config, outcomes), ""]
     file = out / f"{name}.md"
     file.write_text("\n".join(lines), encoding="utf-8")
     return file
@@ -401,6 +401,7 @@ def provenance(name: str, config: StudyConfig, outcomes: Sequence[Outcome] = ())
     command = f"dprl experiment {name} --seeds {' '.join(map(str, config.seeds))}"
     command += f" --episodes {config.episodes}" if outcomes else ""
     command += "" if config.scale == 1 else f" --scale {config.scale:g}"
+    command += " --out FOLDER"
     if not outcomes:
         return f"`{command}`, {made_with()}."
     return (

@@ -353,15 +353,15 @@ def test_a_table_is_markdown_and_csv(tmp_path: Path) -> None:
     )
     assert file == tmp_path / "name.md"
     *lines, made_by = file.read_text().splitlines()
-    assert made_by.startswith("`dprl experiment name --seeds 3 5 --episodes 100 --scale 0.5`")
+    assert made_by.startswith("`dprl experiment name --seeds 3 5 --episodes 100 --scale 0.5 --out FOLDER`")
     assert "`, a laptop; a cluster; times" in made_by, "not the machine that draws"
     assert "Intervals are Wilson's" in made_by
     bare = studies.provenance("name", StudyConfig(tmp_path, seeds=(3, 5)))
-    assert bare.startswith("`dprl experiment name --seeds 3 5`")
+    assert bare.startswith("`dprl experiment name --seeds 3 5 --out FOLDER`")
     assert "Intervals" not in bare
     assert lines == [
         "# Title", "", "| policy | success |", "|---|---|", "| a, b | 0.5 (0.4 to 0.6) |", "| c | 1 |", "",
-        "A note.", "Another.", "",
+        "![Title](name.png)", "", "A note.", "Another.", "",
     ]  # fmt: skip
     with (tmp_path / "name.csv").open(newline="") as stream:
         assert list(csv.reader(stream)) == [["policy", "success"], *rows]
