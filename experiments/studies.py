@@ -384,7 +384,7 @@ def write_table(
     notes: Sequence[str],
     outcomes: Sequence[Outcome] = (),
 ) -> Path:
-    """Write ``name.md``, with ``name.png``, `notes` and how `outcomes` were made, and ``name.csv``; return the former."""
+    """Write ``name.md`` (with `notes`, ``name.png``, and how `outcomes` were made), ``name.csv``; return the former."""
     out = config.out
     with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([columns, *rows])
