@@ -210,7 +210,7 @@ def test_critic_of_an_endless_world_that_is_cut_every_8_steps() -> None:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in (1, 2))])
 def test_learning(seed: int) -> None:
     """A half-trained reacher: DPPO must lift it well above its start, on every seed."""
     from dprl.agents import BC

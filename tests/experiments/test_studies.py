@@ -623,6 +623,7 @@ def test_the_score_field_is_learned_once(tmp_path: Path) -> None:
         score_field.run(replace(config, scale=0.01), progress_bar=False)
 
 
+@pytest.mark.full
 def test_an_interrupted_score_field_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = StudyConfig(tmp_path / "whole", seeds=(0,), scale=0.06)
     text = score_field.run(whole, progress_bar=False).read_text()

@@ -63,6 +63,7 @@ def test_training_goes_on_and_says_so_when_a_node_is_removed(cluster, tmp_path, 
     assert "does not come back: the others take its environments over" in caplog.text
 
 
+@pytest.mark.full
 def test_workers_that_no_node_holds_are_refused_at_once(cluster, tmp_path):
     """Together the nodes have the CPUs; Ray alone would let a worker wait."""
     cluster.add_node(num_cpus=2)
@@ -94,6 +95,7 @@ def test_workers_run_where_their_resource_is(cluster, tmp_path):
             RayPool(spec, N_ENVS, num_workers=4, slice_size=SLICE, workers=options)
 
 
+@pytest.mark.full
 def test_the_runtime_environment_carries_this_code(cluster, tmp_path):
     """A copy of it, agents and environments included, lies where a node's workers look for modules."""
     spec = faulty_spec(tmp_path)
@@ -135,6 +137,7 @@ def test_an_address_where_no_cluster_is_is_refused_at_once(address, tmp_path):
     assert not ray.is_initialized()
 
 
+@pytest.mark.full
 def test_an_address_beside_a_running_ray_is_refused(cluster, tmp_path):
     with RayPool(faulty_spec(tmp_path), N_ENVS, num_workers=1, address=cluster.address) as pool:
         with pytest.raises(ConfigError, match=r"address = .*: Ray is initialised in this process already"):

@@ -84,6 +84,7 @@ def test_an_observation_of_another_shape_is_named(vectorization, call, kind, wha
             pool.reset() if call == "reset" else pool.collect(actor, 1)
 
 
+@pytest.mark.full
 def test_what_this_process_has_registered_is_there_on_ray_too(folder, actor):
     """Under a plain id, of a class of a module or of a script."""
     pytest.importorskip("ray")

@@ -353,7 +353,7 @@ def test_a_policy_that_does_not_explore_is_no_actor(spec, actor):
         pool.collect(actor.policy, 1)
 
 
-@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.full), 2, 4])
+@pytest.mark.parametrize("num_workers", [*(pytest.param(n, marks=pytest.mark.full) for n in (1, 2)), 4])
 def test_ray_gives_the_same_rollouts(reference, on_ray, num_workers):
     collected = on_ray(num_workers)
     assert_same(collected.first, reference.first)
@@ -410,6 +410,7 @@ def test_slice_size_must_divide_the_environments_on_ray(ray, spec):
         RayPool(spec, N_ENVS, num_workers=1, slice_size=3)
 
 
+@pytest.mark.full
 def test_pool_can_follow_another_at_once(ray, spec):
     """A closed pool gives all its CPUs back."""
     from dprl.rollout.ray_pool import RayPool, WorkerOptions
