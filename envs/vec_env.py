@@ -1,8 +1,8 @@
 """stable-baselines3's `VecEnv` as a backend.
 
 A `VecEnv` resets an environment by itself when its episode ends; the episodes here begin with resets of their own, each
-seeded by its number, so that any of them can be replayed. It cannot step a subset: while a chunk is executed, an
-environment whose episode has ended takes zero actions, and is reset after it.
+seeded by its number. It cannot step a subset: while a chunk is executed, an environment whose episode has ended takes
+zero actions, and is reset after it. So open episodes are replayed only where they are equally long.
 """
 
 from __future__ import annotations
