@@ -231,7 +231,14 @@ def resolve(name: str, options: EnvOptions | None = None) -> EnvSpec:
 
 
 def build(spec: EnvSpec, seeds: list[int], num_threads: int = 0) -> BatchedEnv:
-    """Build one environment per seed; `num_threads` = 0 lets the backend use every core."""
+    """Build one environment per seed; `num_threads` = 0 lets the backend use every core.
+
+    Raises:
+        EnvError: it is of an environment that was handed in, and says not how to build another.
+    """
+    if not spec.builder:
+        raise EnvError(f"{spec.id} was handed in ready-made, and more of them cannot be built: hand in a spec, as "
+                       "dprl.envs.vec_env.make_spec returns it")  # fmt: skip
     return cast("EnvBuilder", load(spec.builder))(spec, seeds, num_threads)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from dprl.errors import DprlError, EnvActionError, EnvError, EnvFaultError
+from dprl.errors import DprlError, EnvActionError, EnvError, EnvFaultError, LocatedEnvError
 from dprl.observations import STATE, Observation, map_parts, put, take
 from dprl.seeding import derive_seed
 from dprl.spec import BoolArray, ChunkStep, EnvSpec, EnvState, FloatArray, IntArray, check_actions
@@ -170,15 +170,15 @@ class ChunkedEnv:
         if not self.spec.replayable:
             self._begin(started, (state.episodes + (state.lengths > 0))[started])
             return self._observation(np.arange(self.n_envs))
-        self._begin(started, state.episodes[started])
         offsets = np.concatenate([[0], np.cumsum(state.lengths)])
-        for step in range(int(state.lengths.max(initial=0))):
-            rows = np.flatnonzero(state.lengths > step)
-            replayed = self._step(rows, state.actions[offsets[rows] + step])
-            if (ended := replayed.terminated | replayed.truncated).any():
-                remedy = "it does not repeat itself: register it with nondeterministic=True"
-                fault = self._fault("an open episode ends when it is replayed", remedy, int(rows[ended][0]))
-                raise EnvError(str(fault))  # building it again would not help
+        longest = int(state.lengths.max(initial=0))
+        begins = longest - state.lengths  # all replays end together: some simulators cannot leave an environment out
+        for step in range(longest + 1):
+            fresh = started[begins[started] == step]
+            self._begin(fresh, state.episodes[fresh])
+            rows = np.flatnonzero((begins <= step) & (step < longest))
+            if len(rows) > 0:
+                self._replay(rows, state.actions[offsets[rows] + step - begins[rows]])
         return self._observation(np.arange(self.n_envs))
 
     def privileged(self, indices: IntArray) -> FloatArray | None:
@@ -191,6 +191,14 @@ class ChunkedEnv:
             self._simulator.close()
         except Exception as error:
             log.warning("%s did not close: %s: %s", self.spec.id, type(error).__name__, error)
+
+    def _replay(self, indices: IntArray, actions: FloatArray) -> None:
+        step = self._step(indices, actions)
+        ended = indices[step.terminated | step.truncated]
+        if len(ended) > 0:  # no fault, which would be mended: to build it again would not help
+            remedy = "it does not repeat itself, and its spec must say so: replayable=False"
+            where = self._where(int(ended[0]))
+            raise LocatedEnvError(self.spec.id, "an open episode ends when it is replayed", remedy, *where)
 
     def _begin(self, indices: IntArray, episodes: IntArray) -> None:
         if len(indices) == 0:

@@ -28,6 +28,8 @@ except ImportError as error:
     raise MissingDependencyError("gymnasium", "envs", "running environments") from error
 
 PRIVILEGED = "privileged"
+CLOSE_TIMEOUT_S = 5.0
+"""What a step that was interrupted may still take when its processes are closed."""
 
 Path = tuple[Any, ...]
 Space = gymnasium.Space[Any]
@@ -230,6 +232,7 @@ class GymnasiumSimulator:
         def make(index: int) -> gymnasium.Env[Any, Any]:
             if os.getpid() != builder:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's interrupt is for the parent
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever the parent does at it
             return Flat(Held(make_single(spec.backend_id, spec.max_episode_steps), index))
 
         vector = gymnasium.vector.SyncVectorEnv if spec.vectorization == "sync" else gymnasium.vector.AsyncVectorEnv
@@ -276,14 +279,14 @@ class GymnasiumSimulator:
 
     def close(self) -> None:
         """Close all environments and their processes, also those whose fellow has died."""
-        close_processes(self._env)
+        close_processes(self._env, CLOSE_TIMEOUT_S)
 
 
-def close_processes(env: Any) -> None:
-    """Close a vector environment; where that fails, end its processes first."""
+def close_processes(env: Any, timeout_s: float | None = None) -> None:
+    """Close a vector environment; where that fails, or is interrupted, end its processes first."""
     try:
-        env.close()
-    except Exception:
+        env.close(**({} if timeout_s is None else {"timeout": timeout_s}))
+    except BaseException:
         for process in getattr(env, "processes", ()):
             process.kill()
             process.join()

@@ -7,6 +7,8 @@ zero actions, and is reset after it. So open episodes are replayed only where th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -45,6 +47,7 @@ def from_vec_env(
     reward: RewardKind = "dense",
     has_success: bool = False,
     n_obs_steps: int = 1,
+    replayable: bool = True,
     seed: int = 0,
 ) -> ChunkedEnv:
     """Take a `VecEnv` as a batched environment.
@@ -57,12 +60,16 @@ def from_vec_env(
         reward: the environment's own (dense), or 1 at the first success (sparse).
         has_success: whether infos have ``is_success`` or ``success``.
         n_obs_steps: how many of the latest observations a policy sees.
+        replayable: whether an episode repeats itself from its seed and actions.
         seed: of the episodes.
 
     Raises:
         EnvError: spaces that are not flat boxes, or a wrapper that changes observations.
     """
-    spec = _spec(env, "", "", max_episode_steps, name, reward, has_success=has_success, n_obs_steps=n_obs_steps)
+    spec = _spec(
+        env, "", "", max_episode_steps, name, reward,
+        has_success=has_success, n_obs_steps=n_obs_steps, replayable=replayable,
+    )  # fmt: skip
     seeds = env_seeds(seed, env.num_envs)
     return ChunkedEnv(spec, VecEnvSimulator(env, seeds), seeds)
 
@@ -75,6 +82,7 @@ def make_spec(
     reward: RewardKind = "dense",
     has_success: bool = False,
     n_obs_steps: int = 1,
+    replayable: bool = True,
 ) -> EnvSpec:
     """Return the spec of what the function `reference` (``module:function``) makes: a `VecEnv` of n environments.
 
@@ -84,7 +92,7 @@ def make_spec(
     try:
         return _spec(
             env, "dprl.envs.vec_env:build", reference, max_episode_steps, name or reference, reward,
-            has_success=has_success, n_obs_steps=n_obs_steps,
+            has_success=has_success, n_obs_steps=n_obs_steps, replayable=replayable,
         )  # fmt: skip
     finally:
         env.close()
@@ -92,7 +100,12 @@ def make_spec(
 
 def build(spec: EnvSpec, seeds: list[int], num_threads: int = 0) -> ChunkedEnv:
     """Build one environment per seed; `num_threads` is not used."""
-    return ChunkedEnv(spec, VecEnvSimulator(load(spec.backend_id)(len(seeds)), seeds), seeds)
+    env: VecEnv = load(spec.backend_id)(len(seeds))
+    try:
+        return ChunkedEnv(spec, VecEnvSimulator(env, seeds), seeds)
+    except BaseException:
+        close_processes(env)
+        raise
 
 
 def _spec(
@@ -105,6 +118,7 @@ def _spec(
     *,
     has_success: bool,
     n_obs_steps: int,
+    replayable: bool,
 ) -> EnvSpec:
     outermost: Any = env
     while hasattr(outermost, "venv"):
@@ -132,6 +146,7 @@ def _spec(
         has_success=has_success,
         n_obs_steps=n_obs_steps,
         serial=True,
+        replayable=replayable,
     )
 
 
@@ -143,6 +158,7 @@ class VecEnvSimulator:
         self._seeds = seeds
         self._spoiled = np.zeros(len(seeds), np.bool_)  # it took zero actions in a step that was not meant for it
         self._zero = np.zeros((len(seeds), *env.action_space.shape), env.action_space.dtype)
+        self._asked = False  # something of which it has not answered yet
         env.reset()  # some step only after it
 
     def reset(self, indices: IntArray, episodes: IntArray) -> Observation:
@@ -151,7 +167,8 @@ class VecEnvSimulator:
         for index, episode in zip(indices, episodes, strict=True):
             seed = episode_seed(self._seeds[index], int(episode))
             try:
-                (result,) = self._env.env_method("reset", seed=seed, indices=[int(index)])
+                with self._answering():
+                    (result,) = self._env.env_method("reset", seed=seed, indices=[int(index)])
             except Exception as error:
                 raise RaisedInsideError(int(index), f"{type(error).__name__}: {error}") from error
             first.append(result[0])
@@ -172,7 +189,8 @@ class VecEnvSimulator:
         self._spoiled |= idle
         everything = self._zero.copy()
         everything[indices] = actions
-        observation, reward, ended, infos = self._env.step(everything)
+        with self._answering():
+            observation, reward, ended, infos = self._env.step(everything)
         observation, ended = np.array(observation)[indices], np.asarray(ended, np.bool_)[indices]
         infos = [infos[index] for index in indices]
         for row in np.flatnonzero(ended):
@@ -180,6 +198,15 @@ class VecEnvSimulator:
         cut = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
         success = np.array([succeeded(info) for info in infos])
         return SimulatorStep(observation, np.asarray(reward)[indices], ended & ~cut, ended & cut, success)
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Ask one thing at a time: after an interrupt the next answer would be the last question's."""
+        if self._asked:
+            raise EnvError("a call was interrupted before this VecEnv had answered: make a new one")
+        self._asked = True
+        yield
+        self._asked = False
 
     def close(self) -> None:
         """Close it, also where one of its processes has died."""

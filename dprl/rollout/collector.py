@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from dprl.errors import EnvError, LocatedEnvError, check
+from dprl.errors import EnvActionError, EnvError, LocatedEnvError, check
 from dprl.observations import Observation, map_parts, take, to_tensors
 from dprl.rollout.pool import Actor, Rollout, is_count
 from dprl.seeding import EpisodeNoise
@@ -79,8 +79,14 @@ class Collector:
         """See `RolloutPool.step_chunk`."""
         if self._observation is None:
             raise EnvError("step_chunk before reset: an episode must be open")
-        with self._own_indices():
-            step = self.env.step_chunk(actions)
+        try:
+            with self._own_indices():
+                step = self.env.step_chunk(actions)
+        except EnvActionError:  # nothing was executed
+            raise
+        except BaseException:
+            self._observation = None  # nobody knows how far it came: new episodes begin
+            raise
         self._observation = step.observation
         self._episodes = self._episodes + step.ended
         self._steps = np.where(step.ended, 0, step.episode_length)

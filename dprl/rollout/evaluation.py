@@ -18,7 +18,7 @@ from dprl.errors import EnvError, EnvFaultError, LocatedEnvError, check
 from dprl.observations import Camera, put, take, to_tensors
 from dprl.policy import InferenceConfig, Policy, RecedingHorizon
 from dprl.rollout.collector import one_thread
-from dprl.rollout.pool import checked_slice_size
+from dprl.rollout.pool import MAX_SLICE, checked_slice_size
 from dprl.rollout.recording import Recorder, Trajectory
 from dprl.seeding import torch_generator
 from dprl.spec import BatchedEnv, EnvSpec, build, env_seeds, with_n_obs_steps
@@ -137,7 +137,9 @@ def seats(episodes: int) -> list[slice]:
     check(episodes >= 1, "episodes", episodes, "must be at least 1")
     n = min(episodes, MAX_ENVS)
     size = checked_slice_size(n, None)
-    return [slice(i, i + size) for i in range(0, n, size)]
+    slices = n // size if 2 * size >= MAX_SLICE else math.ceil(n / MAX_SLICE)  # of unequal size, rather than of a few
+    edges = [n * i // slices for i in range(slices + 1)]
+    return [slice(first, last) for first, last in itertools.pairwise(edges)]
 
 
 def play(

@@ -55,8 +55,8 @@ class InProcessPool(RolloutPool):
             options: of the environment, if it is named.
             double_buffer: let one half of the environments move while the policy decides for the other. The rollouts
                 are the same. Needs a spec, and an even number of slices. On two cores without a GPU it is slower.
-            max_failures: how many failures of one call are mended: environments built from a spec are built again and
-                brought to where they were, and the call is repeated.
+            max_failures: how many failures of one call are mended: environments built from a spec whose episodes can be
+                replayed are built again and brought to where they were, and the call is repeated.
 
         Raises:
             ConfigError: the numbers do not divide, or one does not fit what `env` is.
@@ -69,7 +69,7 @@ class InProcessPool(RolloutPool):
                 raise ConfigError("n_envs = None: state how many environments to build from a spec")
             size = checked_slice_size(n_envs, slice_size)
             self._shares = Share(env, seed, size, 0, n_envs).divided(2 if double_buffer else 1, "double_buffer")
-            self._parts = [share.build() for share in self._shares]
+            self._parts = _built(self._shares)
         else:
             check(n_envs in (None, env.n_envs), "n_envs", n_envs, f"there are {env.n_envs} environments")
             check(not double_buffer, "double_buffer", double_buffer, "needs a spec: halves are built apart")
@@ -137,9 +137,7 @@ class InProcessPool(RolloutPool):
     def close(self) -> None:
         """See `RolloutPool.close`."""
         self._closed = True
-        for part in self._parts[1:]:
-            part.dispose()
-        for part in self._parts[:1]:
+        for part in self._parts:
             part.env.close()
 
     def _require_open(self) -> None:
@@ -173,14 +171,7 @@ class InProcessPool(RolloutPool):
             raise EnvError(f"{self.spec.id}: an environment has failed, and this pool did not build it: make a new one")
         for part in self._parts:
             part.dispose()
-        with ExitStack() as undo:
-            parts = []
-            for share in self._shares:
-                part = share.build()
-                undo.callback(part.dispose)
-                parts.append(part)
-            undo.pop_all()
-        self._parts = parts
+        self._parts = _built(self._shares)
         self._place(state)
         self._saved = None
 
@@ -192,13 +183,24 @@ class InProcessPool(RolloutPool):
             first += part.env.n_envs
 
 
+def _built(shares: list[Share]) -> list[Collector]:
+    """Build all, or leave none behind."""
+    with ExitStack() as undo:
+        parts = []
+        for share in shares:
+            parts.append(share.build())
+            undo.callback(parts[-1].dispose)
+        undo.pop_all()
+    return parts
+
+
 def as_pool(env: BatchedEnv | RolloutPool, seed: int) -> RolloutPool:
     """Return `env` if it is a pool already, else a pool around it.
 
     Raises:
         EnvError: it is neither.
     """
-    if not hasattr(env, "spec"):
+    if not hasattr(env, "step_chunk"):
         raise EnvError(f"{type(env).__name__} {env!r} is no batched environment: take dprl.make(id, n_envs=...)")
     return env if isinstance(env, RolloutPool) else InProcessPool(env, seed=seed)
 

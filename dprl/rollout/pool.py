@@ -130,7 +130,7 @@ class RolloutPool(ABC):
     ) -> RolloutPool:
         """Choose by the simulator, the cores, the nodes of a running Ray and the policy's device; say so in `choice`.
 
-        The rollouts are the same whatever is chosen.
+        With a policy on the CPU the rollouts are the same whatever is chosen.
 
         Args:
             env: the task.

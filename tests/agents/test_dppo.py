@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -178,6 +179,8 @@ def test_a_policy_of_another_size_is_refused() -> None:
 def test_what_it_cannot_tune_or_act_in_is_named() -> None:
     with pytest.raises(ConfigError, match=r"policy = 'MSEPolicy': must be a DiffusionPolicy"):
         DPPO(MSEPolicy(Features(2, 1)), make_toy(reach_spec(), 2))
+    with pytest.raises(EnvError, match=r"is no batched environment: take dprl.make"):
+        DPPO(toy_policy(), SimpleNamespace(spec=None), SMALL)  # as a Gymnasium environment has one
     with pytest.raises(EnvError, match=r"str 'Avoid-v0' is no batched environment: take dprl.make"):
         DPPO(toy_policy(), "Avoid-v0")
 

@@ -1,5 +1,7 @@
 """Anything registered with Gymnasium, through `gymnasium.vector`."""
 
+import signal
+import time
 from typing import Any
 
 import gymnasium
@@ -16,6 +18,9 @@ RANDOM = "dprl-test/Random-v0"
 class Toy(gymnasium.Env):
     """Observes (a number drawn at reset, the step, the sum of actions); ends or succeeds at step 4, if it does."""
 
+    seconds = 0.0
+    """Of a step."""
+
     def __init__(self, ends: bool = False, reports_success: bool = False, nested: bool = False) -> None:
         self._ends, self._reports_success, self._nested = ends, reports_success, nested
         self.action_space = gymnasium.spaces.Box(-2.0, 2.0, (2,), np.float64)
@@ -30,6 +35,7 @@ class Toy(gymnasium.Env):
         return self._observe(), {}
 
     def step(self, action):
+        time.sleep(self.seconds)
         assert self.action_space.contains(action), action
         self._steps += 1
         self._sum += float(action.sum())
@@ -195,6 +201,25 @@ def test_restore_goes_on_exactly(name, n_chunks, assert_same_step):
     np.testing.assert_array_equal(restored.restore(original.state()), observation)
     for a, b in zip(play(original, 4, 1), play(restored, 4, 1), strict=True):
         assert_same_step(a, b)
+
+
+def test_processes_end_in_the_middle_of_a_step_whatever_their_parent_does_at_a_signal(monkeypatch):
+    """Training handles SIGTERM; processes that it starts must not."""
+    spec = resolve(TERMINATING, EnvOptions(vectorization="async"))
+    monkeypatch.setattr(Toy, "seconds", 3600.0)
+    monkeypatch.setattr("dprl.envs.gymnasium.CLOSE_TIMEOUT_S", 0.2)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        env = build(spec, env_seeds(3, 2))
+        env.reset()
+        vector = env._simulator._env
+        vector.step_async(np.zeros((2, 2), np.float32))
+        start = time.monotonic()
+        env.close()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert time.monotonic() - start < 10
+    assert not any(process.is_alive() for process in vector.processes)
 
 
 def test_discrete_actions_are_refused():

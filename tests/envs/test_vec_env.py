@@ -63,6 +63,40 @@ def test_a_vec_env_of_ones_own_can_be_restored(actor):
         np.testing.assert_array_equal(again.collect(actor, 5).observations, rest.observations)
 
 
+def test_episodes_of_different_length_are_restored(actor):
+    """Though all its environments step at once."""
+    spec = vec_env.make_spec("tests.envs.test_vec_env:hopper", max_episode_steps=100)
+    with InProcessPool(spec, N_ENVS, seed=3) as pool:
+        pool.collect(actor, 12)
+        state, rest = pool.state(), pool.collect(actor, 5)
+    assert len(set(state.lengths)) > 1
+    with InProcessPool(spec, N_ENVS, seed=3) as again:
+        again.restore(state)
+        np.testing.assert_array_equal(again.collect(actor, 5).observations, rest.observations)
+
+
+def test_an_interrupted_call_is_not_taken_for_the_next_ones_answer(monkeypatch):
+    env = vec_env.from_vec_env(hopper(2), max_episode_steps=LIMIT)
+    env.reset()
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(env._simulator._env, "step_wait", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            env.step_chunk(np.zeros((2, 1, 3), np.float32))
+    with pytest.raises(EnvError, match="make a new one"):
+        env.reset()
+    env.close()
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_was_handed_in_cannot_be_built_again(actor):
+    pool = as_pool(vec_env.from_vec_env(hopper(2), max_episode_steps=LIMIT), seed=0)
+    with pool, pytest.raises(EnvError, match=r"handed in ready-made.*make_spec"):
+        pool.evaluate(actor.policy, 1, 0)
+
+
 def test_time_limits_of_its_own_truncate():
     import gymnasium
     from stable_baselines3.common.vec_env import DummyVecEnv

@@ -172,6 +172,16 @@ def test_wrong_action_size_is_refused_with_both_sizes():
         evaluate(policy, hopper(), 1, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("episodes", "sizes"), [(7, [7]), (100, [25, 25]), (40, [20, 20]), (47, [23, 24]), (37, [18, 19])]
+)
+def test_slices_are_few(episodes, sizes):
+    """A prime number's are of unequal size, rather than of one."""
+    slices = evaluation.seats(episodes)
+    assert [s.stop - s.start for s in slices] == sizes
+    assert [s.start for s in slices[1:]] == [s.stop for s in slices[:-1]]
+
+
 @pytest.mark.parametrize("episodes", [0, -1])
 def test_no_episodes_are_refused(episodes):
     with pytest.raises(ConfigError, match=f"episodes = {episodes}: must be at least 1"):

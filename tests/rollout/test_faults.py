@@ -229,10 +229,18 @@ def test_a_mistake_of_the_policys_is_not_tried_again(replayable, cluster, actor,
             return self
 
     with on_ray(faulty_spec(tmp_path, replayable=replayable)) as pool:
+        pool.collect(actor, 1)
+        before = pool.state()
+        assert (before.lengths > 0).all()
         with pytest.raises(ZeroDivisionError, match="a policy's own"):
             pool.collect(Mistaken(), 1)
         assert pool.failures == 0
-        np.testing.assert_array_equal(pool.collect(actor, 1).environments, np.arange(N_ENVS))
+        rollout = pool.collect(actor, 1)
+        np.testing.assert_array_equal(rollout.environments, np.arange(N_ENVS))
+        expected = rollout.n_steps[0] + (before.lengths if replayable else 0)
+        np.testing.assert_array_equal(rollout.episode_lengths[0], expected, "else the next episodes begin")
+        ended = rollout.ended[0].astype(int)
+        np.testing.assert_array_equal(pool.state().episodes, before.episodes + (not replayable) + ended)
 
 
 @pytest.mark.parametrize("make", [on_ray, in_process])
@@ -291,6 +299,87 @@ def test_where_nothing_can_be_replayed_the_next_episodes_begin(make, cluster, ac
         np.testing.assert_array_equal(restored.episodes, state.episodes + 1)
         np.testing.assert_array_equal(restored.lengths, 0)
         np.testing.assert_array_equal(pool.collect(actor, 2).episode_lengths[0], pool.state().lengths * 0 + 2)
+
+
+def test_a_worker_that_dies_costs_nothing_where_nothing_was_under_way(cluster, actor, tmp_path):
+    """Though its episodes cannot be replayed: they are begun anew, or others are."""
+    with on_ray(faulty_spec(tmp_path, replayable=False)) as pool:
+        pool.collect(actor, 1)
+        state = pool.state()
+        processes(pool)[0].kill()
+        pool.restore(state)
+        np.testing.assert_array_equal(pool.state().episodes, state.episodes + 1)
+        processes(pool)[1].kill()
+        assert pool.reset().shape[0] == N_ENVS
+        assert pool.failures == 2
+
+
+def test_a_policy_that_acts_elsewhere_goes_on_in_new_episodes(cluster, tmp_path):
+    """Where a chunk was lost, and nothing can be replayed: not in those that were there before."""
+    actions = np.zeros((N_ENVS, 4, 1), np.float32)
+    with on_ray(faulty_spec(tmp_path, replayable=False)) as pool:
+        pool.reset()
+        played = sum(pool.step_chunk(actions).ended.astype(int) for _ in range(5))
+        assert played.min() >= 2
+        processes(pool)[0].kill()
+        with pytest.raises(WorkerError, match="cannot be replayed"):
+            pool.step_chunk(actions)
+        assert (pool.state().episodes >= played).all()
+        pool.step_chunk(actions)
+
+
+def test_an_interrupt_in_environments_that_were_given_begins_new_episodes(actor, tmp_path, monkeypatch):
+    """Nobody knows how far the chunk came."""
+    env = build(faulty_spec(tmp_path), SEEDS)
+    pool = as_pool(env, SEED)
+    pool.collect(actor, 1)
+    before = pool.state()
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(env._simulator, "_due", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pool.collect(actor, 1)
+    rollout = pool.collect(actor, 1)
+    np.testing.assert_array_equal(rollout.episode_lengths, rollout.n_steps)
+    np.testing.assert_array_equal(pool.state().episodes, before.episodes + 1 + rollout.ended[0])
+
+
+def _interrupt(_: int) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_pool_whose_ray_has_ended_starts_none(cluster, actor, tmp_path, monkeypatch):
+    """As `ray.kill` and `ray.put` would."""
+    killed: list[object] = []
+    with on_ray(faulty_spec(tmp_path)) as pool, monkeypatch.context() as ended:
+        ended.setattr(ray, "is_initialized", lambda: False)
+        ended.setattr(ray, "kill", killed.append)
+        with pytest.raises(ClosedPoolError):
+            pool.collect(actor, 1)
+        pool._crew.close()
+    assert killed == []
+
+
+def test_why_a_worker_cannot_start_is_said(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr("dprl.rollout.ray_pool.surroundings.Surroundings.here", lambda spec: Unusable())
+    with pytest.raises(ConfigError, match=r"num_workers = 1: one could not start: .*no such module here"):
+        on_ray(faulty_spec(tmp_path), num_workers=1)
+
+
+class Unusable:
+    """Surroundings that cannot be entered."""
+
+    def enter(self) -> None:
+        raise RuntimeError("no such module here")
+
+
+def test_the_environment_whose_replay_ends_is_named_as_the_pool_counts_it(tmp_path):
+    spec = faulty_spec(tmp_path)
+    lengths = np.zeros(N_ENVS, np.int64)
+    lengths[6] = spec.max_episode_steps + 1
+    state = EnvState(np.zeros(N_ENVS, np.int64), lengths, np.zeros((lengths[6], 1), np.float32))
+    pool = InProcessPool(spec, N_ENVS, seed=SEED, slice_size=SLICE, double_buffer=True)
+    with pool, pytest.raises(EnvError, match="ends when it is replayed in environment 6"):
+        pool.restore(state)
 
 
 def test_an_episode_that_ends_in_its_replay_is_an_error(tmp_path):

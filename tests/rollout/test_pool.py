@@ -305,6 +305,24 @@ def test_restore_in_process_goes_on_exactly(reference, spec, actor):
         assert_same(pool.collect(actor, DECISIONS), reference.second)
 
 
+@pytest.mark.parametrize("make", ["in process", "on Ray"])
+def test_a_used_pool_can_be_restored(make, ray, spec, actor, reference):
+    """To what was before, and to the beginning; EnvPool's environments cannot go back."""
+    from dprl.rollout.ray_pool import RayPool
+
+    on_ray = partial(RayPool, num_workers=2)
+    with (on_ray if make == "on Ray" else InProcessPool)(spec, N_ENVS, seed=SEED, slice_size=SLICE) as pool:
+        beginning = pool.state()
+        pool.collect(actor, DECISIONS)
+        before = pool.state()
+        pool.collect(actor, DECISIONS)
+        pool.restore(before)
+        assert_same(pool.collect(actor, DECISIONS), reference.second)
+        pool.restore(beginning)
+        assert_same_state(pool.state(), beginning)
+        assert_same(pool.collect(actor, DECISIONS), reference.first)
+
+
 def test_restore_of_an_unused_pool_starts_at_the_beginning(reference, spec, actor):
     with in_process(spec) as unused, in_process(spec) as pool:
         pool.restore(unused.state())

@@ -40,6 +40,8 @@ from dprl.rollout.ray_pool.workers import Crew, Reply, WorkerOptions, writable
 
 JOURNAL_LENGTH = 100
 """Chunks of a policy that acts elsewhere, after which the environments' state is noted anew."""
+EXECUTING = ("collect", "step_chunk")
+"""Methods whose results are lost with a worker, where episodes cannot be replayed."""
 
 
 class RayPool(RolloutPool):
@@ -111,7 +113,8 @@ class RayPool(RolloutPool):
         """See `RolloutPool.collect`.
 
         Raises:
-            WorkerError: a worker failed more often than it is forgiven. `state` is then what it was before.
+            WorkerError: a worker failed more often than it is forgiven: `state` is then what it was before. Or every
+                worker was lost, and episodes cannot be replayed: the next ones then begin.
         """
         check_collection(actor, n_steps)
         self._crew.require_open()
@@ -148,7 +151,9 @@ class RayPool(RolloutPool):
     def restore(self, state: EnvState) -> None:
         """See `RolloutPool.restore`."""
         check_state(state, self.n_envs)
-        self._complete("restore", [(state.part(s.share.first_env, s.share.n_envs),) for s in self._seats])
+        self._crew.require_open()
+        self._seats = [seat.at(state.part(seat.share.first_env, seat.share.n_envs)) for seat in self._seats]
+        self._everywhere("state", [()] * len(self._seats))
 
     def close(self) -> None:
         """End the workers, and Ray if it was started for them."""
@@ -161,7 +166,7 @@ class RayPool(RolloutPool):
     def _complete(self, method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
         """Call a method of every share, where none can be done without."""
         results = self._everywhere(method, arguments)
-        if method != "restore" and any(result is None for result in results):
+        if any(result is None for result in results):
             raise WorkerError(f"{self.spec.id}: a worker was lost, and its episodes cannot be replayed")
         return results
 
@@ -185,6 +190,10 @@ class _Seat:
     state: EnvState | None = None
     chunks: list[FloatArray] = field(default_factory=list)
     """What was executed since `state`."""
+
+    def at(self, state: EnvState) -> _Seat:
+        """The same, still to be brought to `state`."""
+        return replace(self, built=False, state=state, chunks=[])
 
     def after(self, reply: Reply, arguments: tuple[Any, ...]) -> _Seat:
         """Where it is once a call has come back."""
@@ -215,10 +224,8 @@ class _ShareCall:
         seat = self.seat
         if self.built and not again:
             return worker.call.remote(seat.share, self.method, *self.arguments)
-        # what cannot be replayed is lost with its worker; where a call was only abandoned, new episodes begin
-        known = again or seat.share.spec.replayable
-        before = (seat.state, seat.chunks) if known else (None, [])
-        return worker.call_anew.remote(seat.share, *before, self.method, *self.arguments)
+        lost = again and self.method in EXECUTING and not seat.share.spec.replayable
+        return worker.call_anew.remote(seat.share, seat.state, seat.chunks, lost, self.method, *self.arguments)
 
     def __str__(self) -> str:
         return f"worker {self.host} ({self.seat.share})"

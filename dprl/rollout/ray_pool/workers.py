@@ -33,7 +33,7 @@ from dprl.spec import EnvSpec, EnvState, FloatArray
 
 try:
     import ray
-    from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
+    from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RayTaskError
 except ImportError as error:
     raise MissingDependencyError("ray", "ray", "a Ray rollout pool") from error
 
@@ -112,23 +112,31 @@ class Worker:
             raise BlankWorkerError
         collector = self._collectors[share.first_env]
         result = getattr(collector, method)(*arguments)
-        return Reply(result, None if method == "step_chunk" else collector.state())
+        noted = method == "step_chunk" and share.spec.replayable
+        return Reply(result, None if noted else collector.state())
 
     def call_anew(
-        self, share: Share, state: EnvState | None, chunks: Sequence[FloatArray], method: str, *arguments: Any
+        self,
+        share: Share,
+        state: EnvState | None,
+        chunks: Sequence[FloatArray],
+        lost: bool,
+        method: str,
+        *arguments: Any,
     ) -> Reply:
-        """Build the share's environments, in place of those it has; bring them to where they were; then `call`."""
+        """Build the share's environments, in place of those it has; bring them to where they were; then `call`.
+
+        Where that is `lost`, the next episodes have begun, and there is no result.
+        """
         old = self._collectors.pop(share.first_env, None)
         if old is not None:
             old.dispose()
         collector = self._collectors[share.first_env] = share.build()
         if state is not None:
-            collector.restore(writable(state))
-            if not share.spec.replayable:
-                return Reply(None, collector.state())
+            collector.restore(state)
         for actions in chunks:
             collector.step_chunk(actions)
-        return self.call(share, method, *arguments)
+        return Reply(None, collector.state()) if lost else self.call(share, method, *arguments)
 
     def apply(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function that has nothing to do with the shares."""
@@ -141,7 +149,7 @@ class Reply(NamedTuple):
     result: Any
     """None: it was lost, and could not be made up for."""
     state: EnvState | None
-    """Where the environments are now; None after a chunk, which whoever sent it can note."""
+    """Where the environments are now; None after a chunk that whoever sent it can note, to replay it."""
 
 
 def writable(state: EnvState) -> EnvState:
@@ -202,11 +210,14 @@ class Crew:
             ray.get([worker.ready.remote() for worker in self._workers], timeout=START_TIMEOUT_S)
         except BaseException as error:
             self.close()
-            if isinstance(error, RayError):
+            if isinstance(error, GetTimeoutError):
                 raise ConfigError(
-                    f"num_workers = {num_workers}: not all of them started within {START_TIMEOUT_S:g} s "
-                    f"({type(error).__name__}: {str(error).splitlines()[0]}); 'ray status' shows what they wait for"
+                    f"num_workers = {num_workers}: not all of them started within {START_TIMEOUT_S:g} s; "
+                    "'ray status' shows what they wait for"
                 ) from error
+            if isinstance(error, RayError):
+                why = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+                raise ConfigError(f"num_workers = {num_workers}: one could not start: {why}") from error
             raise
 
     @property
@@ -240,16 +251,18 @@ class Crew:
                 try:
                     results[number] = self._outcome(ref)
                 except BlankWorkerError:
+                    log.warning("%s: its process was restarted since; made again", jobs[number])
+                    self.failures += 1
                     again[number] = True
                     waiting.appendleft(number)
                 except (EnvFaultError, WorkerLostError) as failure:
                     self.require_open()
                     failures[number] += 1
-                    self.failures += 1
                     if failures[number] > self.options.max_failures:
                         times = f"failed {failures[number]} times in one call; the last time"
                         raise WorkerError(f"{jobs[number]} {times}: {failure}") from failure
                     log.warning("%s: %s; made again (failure %d)", jobs[number], failure, failures[number])
+                    self.failures += 1
                     if isinstance(failure, WorkerLostError):
                         self._settle(jobs[number].host)
                     again[number] = True
@@ -263,13 +276,15 @@ class Crew:
         """End the workers. A `finish` in another thread then raises ClosedPoolError."""
         self._closed = True
         for worker in self._workers:
-            if worker is not None:
-                with suppress(Exception):  # Ray may have ended before
+            if worker is not None and ray.is_initialized():  # else `kill` would start a Ray
+                with suppress(Exception):  # it may be another Ray than theirs
                     ray.kill(worker)
+        if self._turn.acquire(timeout=ABANDONED_TIMEOUT_S):  # by then another thread has noticed
+            self._turn.release()
 
     def require_open(self) -> None:
-        """Raise ClosedPoolError after `close`."""
-        if self._closed:
+        """Raise ClosedPoolError after `close`, and after Ray has ended."""
+        if self._closed or not ray.is_initialized():
             raise ClosedPoolError
 
     def _start(self, jobs: Sequence[Job], waiting: deque[int], again: list[bool]) -> None:
@@ -352,7 +367,7 @@ class Crew:
                 return False
             except RayActorError:  # it is being restarted
                 time.sleep(POLL_S)
-            except ray.exceptions.GetTimeoutError:
+            except GetTimeoutError:
                 return False
         return False
 
