@@ -210,14 +210,13 @@ def physics(config: RolloutBenchmark, name: str) -> Iterator[Round]:
     data = [mujoco.MjData(model) for _ in range(cores)]
     full = np.zeros(mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_FULLPHYSICS))
     mujoco.mj_getState(model, env.data, full, mujoco.mjtState.mjSTATE_FULLPHYSICS)
-    with rollout.Rollout(nthread=cores) as threads:
+    with contextlib.closing(env), rollout.Rollout(nthread=cores) as threads:
 
         def once() -> int:
             threads.rollout([model] * config.n_envs, data, np.tile(full, (config.n_envs, 1)), control)
             return int(config.n_envs * n_steps // env.frame_skip)
 
         yield once
-    env.close()
 
 
 # ----------------------------------------------------------------------------------------------------------- policies
@@ -250,7 +249,7 @@ def random_decision(config: RolloutBenchmark, spec: EnvSpec) -> Decide:
     rng = np.random.default_rng(0)
     low, high = np.asarray(spec.action_low, np.float32), np.asarray(spec.action_high, np.float32)
     shape = (config.n_envs, config.chunk, spec.action_size)
-    return lambda observation: rng.uniform(low, high, shape).astype(np.float32)
+    return lambda observation: np.clip(rng.standard_normal(shape, np.float32), low, high)  # as `RandomActor` does
 
 
 def our_policy(spec: EnvSpec, chunk: int) -> DenoisingMDP:
@@ -396,13 +395,15 @@ def main(config: RolloutBenchmark) -> None:
     table = Table(*columns, box=None)
     for figure in found:
         same = {f.way: f for f in found if (f.env, f.policy) == (figure.env, figure.policy)}
-        alone = next((f for f in found if f.env == figure.env and f.way == ALONE), None)
         table.add_row(
             figure.env,
             f"{HIDDEN} x 3, K = {DENOISING_STEPS}" if figure.policy else "none",
             figure.way,
             f"{np.median(figure.steps_per_s):,.0f}",
-            *("" if base is None else f"{ratio(figure, base):.2f}" for base in (same[PROCESSES], same[INSIDE], alone)),
+            *(
+                "" if base is None else f"{ratio(figure, base):.2f}"
+                for base in (same[PROCESSES], same[INSIDE], same.get(ALONE))
+            ),
             f"{figure.memory_mb:,.0f}",
         )
     Console().print(table)
