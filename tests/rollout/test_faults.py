@@ -21,7 +21,7 @@ from dprl.errors import ClosedPoolError, ConfigError, EnvActionError, EnvError, 
 from dprl.mdp import DenoisingMDP, ExplorationConfig
 from dprl.rollout import InProcessPool, Rollout, as_pool, evaluate
 from dprl.seeding import numpy_generator
-from dprl.spec import EnvSpec, EnvState, build, env_seeds
+from dprl.spec import EnvOptions, EnvSpec, EnvState, build, env_seeds, resolve
 from tests.rollout.faulty import FAULTS, Fault, faulty_spec, plant
 from tests.toys import toy_policy
 
@@ -67,7 +67,7 @@ def random_fault(kind: str, rollouts: list[Rollout], number: int, times: int = 1
     lengths: dict[tuple[int, int], int] = {}
     episode = np.zeros(N_ENVS, int)
     for rollout in rollouts:
-        for t, index in np.argwhere(rollout.ended | True):
+        for t, index in np.ndindex(rollout.ended.shape):
             if rollout.ended[t, index]:
                 lengths[index, episode[index]] = int(rollout.episode_lengths[t, index])
                 episode[index] += 1
@@ -93,7 +93,7 @@ REPEATS = [pytest.param(i, marks=pytest.mark.full) if i else i for i in range(20
 def test_a_worker_that_fails_changes_nothing(kind, repeat, cluster, actor, undisturbed, tmp_path):
     plant(tmp_path, random_fault(kind, undisturbed, repeat))
     start = time.monotonic()
-    with on_ray(faulty_spec(tmp_path), num_workers=1 + repeat % 2, timeout_s=2.0 if kind == "hang" else 30.0) as pool:
+    with on_ray(faulty_spec(tmp_path), num_workers=2 - repeat % 2, timeout_s=2.0 if kind == "hang" else 30.0) as pool:
         assert_same([pool.collect(actor, DECISIONS) for _ in range(2)], undisturbed)
         assert pool.failures == 1
     assert planted(tmp_path) == 0, "the fault should have happened"
@@ -175,6 +175,20 @@ def test_a_worker_killed_between_collections_changes_nothing(cluster, actor, und
         first = pool.collect(actor, DECISIONS)
         processes(pool)[1].kill()
         assert_same([first, pool.collect(actor, DECISIONS)], undisturbed)
+
+
+def test_the_environments_processes_end_with_their_worker(cluster, tmp_path):
+    """Though it was killed, and could not end them."""
+    spec = resolve("Pendulum-v1", EnvOptions(vectorization="async", max_episode_steps=5))
+    with RayPool(spec, 4, num_workers=1, slice_size=2) as pool:
+        pool.reset()
+        (worker,) = processes(pool)
+        children = worker.children()
+        assert len(children) >= 4
+        worker.kill()
+        assert pool.reset().shape[0] == 4
+        _, alive = psutil.wait_procs(children, timeout=20)
+        assert alive == []
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
