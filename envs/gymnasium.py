@@ -282,12 +282,22 @@ class GymnasiumSimulator:
         close_processes(self._env, CLOSE_TIMEOUT_S)
 
 
-def close_processes(env: Any, timeout_s: float | None = None) -> None:
-    """Close a vector environment; where that fails, or is interrupted, end its processes first."""
+def close_processes(env: Any, timeout_s: float | None = None, *, pending: bool = False) -> None:
+    """Close a vector environment; end its processes first where that fails, is interrupted, or cannot go well.
+
+    It cannot where one of them has died, or an answer is `pending`: some wait for ever for what they have read already.
+
+    Raises:
+        EnvError: it could not.
+    """
+    processes = getattr(env, "processes", ())
     try:
+        if processes and not env.closed and (pending or not all(process.is_alive() for process in processes)):
+            raise EnvError("its processes were ended: one had died, or was interrupted")
         env.close(**({} if timeout_s is None else {"timeout": timeout_s}))
     except BaseException:
-        for process in getattr(env, "processes", ()):
+        for process in processes:
             process.kill()
             process.join()
+        env.closed = True  # it asks nobody again when it is collected
         raise

@@ -1,5 +1,6 @@
 """Anything registered with Gymnasium, through `gymnasium.vector`."""
 
+import os
 import signal
 import time
 from typing import Any
@@ -8,6 +9,7 @@ import gymnasium
 import numpy as np
 import pytest
 
+from dprl.envs.gymnasium import CLOSE_TIMEOUT_S
 from dprl.errors import EnvError
 from dprl.spec import BatchedEnv, ChunkStep, EnvOptions, EnvSpec, build, env_seeds, resolve
 
@@ -219,6 +221,23 @@ def test_processes_end_in_the_middle_of_a_step_whatever_their_parent_does_at_a_s
     finally:
         signal.signal(signal.SIGTERM, before)
     assert time.monotonic() - start < 10
+    assert not any(process.is_alive() for process in vector.processes)
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_it_closes_whichever_of_its_processes_dies_in_a_step(dead):
+    """The answers of those before it have been read, and are not waited for again."""
+    env = build(resolve(TERMINATING, EnvOptions(vectorization="async")), env_seeds(3, 2))
+    env.reset()
+    vector = env._simulator._env
+    os.kill(vector.processes[dead].pid, signal.SIGSTOP)
+    vector.step_async(np.zeros((2, 2), np.float32))
+    vector.processes[dead].kill()
+    with pytest.raises((EOFError, ConnectionResetError)):
+        vector.step_wait()
+    start = time.monotonic()
+    env.close()
+    assert time.monotonic() - start < CLOSE_TIMEOUT_S / 2
     assert not any(process.is_alive() for process in vector.processes)
 
 

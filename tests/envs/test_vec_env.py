@@ -1,5 +1,8 @@
 """A stable-baselines3 `VecEnv` as a backend: the episodes of the same environments through Gymnasium."""
 
+import os
+import signal
+import threading
 from dataclasses import fields
 
 import numpy as np
@@ -155,6 +158,21 @@ def test_processes_that_have_died_do_not_hinder_closing(caplog):
         env.step_chunk(np.zeros((2, 1, 3), np.float32))
     env.close()
     assert "did not close" in caplog.text
+    assert not any(process.is_alive() for process in processes)
+
+
+@pytest.mark.timeout(60)
+def test_it_closes_whichever_of_its_processes_dies_in_a_step():
+    """The answers of those before it have been read, and are not waited for again."""
+    env = vec_env.from_vec_env(hopper_in_processes(2), max_episode_steps=LIMIT)
+    env.reset()
+    processes = env._simulator._env.processes
+    stopped = threading.Timer(0.5, processes[1].kill)
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    stopped.start()
+    with pytest.raises(EnvFaultError, match="the simulator raised"):
+        env.step_chunk(np.zeros((2, 1, 3), np.float32))
+    env.close()
     assert not any(process.is_alive() for process in processes)
 
 
