@@ -242,6 +242,7 @@ class GymnasiumSimulator:
         self._has_cameras = bool(spec.cameras)
         self._started = np.zeros(len(seeds), np.bool_)
         self._latest: Any = None
+        self._is_broken = False
 
     def reset(self, indices: IntArray, episodes: IntArray) -> Observation:
         """Reset each environment with the seed of its episode."""
@@ -253,14 +254,16 @@ class GymnasiumSimulator:
         if not self._started.all():  # gymnasium.vector must see every environment once before it takes a mask
             mask[~self._started] = True
             self._started[:] = True
-        self._latest, _ = self._env.reset(seed=seeds, options={"reset_mask": mask})
+        with self._asking():
+            self._latest, _ = self._env.reset(seed=seeds, options={"reset_mask": mask})
         return self._observe(indices)
 
     def step(self, indices: IntArray, actions: FloatArray) -> SimulatorStep:
         """Step the environments `indices`; the others stand still."""
         padded = np.full((len(self._seeds), actions.shape[1]), np.nan, np.float32)
         padded[indices] = actions
-        self._latest, reward, _, _, info = self._env.step(padded)
+        with self._asking():
+            self._latest, reward, _, _, info = self._env.step(padded)
         terminated, truncated, success = (
             np.asarray(info[f"dprl_{key}"], np.bool_)[indices] for key in ("terminated", "truncated", "success")
         )
@@ -277,22 +280,30 @@ class GymnasiumSimulator:
         observation: Observation = parts if self._has_cameras else state_of(parts)
         return observation
 
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, OSError):  # a process has died; it may take a while until it counts as dead
+            self._is_broken = True
+            raise
+
     def close(self) -> None:
         """Close all environments and their processes, also those whose fellow has died."""
-        close_processes(self._env, CLOSE_TIMEOUT_S)
+        close_processes(self._env, CLOSE_TIMEOUT_S, broken=self._is_broken)
 
 
-def close_processes(env: Any, timeout_s: float | None = None, *, pending: bool = False) -> None:
+def close_processes(env: Any, timeout_s: float | None = None, *, broken: bool = False) -> None:
     """Close a vector environment; end its processes first where that fails, is interrupted, or cannot go well.
 
-    It cannot where one of them has died, or an answer is `pending`: some wait for ever for what they have read already.
+    It cannot where one of them has died: what others have answered, and was read, would be waited for again, for ever.
 
     Raises:
         EnvError: it could not.
     """
     processes = getattr(env, "processes", ())
     try:
-        if processes and not env.closed and (pending or not all(process.is_alive() for process in processes)):
+        if processes and not env.closed and (broken or not all(process.is_alive() for process in processes)):
             raise EnvError("its processes were ended: one had died, or was interrupted")
         env.close(**({} if timeout_s is None else {"timeout": timeout_s}))
     except BaseException:

@@ -210,4 +210,4 @@ class VecEnvSimulator:
 
     def close(self) -> None:
         """Close it, also where one of its processes has died."""
-        close_processes(self._env, pending=self._asked)
+        close_processes(self._env, broken=self._asked)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from dprl.envs.gymnasium import CLOSE_TIMEOUT_S
-from dprl.errors import EnvError
+from dprl.errors import EnvError, EnvFaultError
 from dprl.spec import BatchedEnv, ChunkStep, EnvOptions, EnvSpec, build, env_seeds, resolve
 
 TERMINATING, SUCCEEDING, NESTED, ENDLESS = "dprl-test/Ends-v0", "dprl-test/Goal-v0", "dprl-test/Dict-v0", "Endless-v0"
@@ -229,16 +230,15 @@ def test_it_closes_whichever_of_its_processes_dies_in_a_step(dead):
     """The answers of those before it have been read, and are not waited for again."""
     env = build(resolve(TERMINATING, EnvOptions(vectorization="async")), env_seeds(3, 2))
     env.reset()
-    vector = env._simulator._env
-    os.kill(vector.processes[dead].pid, signal.SIGSTOP)
-    vector.step_async(np.zeros((2, 2), np.float32))
-    vector.processes[dead].kill()
-    with pytest.raises((EOFError, ConnectionResetError)):
-        vector.step_wait()
+    processes = env._simulator._env.processes
+    os.kill(processes[dead].pid, signal.SIGSTOP)
+    threading.Timer(0.5, processes[dead].kill).start()
+    with pytest.raises(EnvFaultError, match=r"EOFError|ConnectionResetError"):
+        env.step_chunk(np.zeros((2, 1, 2), np.float32))
     start = time.monotonic()
     env.close()
     assert time.monotonic() - start < CLOSE_TIMEOUT_S / 2
-    assert not any(process.is_alive() for process in vector.processes)
+    assert not any(process.is_alive() for process in processes)
 
 
 def test_discrete_actions_are_refused():

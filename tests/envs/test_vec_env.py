@@ -167,9 +167,8 @@ def test_it_closes_whichever_of_its_processes_dies_in_a_step():
     env = vec_env.from_vec_env(hopper_in_processes(2), max_episode_steps=LIMIT)
     env.reset()
     processes = env._simulator._env.processes
-    stopped = threading.Timer(0.5, processes[1].kill)
     os.kill(processes[1].pid, signal.SIGSTOP)
-    stopped.start()
+    threading.Timer(0.5, processes[1].kill).start()
     with pytest.raises(EnvFaultError, match="the simulator raised"):
         env.step_chunk(np.zeros((2, 1, 3), np.float32))
     env.close()

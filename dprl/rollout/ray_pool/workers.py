@@ -7,6 +7,7 @@ lost its environments that would be wrong.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -88,7 +89,11 @@ class WorkerOptions:
 
 
 class BlankWorkerError(Exception):
-    """The worker was restarted and no longer has the environments it was asked for."""
+    """The worker was restarted, as the process `pid`, and no longer has the environments it was asked for."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(pid)
+        self.pid = pid
 
 
 class Worker:
@@ -102,14 +107,14 @@ class Worker:
             surroundings.enter()
         self._collectors: dict[int, Collector] = {}
 
-    def ready(self) -> bool:
-        """Answer."""
-        return True
+    def ready(self) -> int:
+        """Return the process it is."""
+        return os.getpid()
 
     def call(self, share: Share, method: str, *arguments: Any) -> Reply:
         """Call a method of the share's collector."""
         if share.first_env not in self._collectors:
-            raise BlankWorkerError
+            raise BlankWorkerError(os.getpid())
         collector = self._collectors[share.first_env]
         result = getattr(collector, method)(*arguments)
         noted = method == "step_chunk" and share.spec.replayable
@@ -207,7 +212,7 @@ class Crew:
         self.failures = 0
         """Calls that were made again so far."""
         try:
-            ray.get([worker.ready.remote() for worker in self._workers], timeout=START_TIMEOUT_S)
+            self._pids: list[int] = ray.get([w.ready.remote() for w in self._workers], timeout=START_TIMEOUT_S)
         except BaseException as error:
             self.close()
             if isinstance(error, GetTimeoutError):
@@ -250,9 +255,8 @@ class Crew:
                 number = self._running.pop(ref).number
                 try:
                     results[number] = self._outcome(ref)
-                except BlankWorkerError:
-                    log.warning("%s: its process was restarted since; made again", jobs[number])
-                    self.failures += 1
+                except BlankWorkerError as blank:
+                    self._meet(jobs[number].host, blank.pid)
                     again[number] = True
                     waiting.appendleft(number)
                 except (EnvFaultError, WorkerLostError) as failure:
@@ -344,6 +348,13 @@ class Crew:
                 f"it died, or did not answer for {self.options.timeout_s:g} s and was ended ({type(error).__name__})"
             ) from error
 
+    def _meet(self, host: int, pid: int) -> None:
+        """Count a process that was lost without anyone waiting for it."""
+        if self._pids[host] != pid:
+            log.warning("worker %d: its process was restarted since the last call (failure)", host)
+            self.failures += 1
+            self._pids[host] = pid
+
     def _settle(self, host: int) -> None:
         """Wait until a worker answers again, or give it up."""
         if not self._answers(host):
@@ -361,7 +372,7 @@ class Crew:
         worker, deadline = self._workers[host], time.monotonic() + self.options.restart_timeout_s
         while worker is not None and time.monotonic() < deadline:
             try:
-                ray.get(worker.ready.remote(), timeout=max(POLL_S, deadline - time.monotonic()))
+                self._pids[host] = ray.get(worker.ready.remote(), timeout=max(POLL_S, deadline - time.monotonic()))
                 return True
             except ActorDiedError:
                 return False
