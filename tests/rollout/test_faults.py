@@ -191,7 +191,7 @@ def test_the_environments_processes_end_with_their_worker(cluster, tmp_path):
         assert alive == []
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_a_policy_that_acts_elsewhere_survives_a_fault(num_workers, cluster, tmp_path):
     """Its chunks since the last state that is known are replayed."""
     rng = numpy_generator(0, "chunks")

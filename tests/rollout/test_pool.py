@@ -380,7 +380,7 @@ def test_ray_gives_the_same_rollouts(reference, on_ray, num_workers):
 
 
 def test_rollouts_from_ray_may_be_changed_like_those_in_process(reference, on_ray):
-    for collected in (reference, on_ray(1), on_ray(2)):
+    for collected in (reference, on_ray(1), on_ray(4)):
         frozen = [f.name for f in fields(Rollout) if not getattr(collected.first, f.name).flags.writeable]
         assert frozen == []
 

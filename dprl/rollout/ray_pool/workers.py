@@ -250,7 +250,9 @@ class Crew:
         failures, again = [0] * len(jobs), [False] * len(jobs)
         waiting = deque(range(len(jobs)))
         while waiting or self._running:
+            self.require_open()
             self._start(jobs, waiting, again)
+            lost = set()
             for ref in self._arrived():
                 number = self._running.pop(ref).number
                 try:
@@ -268,12 +270,13 @@ class Crew:
                     log.warning("%s: %s; made again (failure %d)", jobs[number], failure, failures[number])
                     self.failures += 1
                     if isinstance(failure, WorkerLostError):
-                        self._settle(jobs[number].host)
+                        lost.add(jobs[number].host)
                     again[number] = True
                     waiting.appendleft(number)
                 else:
                     if on_result is not None:
                         on_result(results[number])
+            self._settle(lost)
         return results
 
     def close(self) -> None:
@@ -330,10 +333,8 @@ class Crew:
         for call in self._running.values():
             call.deadline = min(call.deadline, time.monotonic() + ABANDONED_TIMEOUT_S)
         while self._running:
-            for ref in self._arrived():
-                call = self._running.pop(ref)
-                if call.ended:  # that it is restarted now is not the next call's failure
-                    self._settle(call.host)
+            calls = [self._running.pop(ref) for ref in self._arrived()]
+            self._settle({call.host for call in calls if call.ended})  # its restart is not the next call's failure
 
     def _outcome(self, ref: Any) -> Any:
         """Return a job's result, or raise what it came to in terms of this library."""
@@ -355,32 +356,36 @@ class Crew:
             self.failures += 1
             self._pids[host] = pid
 
-    def _settle(self, host: int) -> None:
-        """Wait until a worker answers again, or give it up."""
-        if not self._answers(host):
-            log.warning("worker %d does not come back: the others take its environments over", host)
-            worker, self._workers[host] = self._workers[host], None
-            if worker is not None:
-                ray.kill(worker)
+    def _settle(self, hosts: set[int]) -> None:
+        """Wait until lost workers answer again, all at once (a node may have left with many); give up who does not."""
+        deadline = time.monotonic() + self.options.restart_timeout_s
+        asked = {self._workers[host].ready.remote(): host for host in hosts}
+        while asked and (patience := deadline - time.monotonic()) > 0:
+            ready, _ = ray.wait(list(asked), timeout=patience)
+            restarting = []
+            for ref in ready:
+                host = asked.pop(ref)
+                try:
+                    self._pids[host] = ray.get(ref)
+                except ActorDiedError:
+                    self._give_up(host)
+                except RayActorError:
+                    restarting.append(host)
+            if restarting:
+                time.sleep(POLL_S)
+                asked |= {self._workers[host].ready.remote(): host for host in restarting}
+        for host in asked.values():
+            self._give_up(host)
+
+    def _give_up(self, host: int) -> None:
+        log.warning("worker %d does not come back: the others take its environments over", host)
+        worker, self._workers[host] = self._workers[host], None
+        ray.kill(worker)
 
     def _heir(self, job: Job) -> int:
         if not self.hosts:
             raise WorkerError("no worker is left: none came back after it died")
         return self.hosts[job.host % len(self.hosts)]
-
-    def _answers(self, host: int) -> bool:
-        worker, deadline = self._workers[host], time.monotonic() + self.options.restart_timeout_s
-        while worker is not None and time.monotonic() < deadline:
-            try:
-                self._pids[host] = ray.get(worker.ready.remote(), timeout=max(POLL_S, deadline - time.monotonic()))
-                return True
-            except ActorDiedError:
-                return False
-            except RayActorError:  # it is being restarted
-                time.sleep(POLL_S)
-            except GetTimeoutError:
-                return False
-        return False
 
 
 class WorkerLostError(Exception):
