@@ -167,6 +167,7 @@ class ChunkedEnv:
         if len(state.episodes) != self.n_envs:
             raise EnvError(f"the saved state is of {len(state.episodes)} environments, here are {self.n_envs}")
         started = np.flatnonzero(state.episodes >= 0)
+        self._episode[state.episodes < 0], self._open[state.episodes < 0] = -1, False
         if not self.spec.replayable:
             self._begin(started, (state.episodes + (state.lengths > 0))[started])
             return self._observation(np.arange(self.n_envs))

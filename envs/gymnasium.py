@@ -303,7 +303,8 @@ def close_processes(env: Any, timeout_s: float | None = None, *, broken: bool = 
     """
     processes = getattr(env, "processes", ())
     try:
-        if processes and not env.closed and (broken or not all(process.is_alive() for process in processes)):
+        unwell = broken or not all(process.is_alive() for process in processes)
+        if processes and unwell and not getattr(env, "closed", False):
             raise EnvError("its processes were ended: one had died, or was interrupted")
         env.close(**({} if timeout_s is None else {"timeout": timeout_s}))
     except BaseException:

@@ -2,13 +2,13 @@
 
 A `VecEnv` resets an environment by itself when its episode ends; the episodes here begin with resets of their own, each
 seeded by its number. It cannot step a subset: while a chunk is executed, an environment whose episode has ended takes
-zero actions, and is reset after it. So open episodes are replayed only where they are equally long.
+zero actions, and is reset after it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import numpy as np
@@ -104,7 +104,8 @@ def build(spec: EnvSpec, seeds: list[int], num_threads: int = 0) -> ChunkedEnv:
     try:
         return ChunkedEnv(spec, VecEnvSimulator(env, seeds), seeds)
     except BaseException:
-        close_processes(env)
+        with suppress(Exception):
+            close_processes(env, broken=True)
         raise
 
 
@@ -169,6 +170,8 @@ class VecEnvSimulator:
             try:
                 with self._answering():
                     (result,) = self._env.env_method("reset", seed=seed, indices=[int(index)])
+            except EnvError:
+                raise
             except Exception as error:
                 raise RaisedInsideError(int(index), f"{type(error).__name__}: {error}") from error
             first.append(result[0])

@@ -70,6 +70,7 @@ class Collector:
 
     def reset(self) -> Observation:
         """See `RolloutPool.reset`."""
+        self._observation = None  # what is interrupted is begun anew
         with self._own_indices():
             observation = self.env.reset()
         self._observe(observation, self.env.state())
@@ -119,7 +120,8 @@ class Collector:
         return self.env.state()
 
     def restore(self, state: EnvState) -> None:
-        """Take up `state`; the environments must be freshly built."""
+        """Take up `state`; the environments must be freshly built, or be able to go back."""
+        self._observation = None
         with self._own_indices():
             observation = self.env.restore(state)
         if (state.episodes >= 0).all():

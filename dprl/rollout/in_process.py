@@ -121,24 +121,18 @@ class InProcessPool(RolloutPool):
         """See `RolloutPool.restore`."""
         check_state(state, self.n_envs)
         self._require_open()
-        used = bool((self.state().episodes >= 0).any())
-        self._saved = state if used and self._shares else None
-        try:
-            if self._saved is None:
-                self._place(state)
-        except EnvFaultError as fault:
+        if self._shares:  # built again: a simulator may be unable to go back
             self._saved = state
-            if self._gives_up(1):
-                raise
-            log.warning("%s; the environments are built again (failure 1)", fault)
-        if self._saved is not None:
-            self._attempted(lambda: None, failed=0 if used else 1)
+            self._attempted(lambda: None)
+        else:
+            self._attempted(lambda: self._place(state))
 
     def close(self) -> None:
         """See `RolloutPool.close`."""
         self._closed = True
-        for part in self._parts:
-            part.env.close()
+        with ExitStack() as all_of_them:
+            for part in self._parts:
+                all_of_them.callback(part.env.close)
 
     def _require_open(self) -> None:
         if self._closed:
@@ -147,11 +141,11 @@ class InProcessPool(RolloutPool):
     def _gives_up(self, failures: int) -> bool:
         return failures > self._max_failures or not self._shares or not self.spec.replayable
 
-    def _attempted(self, call: Callable[[], Result], failed: int = 0) -> Result:
+    def _attempted(self, call: Callable[[], Result]) -> Result:
         """Make `call`. Where it fails, all is brought back to before it: to be made again, or left so."""
         self._require_open()
         before = self.state()
-        for failures in itertools.count(failed + 1):
+        for failures in itertools.count(1):
             try:
                 if self._saved is not None:
                     self._build_again(self._saved)
@@ -176,7 +170,7 @@ class InProcessPool(RolloutPool):
         self._saved = None
 
     def _place(self, state: EnvState) -> None:
-        """Bring environments that were just built to `state`."""
+        """Bring the environments to `state`."""
         first = 0
         for part in self._parts:
             part.restore(state.part(first, part.env.n_envs))

@@ -85,8 +85,9 @@ def test_an_interrupted_call_is_not_taken_for_the_next_ones_answer(monkeypatch):
         interrupted.setattr(env._simulator._env, "step_wait", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             env.step_chunk(np.zeros((2, 1, 3), np.float32))
-    with pytest.raises(EnvError, match="make a new one"):
+    with pytest.raises(EnvError, match="make a new one") as caught:
         env.reset()
+    assert not isinstance(caught.value, EnvFaultError), "no environment is to blame"
     env.close()
 
 

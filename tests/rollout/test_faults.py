@@ -170,6 +170,15 @@ def processes(pool: RayPool) -> list[psutil.Process]:
     return [psutil.Process(pid) for pid in pids]
 
 
+def answers(pool: RayPool) -> bool:
+    """Whether all its workers' processes run; they are restarted some time after they have died."""
+    time.sleep(0.5)
+    try:
+        return len(processes(pool)) > 0
+    except ray.exceptions.RayActorError:
+        return False
+
+
 def test_a_worker_killed_between_collections_changes_nothing(cluster, actor, undisturbed, tmp_path):
     with on_ray(faulty_spec(tmp_path)) as pool:
         first = pool.collect(actor, DECISIONS)
@@ -325,7 +334,10 @@ def test_a_worker_that_dies_costs_nothing_where_nothing_was_under_way(cluster, a
         np.testing.assert_array_equal(pool.state().episodes, state.episodes + 1)
         processes(pool)[1].kill()
         assert pool.reset().shape[0] == N_ENVS
-        assert pool.failures == 2
+        processes(pool)[0].kill()
+        assert_becomes(lambda: answers(pool))  # before anyone asks it for its environments
+        np.testing.assert_array_equal(pool.collect(actor, 1).environments, np.arange(N_ENVS))
+        assert pool.failures == 3
 
 
 def test_a_policy_that_acts_elsewhere_goes_on_in_new_episodes(cluster, tmp_path):
@@ -340,6 +352,54 @@ def test_a_policy_that_acts_elsewhere_goes_on_in_new_episodes(cluster, tmp_path)
             pool.step_chunk(actions)
         assert (pool.state().episodes >= played).all()
         pool.step_chunk(actions)
+
+
+def test_a_worker_whose_failure_was_not_forgiven_is_waited_for(cluster, actor, undisturbed, tmp_path):
+    """By the next call, whose failure it is not."""
+    with on_ray(faulty_spec(tmp_path), max_failures=0) as pool:
+        processes(pool)[0].kill()
+        with pytest.raises(WorkerError):
+            pool.collect(actor, DECISIONS)
+        assert_same([pool.collect(actor, DECISIONS)], undisturbed[:1])
+
+
+def test_threads_collect_one_after_the_other(cluster, actor, undisturbed, tmp_path):
+    with on_ray(faulty_spec(tmp_path)) as pool, ThreadPoolExecutor(2) as threads:
+        rollouts = list(threads.map(lambda _: pool.collect(actor, DECISIONS), range(2)))
+    rollouts.sort(key=lambda rollout: not np.array_equal(rollout.chains, undisturbed[0].chains))
+    assert_same(rollouts, undisturbed)
+
+
+def test_what_has_failed_can_go_back_to_the_beginning(actor, undisturbed, tmp_path):
+    """Though nothing came of its only collection."""
+    plant(tmp_path, random_fault("raise", undisturbed[:1], 0))
+    with in_process(faulty_spec(tmp_path), max_failures=0) as pool:
+        beginning = pool.state()
+        with pytest.raises(EnvFaultError):
+            pool.collect(actor, DECISIONS)
+        pool.restore(beginning)
+        assert_same([pool.collect(actor, DECISIONS)], undisturbed[:1])
+
+
+def test_environments_that_were_given_can_go_back_to_the_beginning(actor, undisturbed, tmp_path):
+    with InProcessPool(build(faulty_spec(tmp_path), SEEDS), seed=SEED, slice_size=SLICE) as pool:
+        beginning = pool.state()
+        pool.collect(actor, DECISIONS)
+        pool.restore(beginning)
+        assert_same([pool.collect(actor, DECISIONS)], undisturbed[:1])
+
+
+def test_an_interrupted_reset_of_environments_that_were_given_is_made_again(actor, tmp_path, monkeypatch):
+    with InProcessPool(build(faulty_spec(tmp_path), SEEDS), seed=SEED, slice_size=SLICE) as pool:
+        pool.collect(actor, DECISIONS)
+        with monkeypatch.context() as interrupted:
+            interrupted.setattr(pool._parts[0].env, "_observation", _interrupt)  # after all have begun
+            with pytest.raises(KeyboardInterrupt):
+                pool.reset()
+        begun = pool.state().episodes
+        rollout = pool.collect(actor, 1)
+        np.testing.assert_array_equal(rollout.episode_lengths[0], rollout.n_steps[0])
+        assert (pool.state().episodes > begun).all()
 
 
 def test_an_interrupt_in_environments_that_were_given_begins_new_episodes(actor, tmp_path, monkeypatch):
@@ -357,7 +417,7 @@ def test_an_interrupt_in_environments_that_were_given_begins_new_episodes(actor,
     np.testing.assert_array_equal(pool.state().episodes, before.episodes + 1 + rollout.ended[0])
 
 
-def _interrupt(_: int) -> None:
+def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 

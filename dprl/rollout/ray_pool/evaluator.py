@@ -88,7 +88,7 @@ class RayEvaluator:
         threads = max(1, int(self._options.cpus))
         outcomes = play_on(self._crew, policy, self.spec, episodes, seed, inference, num_threads=threads)
         # its latency is measured there too: the learner's torch must not be disturbed
-        (result,) = self._crew.finish([Call(0, summary, (policy, self.spec, seed, inference, outcomes))])
+        (result,) = self._crew.finish([Call(0, summary, (policy, self.spec, seed, inference, outcomes), "summary")])
         assert isinstance(result, Evaluation)
         return result
 
@@ -100,13 +100,14 @@ class Call:
     host: int
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
+    what: str
 
-    def start(self, worker: Any, *, again: bool) -> Any:
+    def start(self, worker: Any, *, again: bool, failed: bool) -> Any:
         """See `Job.start`."""
         return worker.apply.remote(self.function, *self.arguments)
 
     def __str__(self) -> str:
-        return f"worker {self.host}"
+        return f"worker {self.host} ({self.what})"
 
 
 def play_on(
@@ -122,10 +123,11 @@ def play_on(
 ) -> dict[int, Outcome]:
     """Play the episodes of an evaluation, its slices divided among the workers; `policy` is in the object store."""
     hosts = crew.hosts or [0]
-    jobs = [
-        Call(hosts[i % len(hosts)], play, (policy, spec, episodes, seed, inference, part, num_threads))
-        for i, part in enumerate(seats(episodes))
-    ]
+    jobs = []
+    for i, part in enumerate(seats(episodes)):
+        arguments = (policy, spec, episodes, seed, inference, part, num_threads)
+        what = f"environments {part.start} to {part.stop - 1} of an evaluation in {spec.id}"
+        jobs.append(Call(hosts[i % len(hosts)], play, arguments, what))
     outcomes: dict[int, Outcome] = {}
 
     def take(part: dict[int, Outcome]) -> None:

@@ -6,6 +6,7 @@ it, read where they lie.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,8 +41,6 @@ from dprl.rollout.ray_pool.workers import Crew, Reply, WorkerOptions, writable
 
 JOURNAL_LENGTH = 100
 """Chunks of a policy that acts elsewhere, after which the environments' state is noted anew."""
-EXECUTING = ("collect", "step_chunk")
-"""Methods whose results are lost with a worker, where episodes cannot be replayed."""
 
 
 class RayPool(RolloutPool):
@@ -83,6 +82,7 @@ class RayPool(RolloutPool):
         check(isinstance(workers, WorkerOptions), "workers", workers, "must be WorkerOptions(...)")
         threads = max(1, int(workers.cpus))
         shares = Share(self.spec, seed, self.slice_size, 0, n_envs, threads).divided(num_workers, "num_workers")
+        self._turn = threading.Lock()
         self._ray = RayConnection(address, runtime_env)
         try:
             self._crew = Crew(num_workers, workers, self.spec)
@@ -172,11 +172,12 @@ class RayPool(RolloutPool):
 
     def _everywhere(self, method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
         """Call a method of every share; either all are then further, or none is."""
-        jobs = [_ShareCall(seat, method, a, seat.built) for seat, a in zip(self._seats, arguments, strict=True)]
-        for seat in self._seats:
-            seat.built = False  # until all are further
-        replies = self._crew.finish(jobs)
-        self._seats = [seat.after(reply, a) for seat, reply, a in zip(self._seats, replies, arguments, strict=True)]
+        with self._turn:
+            jobs = [_ShareCall(seat, method, a, seat.built) for seat, a in zip(self._seats, arguments, strict=True)]
+            for seat in self._seats:
+                seat.built = False  # until all are further
+            replies = self._crew.finish(jobs)
+            self._seats = [seat.after(reply, a) for seat, reply, a in zip(self._seats, replies, arguments, strict=True)]
         return [reply.result for reply in replies]
 
 
@@ -220,11 +221,13 @@ class _ShareCall:
     def host(self, host: int) -> None:
         self.seat.host = host
 
-    def start(self, worker: Any, *, again: bool) -> Any:
+    def start(self, worker: Any, *, again: bool, failed: bool) -> Any:
         seat = self.seat
         if self.built and not again:
             return worker.call.remote(seat.share, self.method, *self.arguments)
-        lost = again and self.method in EXECUTING and not seat.share.spec.replayable
+        # a chunk is meant for the episodes that were open; a collection goes on with others, unless it had begun
+        lost = again if self.method == "step_chunk" else failed and self.method == "collect"
+        lost = lost and not seat.share.spec.replayable
         return worker.call_anew.remote(seat.share, seat.state, seat.chunks, lost, self.method, *self.arguments)
 
     def __str__(self) -> str:

@@ -34,7 +34,7 @@ from dprl.spec import EnvSpec, EnvState, FloatArray
 
 try:
     import ray
-    from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RayTaskError
+    from ray.exceptions import ActorDiedError, GetTimeoutError, RayError, RayTaskError
 except ImportError as error:
     raise MissingDependencyError("ray", "ray", "a Ray rollout pool") from error
 
@@ -168,8 +168,14 @@ class Job(Protocol):
     host: int
     """Which worker."""
 
-    def start(self, worker: Any, *, again: bool) -> Any:
-        """Submit the call; return its reference."""
+    def start(self, worker: Any, *, again: bool, failed: bool) -> Any:
+        """Submit the call; return its reference.
+
+        Args:
+            worker: the actor.
+            again: whether it may lack what earlier calls left with it.
+            failed: whether this call was under way already, and was lost.
+        """
         ...
 
 
@@ -180,8 +186,6 @@ class _Running:
     number: int
     host: int
     deadline: float
-    ended: bool = False
-    """Its worker was ended, because it took too long."""
 
 
 class Crew:
@@ -207,6 +211,8 @@ class Crew:
         surroundings = Surroundings.here(spec)
         self._workers: list[Any] = [actor.remote(surroundings) for _ in range(num_workers)]
         self._running: dict[Any, _Running] = {}
+        self._lost: dict[int, float] = {}  # those that have not answered since they died, and until when they may
+        self._asked: dict[Any, int] = {}  # what they are asked, one thing at a time
         self._closed = False
         self._turn = threading.Lock()
         self.failures = 0
@@ -251,8 +257,7 @@ class Crew:
         waiting = deque(range(len(jobs)))
         while waiting or self._running:
             self.require_open()
-            self._start(jobs, waiting, again)
-            lost = set()
+            self._start(jobs, waiting, again, failures)
             for ref in self._arrived():
                 number = self._running.pop(ref).number
                 try:
@@ -263,20 +268,19 @@ class Crew:
                     waiting.appendleft(number)
                 except (EnvFaultError, WorkerLostError) as failure:
                     self.require_open()
+                    if isinstance(failure, WorkerLostError):
+                        self._miss(jobs[number].host)
                     failures[number] += 1
                     if failures[number] > self.options.max_failures:
                         times = f"failed {failures[number]} times in one call; the last time"
                         raise WorkerError(f"{jobs[number]} {times}: {failure}") from failure
                     log.warning("%s: %s; made again (failure %d)", jobs[number], failure, failures[number])
                     self.failures += 1
-                    if isinstance(failure, WorkerLostError):
-                        lost.add(jobs[number].host)
                     again[number] = True
                     waiting.appendleft(number)
                 else:
                     if on_result is not None:
                         on_result(results[number])
-            self._settle(lost)
         return results
 
     def close(self) -> None:
@@ -294,9 +298,9 @@ class Crew:
         if self._closed or not ray.is_initialized():
             raise ClosedPoolError
 
-    def _start(self, jobs: Sequence[Job], waiting: deque[int], again: list[bool]) -> None:
+    def _start(self, jobs: Sequence[Job], waiting: deque[int], again: list[bool], failures: list[int]) -> None:
         """Start the jobs whose workers are free; give those of a worker that was given up another one."""
-        busy = {call.host for call in self._running.values()}
+        busy = {*self._lost, *(call.host for call in self._running.values())}
         for number in list(waiting):
             job = jobs[number]
             if self._workers[job.host] is None:
@@ -304,37 +308,49 @@ class Crew:
             if job.host not in busy:
                 busy.add(job.host)
                 waiting.remove(number)
-                ref = job.start(self._workers[job.host], again=again[number])
+                ref = job.start(self._workers[job.host], again=again[number], failed=failures[number] > 0)
                 self._running[ref] = _Running(number, job.host, time.monotonic() + self.options.timeout_s)
 
     def _arrived(self) -> list[Any]:
-        """Wait for calls that have ended, well or badly; end the workers of those that take too long."""
-        patience = min(call.deadline for call in self._running.values()) - time.monotonic()
-        under_way = list(self._running)
-        ready, _ = ray.wait(under_way, timeout=max(0.0, patience))
+        """Wait for calls that have ended, well or badly, or for lost workers; end those that take too long."""
+        restarting = set(self._lost) - set(self._asked.values())
+        self._asked |= {self._workers[host].ready.remote(): host for host in restarting}
+        under_way = [*self._running, *self._asked]
+        deadline = min([*self._lost.values(), *(call.deadline for call in self._running.values())])
+        ready, _ = ray.wait(under_way, timeout=max(0.0, deadline - time.monotonic()))
         if ready:  # and whatever else is there: one look for each of thousands of workers would take long
             ready, _ = ray.wait(under_way, num_returns=len(under_way), timeout=0)
         else:
-            self._end_late(under_way)
-        return list(ready)
+            self._end_late()
+        self._hear([ref for ref in ready if ref in self._asked])
+        return [ref for ref in ready if ref in self._running]
 
-    def _end_late(self, under_way: list[Any]) -> None:
+    def _end_late(self) -> None:
         """End the workers whose calls take too long, so that these fail; not where a result is on its way."""
+        under_way = list(self._running)
         finished, _ = ray.wait(under_way, num_returns=len(under_way), timeout=0, fetch_local=False)
         for ref, call in self._running.items():
             if call.deadline <= time.monotonic():
                 call.deadline = time.monotonic() + self.options.restart_timeout_s
                 if ref not in finished:
-                    call.ended = True
                     ray.kill(self._workers[call.host], no_restart=False)
 
     def _drain(self) -> None:
-        """Wait a little for what an interrupted `finish` has left behind, then end it: nobody wants its results."""
+        """Wait a little for what an interrupted `finish` has left behind, then end it: nobody wants its results.
+
+        Workers that were lost in it are no failure of the next call.
+        """
         for call in self._running.values():
             call.deadline = min(call.deadline, time.monotonic() + ABANDONED_TIMEOUT_S)
-        while self._running:
-            calls = [self._running.pop(ref) for ref in self._arrived()]
-            self._settle({call.host for call in calls if call.ended})  # its restart is not the next call's failure
+        while self._running or self._lost:
+            for ref in self._arrived():
+                host = self._running.pop(ref).host
+                try:
+                    ray.get(ref)
+                except RayTaskError:
+                    pass
+                except RayError:
+                    self._miss(host)
 
     def _outcome(self, ref: Any) -> Any:
         """Return a job's result, or raise what it came to in terms of this library."""
@@ -356,29 +372,28 @@ class Crew:
             self.failures += 1
             self._pids[host] = pid
 
-    def _settle(self, hosts: set[int]) -> None:
-        """Wait until lost workers answer again, all at once (a node may have left with many); give up who does not."""
-        deadline = time.monotonic() + self.options.restart_timeout_s
-        asked = {self._workers[host].ready.remote(): host for host in hosts}
-        while asked and (patience := deadline - time.monotonic()) > 0:
-            ready, _ = ray.wait(list(asked), timeout=patience)
-            restarting = []
-            for ref in ready:
-                host = asked.pop(ref)
-                try:
-                    self._pids[host] = ray.get(ref)
-                except ActorDiedError:
-                    self._give_up(host)
-                except RayActorError:
-                    restarting.append(host)
-            if restarting:
-                time.sleep(POLL_S)
-                asked |= {self._workers[host].ready.remote(): host for host in restarting}
-        for host in asked.values():
+    def _miss(self, host: int) -> None:
+        """Give a lost worker time to come back; nothing else is asked of it until then."""
+        self._lost[host] = time.monotonic() + self.options.restart_timeout_s
+
+    def _hear(self, answers: list[Any]) -> None:
+        """Take up the lost workers that answer; give up those that do not come back."""
+        for ref in answers:
+            host = self._asked.pop(ref)
+            try:
+                self._pids[host] = ray.get(ref)
+                del self._lost[host]
+            except ActorDiedError:
+                self._give_up(host)
+            except RayError:  # it is being restarted
+                time.sleep(POLL_S / len(answers))
+        for host in [host for host, until in self._lost.items() if until <= time.monotonic()]:
             self._give_up(host)
 
     def _give_up(self, host: int) -> None:
         log.warning("worker %d does not come back: the others take its environments over", host)
+        del self._lost[host]
+        self._asked = {ref: other for ref, other in self._asked.items() if other != host}
         worker, self._workers[host] = self._workers[host], None
         ray.kill(worker)
 
