@@ -86,10 +86,12 @@ def planted(folder: Path) -> int:
 
 
 REPEATS = [pytest.param(i, marks=pytest.mark.full) if i else i for i in range(20)]
+# what a worker reports takes one way, whichever it is; in one process each is tried
+KINDS = [pytest.param(kind, marks=pytest.mark.full) if kind in ("raise", "shape") else kind for kind in FAULTS]
 
 
 @pytest.mark.parametrize("repeat", REPEATS)
-@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_worker_that_fails_changes_nothing(kind, repeat, cluster, actor, undisturbed, tmp_path):
     plant(tmp_path, random_fault(kind, undisturbed, repeat))
     start = time.monotonic()
@@ -179,6 +181,7 @@ def answers(pool: RayPool) -> bool:
         return False
 
 
+@pytest.mark.full
 def test_a_worker_killed_between_collections_changes_nothing(cluster, actor, undisturbed, tmp_path):
     with on_ray(faulty_spec(tmp_path)) as pool:
         first = pool.collect(actor, DECISIONS)

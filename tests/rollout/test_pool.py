@@ -282,7 +282,7 @@ def test_chunks_for_another_number_of_environments_are_refused(spec, chunks):
         pool.step_chunk(chunks[0])  # and nothing has happened
 
 
-@pytest.mark.parametrize("episodes", [pytest.param(3, marks=pytest.mark.full), 60])
+@pytest.mark.parametrize("episodes", [3, pytest.param(60, marks=pytest.mark.full)])
 def test_ray_evaluates_as_one_process_does(episodes, ray, spec, actor):
     """Whatever the number of workers, and without touching the pool's own environments."""
     from dprl.rollout.ray_pool import RayPool
@@ -499,11 +499,11 @@ PLANS = st.integers(1, 6).flatmap(lambda horizon: st.tuples(st.just(horizon), st
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("examples", [3, pytest.param(25, marks=pytest.mark.full)])
-def test_workers_do_not_matter_for_any_chunks_and_ends(examples, ray):
+@pytest.mark.full
+def test_workers_do_not_matter_for_any_chunks_and_ends(ray):
     from dprl.rollout.ray_pool import RayPool
 
-    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
     @given(PLANS, st.integers(1, 9), st.integers(1, 7), st.sampled_from([1, 2, 4]), st.integers(0, 2**20))
     def check(plan: tuple[int, int], limit: int, n_steps: int, num_workers: int, seed: int) -> None:
         spec = replace(reach_spec(), max_episode_steps=limit)
