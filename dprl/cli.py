@@ -127,8 +127,8 @@ def _names(what: str) -> list[tuple[str, str]]:
             ),
             (
                 "a stable-baselines3 VecEnv",
-                "in Python: dprl.envs.vec_env.from_vec_env, or make_spec for Ray workers; replayed only "
-                "where its open episodes are equally long",
+                "in Python: dprl.envs.vec_env.from_vec_env, or make_spec for Ray workers; replayed and "
+                "divided like any other",
             ),
         ]
     if what == "experts":

@@ -192,7 +192,7 @@ class RolloutPool(ABC):
 
     @abstractmethod
     def restore(self, state: EnvState) -> None:
-        """Take up `state`. Where episodes cannot be replayed, the next ones begin.
+        """Take up `state`, whatever was before. Where episodes cannot be replayed, the next ones begin.
 
         Raises:
             ConfigError: the state is of another number of environments.
