@@ -82,7 +82,7 @@ class RayPool(RolloutPool):
         check(isinstance(workers, WorkerOptions), "workers", workers, "must be WorkerOptions(...)")
         threads = max(1, int(workers.cpus))
         shares = Share(self.spec, seed, self.slice_size, 0, n_envs, threads).divided(num_workers, "num_workers")
-        self._turn = threading.Lock()
+        self._turn = threading.RLock()
         self._ray = RayConnection(address, runtime_env)
         try:
             self._crew = Crew(num_workers, workers, self.spec)
@@ -152,8 +152,9 @@ class RayPool(RolloutPool):
         """See `RolloutPool.restore`."""
         check_state(state, self.n_envs)
         self._crew.require_open()
-        self._seats = [seat.at(state.part(seat.share.first_env, seat.share.n_envs)) for seat in self._seats]
-        self._everywhere("state", [()] * len(self._seats))
+        with self._turn:
+            self._seats = [seat.at(state.part(seat.share.first_env, seat.share.n_envs)) for seat in self._seats]
+            self._everywhere("state", [()] * len(self._seats))
 
     def close(self) -> None:
         """End the workers, and Ray if it was started for them."""

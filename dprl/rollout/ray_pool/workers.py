@@ -259,7 +259,7 @@ class Crew:
             self.require_open()
             self._start(jobs, waiting, again, failures)
             for ref in self._arrived():
-                number = self._running.pop(ref).number
+                number = self._running[ref].number
                 try:
                     results[number] = self._outcome(ref)
                 except BlankWorkerError as blank:
@@ -281,6 +281,7 @@ class Crew:
                 else:
                     if on_result is not None:
                         on_result(results[number])
+                del self._running[ref]  # not before: an interrupt in here leaves it to `_drain`
         return results
 
     def close(self) -> None:
@@ -320,7 +321,7 @@ class Crew:
         ready, _ = ray.wait(under_way, timeout=max(0.0, deadline - time.monotonic()))
         if ready:  # and whatever else is there: one look for each of thousands of workers would take long
             ready, _ = ray.wait(under_way, num_returns=len(under_way), timeout=0)
-        else:
+        if deadline <= time.monotonic():
             self._end_late()
         self._hear([ref for ref in ready if ref in self._asked])
         return [ref for ref in ready if ref in self._running]
@@ -344,13 +345,13 @@ class Crew:
             call.deadline = min(call.deadline, time.monotonic() + ABANDONED_TIMEOUT_S)
         while self._running or self._lost:
             for ref in self._arrived():
-                host = self._running.pop(ref).host
                 try:
                     ray.get(ref)
                 except RayTaskError:
                     pass
                 except RayError:
-                    self._miss(host)
+                    self._miss(self._running[ref].host)
+                del self._running[ref]
 
     def _outcome(self, ref: Any) -> Any:
         """Return a job's result, or raise what it came to in terms of this library."""
@@ -382,7 +383,7 @@ class Crew:
             host = self._asked.pop(ref)
             try:
                 self._pids[host] = ray.get(ref)
-                del self._lost[host]
+                self._lost.pop(host, None)
             except ActorDiedError:
                 self._give_up(host)
             except RayError:  # it is being restarted
@@ -392,8 +393,8 @@ class Crew:
 
     def _give_up(self, host: int) -> None:
         log.warning("worker %d does not come back: the others take its environments over", host)
-        del self._lost[host]
         self._asked = {ref: other for ref, other in self._asked.items() if other != host}
+        self._lost.pop(host, None)
         worker, self._workers[host] = self._workers[host], None
         ray.kill(worker)
 
