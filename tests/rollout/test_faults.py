@@ -373,6 +373,18 @@ def test_threads_collect_one_after_the_other(cluster, actor, undisturbed, tmp_pa
     assert_same(rollouts, undisturbed)
 
 
+def test_what_is_restored_beside_a_collection_is_not_lost(cluster, actor, undisturbed, tmp_path):
+    """It waits for its turn."""
+    with on_ray(faulty_spec(tmp_path)) as pool, ThreadPoolExecutor(1) as thread:
+        beginning = pool.state()
+        collection = thread.submit(pool.collect, Slow(actor), 2)
+        while not pool._crew._turn.locked():
+            time.sleep(0.01)
+        pool.restore(beginning)
+        assert_same([pool.collect(actor, DECISIONS)], undisturbed[:1])
+        collection.result()
+
+
 def test_what_has_failed_can_go_back_to_the_beginning(actor, undisturbed, tmp_path):
     """Though nothing came of its only collection."""
     plant(tmp_path, random_fault("raise", undisturbed[:1], 0))
@@ -524,6 +536,22 @@ def test_what_an_interrupt_ends_is_no_failure(cluster, actor, tmp_path, monkeypa
             pool.collect(Slow(actor), DECISIONS)
         assert_same([*rollouts, pool.collect(actor, DECISIONS)], expected)
         assert pool.failures == 0
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_an_interrupt_as_a_result_is_taken_is_no_failure(lost, cluster, actor, undisturbed, tmp_path, monkeypatch):
+    """Nor is the worker forgotten that died just then."""
+    with on_ray(faulty_spec(tmp_path), max_failures=0) as pool:
+        if lost:
+            processes(pool)[0].kill()
+        monkeypatch.setattr(pool._crew, "_outcome", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pool.collect(actor, DECISIONS)
+        monkeypatch.undo()
+        started = time.monotonic()
+        assert_same([pool.collect(actor, DECISIONS)], undisturbed[:1])
+        assert pool.failures == 0
+        assert time.monotonic() - started < 20
 
 
 class Slow:

@@ -385,6 +385,7 @@ class Crew:
                 self._pids[host] = ray.get(ref)
                 self._lost.pop(host, None)
             except ActorDiedError:
+                self.require_open()
                 self._give_up(host)
             except RayError:  # it is being restarted
                 time.sleep(POLL_S / len(answers))
