@@ -1,6 +1,6 @@
 """Simulator steps per second, by what runs the environments: with and without a policy in the loop, and memory.
 
-    python -m dprl.experiments.benchmarks.rollout [--reference PATH]
+    python -m dprl.experiments.benchmarks.rollout [--reference PATH] [--device cuda]
 
 Everything is measured in turn in the same run, several times; figures are medians, ratios are medians of the ratios of
 measurements next to each other. `--reference` is where a checkout of the DPPO authors' code lies: its own policy then
@@ -35,6 +35,7 @@ from dprl.cores import available_cores
 from dprl.envs.gymnasium import make_single
 from dprl.errors import check
 from dprl.experiments.benchmarks import command
+from dprl.experiments.runs import check_device
 from dprl.mdp import Chain, DenoisingMDP, ExplorationConfig
 from dprl.networks import MLPConfig
 from dprl.observations import TensorObservation, batch_size
@@ -65,6 +66,8 @@ class RolloutBenchmark:
     seconds: float = 3.0
     """Of each measurement."""
     repeats: int = 3
+    device: str = "cpu"
+    """Where every policy acts but those of Ray's workers, which have no accelerator."""
     reference: Path | None = None
     """A checkout of the DPPO authors' code, whose policy acts beside gymnasium.vector."""
     json: Path | None = None
@@ -77,6 +80,7 @@ class RolloutBenchmark:
         for workers in self.workers:
             fits = workers >= 1 and most % workers == 0 and self.n_envs % most == 0
             check(fits, "workers", workers, f"must divide the largest, {most}, and that the {self.n_envs} environments")
+        check_device(self.device)
         code = self.reference is None or (self.reference / "model/diffusion/diffusion_ppo.py").is_file()
         check(
             code, "reference", str(self.reference), "must be a checkout of DPPO, with model/diffusion/diffusion_ppo.py"
@@ -252,23 +256,24 @@ def random_decision(config: RolloutBenchmark, spec: EnvSpec) -> Decide:
     return lambda observation: np.clip(rng.standard_normal(shape, np.float32), low, high)  # as `RandomActor` does
 
 
-def our_policy(spec: EnvSpec, chunk: int) -> DenoisingMDP:
+def our_policy(spec: EnvSpec, chunk: int, device: str = "cpu") -> DenoisingMDP:
     """The size of the reference's policy for locomotion: 512 x 3, 20 denoising steps of which 10 are tuned."""
     network = MLPConfig(hidden_size=HIDDEN)
     policy_config = DiffusionConfig(
         horizon=chunk, n_action_steps=chunk, num_train_timesteps=DENOISING_STEPS, denoiser=network
     )
-    policy = DiffusionPolicy(Features(spec.observation_size, spec.action_size), policy_config)
+    policy = DiffusionPolicy(Features(spec.observation_size, spec.action_size), policy_config).to(device)
     return DenoisingMDP(policy, TUNED_STEPS, ExplorationConfig())
 
 
 def our_decision(config: RolloutBenchmark, spec: EnvSpec) -> Decide:
     """Our policy, outside a pool."""
-    mdp, generator = our_policy(spec, config.chunk), torch_generator(0, "benchmark")
+    mdp = our_policy(spec, config.chunk, config.device)
+    generator = torch_generator(0, "benchmark", device=config.device)
 
     def decide(observation: FloatArray) -> FloatArray:
         obs = torch.as_tensor(np.asarray(observation, np.float32))[:, None]
-        actions: FloatArray = mdp.sample(obs, generator=generator).actions.numpy()
+        actions: FloatArray = mdp.sample(obs, generator=generator).actions.cpu().numpy()
         return actions
 
     return decide
@@ -288,13 +293,13 @@ def reference_decision(path: Path, config: RolloutBenchmark, spec: EnvSpec) -> D
     model = importlib.import_module("model.diffusion.diffusion_ppo").PPODiffusion(
         gamma_denoising=0.99, clip_ploss_coef=0.01, actor=network, critic=critic, ft_denoising_steps=TUNED_STEPS,
         horizon_steps=config.chunk, obs_dim=spec.observation_size, action_dim=spec.action_size,
-        denoising_steps=DENOISING_STEPS, randn_clip_value=3, device="cpu",
+        denoising_steps=DENOISING_STEPS, randn_clip_value=3, device=config.device,
     )  # fmt: skip
 
     @torch.no_grad()
     def decide(observation: FloatArray) -> FloatArray:
-        cond = {"state": torch.from_numpy(np.asarray(observation, np.float32)[:, None]).float()}
-        actions: FloatArray = model(cond=cond, deterministic=False, return_chain=True).trajectories.numpy()
+        cond = {"state": torch.from_numpy(np.asarray(observation, np.float32)[:, None]).to(config.device)}
+        actions: FloatArray = model(cond=cond, deterministic=False, return_chain=True).trajectories.cpu().numpy()
         return actions
 
     return decide
@@ -306,7 +311,9 @@ def reference_decision(path: Path, config: RolloutBenchmark, spec: EnvSpec) -> D
 def ways(config: RolloutBenchmark, name: str, *, policy: bool) -> dict[str, Callable[[], Any]]:
     """Return every way to run a task, as functions that open it."""
     spec = task(name, fast=True)
-    actor: Actor = our_policy(spec, config.chunk) if policy else RandomActor(config.chunk, spec.action_size)
+    actor: Actor = (
+        our_policy(spec, config.chunk, config.device) if policy else RandomActor(config.chunk, spec.action_size)
+    )
     decide = our_decision(config, spec) if policy else random_decision(config, spec)
     theirs = reference_decision(config.reference, config, spec) if policy and config.reference else decide
     found: dict[str, Callable[[], Any]] = {
@@ -410,7 +417,8 @@ def main(config: RolloutBenchmark) -> None:
     theirs = "the authors' policy" if config.reference else "our policy"
     Console().print(
         f"{config.n_envs} environments, chunks of {config.chunk}; {theirs} beside gymnasium.vector's processes, ours "
-        f"elsewhere; {config.repeats} times {config.seconds:g} s each; {available_cores()} cores"
+        f"elsewhere; {config.repeats} times {config.seconds:g} s each; {available_cores()} cores; "
+        f"policies on {config.device}"
     )
     for figure in found:
         if figure.way == "pool, in process" and not figure.policy:
