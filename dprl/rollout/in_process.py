@@ -54,7 +54,8 @@ class InProcessPool(RolloutPool):
             slice_size: environments per inference batch; must divide their number. Default: at most 32.
             options: of the environment, if it is named.
             double_buffer: let one half of the environments move while the policy decides for the other. The rollouts
-                are the same. Needs a spec, and an even number of slices. On two cores without a GPU it is slower.
+                are the same. Needs a spec, and an even number of slices. Slower wherever it was measured, with a
+                small policy on a GPU too: for one whose arithmetic outlasts the launching of its kernels.
             max_failures: how many failures of one call are mended: environments built from a spec whose episodes can be
                 replayed are built again and brought to where they were, and the call is repeated.
 
