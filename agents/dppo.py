@@ -30,7 +30,7 @@ from dprl.networks.mlp import Activation
 from dprl.policy import DiffusionPolicy, PredictState
 from dprl.returns import RunningReturnStd, explained_variance, gae
 from dprl.rollout import Rollout, RolloutPool, as_pool
-from dprl.rollout.evaluation import require_fit
+from dprl.rollout.pool import require_fit
 from dprl.seeding import seeded_init, torch_generator
 from dprl.spec import BatchedEnv, EnvState
 from dprl.training import Agent, LoopConfig, train

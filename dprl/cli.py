@@ -27,7 +27,7 @@ from dprl.experiments.catalogue import CATALOGUE, STUDIES, find
 from dprl.experiments.studies import StudyConfig
 from dprl.policy import DiffusionConfig, InferenceConfig, Policy, RecedingHorizon, find_policy
 from dprl.rollout import evaluate as evaluate_policy
-from dprl.rollout.evaluation import require_fit
+from dprl.rollout.pool import require_fit
 from dprl.spec import EnvOptions, load, resolve
 from dprl.training.progress import ProgressBar
 

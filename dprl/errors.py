@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Self
 
 
@@ -95,6 +96,16 @@ def did_you_mean(word: str, known: Iterable[str], n: int = 3) -> str:
         return ""
     *head, last = nearest
     return f" Did you mean {', '.join(head) + ' or ' if head else ''}{last}?"
+
+
+def is_count(value: object, least: int = 1) -> bool:
+    """Whether it is a whole number from `least` on."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def check_count(field: str, value: object, least: int = 1) -> None:
+    """Raise ConfigError unless `value` is a whole number from `least` on."""
+    check(is_count(value, least), field, value, f"must be a whole number, at least {least}")
 
 
 def check(condition: bool, field: str, value: object, expected: str) -> None:

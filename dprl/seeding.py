@@ -12,14 +12,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dprl.errors import check
+from dprl.errors import check_count
 
 IntArray = npt.NDArray[np.int64]
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
     """Return a 63-bit seed for the stream `names` of the run seeded `seed`; different names are independent."""
-    check(seed >= 0, "seed", seed, "must be at least 0")
+    check_count("seed", seed, 0)
     words = [zlib.crc32(name.encode()) if isinstance(name, str) else name for name in names]
     state = np.random.SeedSequence([seed, *words]).generate_state(2, np.uint32)
     return (int(state[0]) << 31) ^ int(state[1])

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dprl.config import validate
-from dprl.errors import EnvError, check
+from dprl.errors import ConfigError, EnvError, check, check_count
 from dprl.observations import STATE, Camera, Observation, map_parts
 from dprl.seeding import derive_seed
 
@@ -68,6 +68,7 @@ class EnvSpec:
     def __post_init__(self) -> None:
         smallest = 0 if self.cameras else 1
         validate(self, at_least={"observation_size": smallest, "max_episode_steps": 1, "n_obs_steps": 1})
+        _check_limit(self.max_episode_steps)
         names = [camera.name for camera in self.cameras]
         check(names == sorted(set(names)), "cameras", names, "must have different names, in alphabetical order")
         bounds = list(zip(self.action_low, self.action_high, strict=False))
@@ -105,8 +106,11 @@ class EnvOptions:
 
     def __post_init__(self) -> None:
         validate(self, at_least={"max_episode_steps": 1})
-        steps = self.max_episode_steps or 1
-        check(steps <= MAX_EPISODE_STEPS, "max_episode_steps", steps, f"must be at most {MAX_EPISODE_STEPS}")
+        _check_limit(self.max_episode_steps or 1)
+
+
+def _check_limit(steps: int) -> None:
+    check(steps <= MAX_EPISODE_STEPS, "max_episode_steps", steps, f"must be at most {MAX_EPISODE_STEPS}")
 
 
 @dataclass(frozen=True)
@@ -211,17 +215,32 @@ RESOLVERS: list[str] = ["dprl.envs.catalogue:resolve"]
 
 
 def load(reference: str) -> Any:
-    """Return what ``module:name`` refers to."""
-    module, _, name = reference.partition(":")
-    return getattr(importlib.import_module(module), name)
+    """Return what ``module:name`` refers to.
+
+    Raises:
+        ConfigError: it has another form, or refers to nothing that can be called.
+    """
+    module, _, name = reference.partition(":") if isinstance(reference, str) else ("", "", "")
+    check(bool(module and name), "reference", reference, "must be 'module:function'")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"reference = {reference!r}: cannot be loaded: {error}") from error
+    check(callable(found), "reference", reference, f"must name a function, not {found!r}")
+    return found
 
 
 def resolve(name: str, options: EnvOptions | None = None) -> EnvSpec:
     """Return the spec of the environment `name`.
 
     Raises:
+        ConfigError: `name` is none, or `options` are none.
         EnvError: no resolver knows it; the message offers the nearest names.
     """
+    named = isinstance(name, str)
+    check(named, "env", name, "must be the name of an environment, such as 'Hopper-v5', or a spec that makes it")
+    fits = options is None or isinstance(options, EnvOptions)
+    check(fits, "options", options, "must be EnvOptions(...)")
     for reference in RESOLVERS:
         resolver = cast("Callable[[str, EnvOptions], EnvSpec | None]", load(reference))
         spec = resolver(name, options or EnvOptions())
@@ -230,16 +249,36 @@ def resolve(name: str, options: EnvOptions | None = None) -> EnvSpec:
     raise EnvError(f"unknown environment '{name}'. 'dprl list envs' shows the names.")
 
 
-def build(spec: EnvSpec, seeds: list[int], num_threads: int = 0) -> BatchedEnv:
-    """Build one environment per seed; `num_threads` = 0 lets the backend use every core.
+def spec_of(env: str | EnvSpec, options: EnvOptions | None = None) -> EnvSpec:
+    """Return `env` if it is a spec, or that of the environment it names.
+
+    Raises:
+        ConfigError: it is neither, or `options` go with a spec, which has settings of its own.
+        EnvError: the name is unknown.
+    """
+    if not isinstance(env, EnvSpec):
+        return resolve(env, options)
+    own = options is None
+    check(own, "options", options, f"are of an environment that is named; {env.id} is a spec: change that, or name it")
+    return env
+
+
+def builder_of(spec: EnvSpec) -> EnvBuilder:
+    """Return what builds `spec`.
 
     Raises:
         EnvError: it is of an environment that was handed in, and says not how to build another.
+        ConfigError: there is no such function.
     """
     if not spec.builder:
         raise EnvError(f"{spec.id} was handed in ready-made, and more of them cannot be built: hand in a spec, as "
                        "dprl.envs.vec_env.make_spec returns it")  # fmt: skip
-    return cast("EnvBuilder", load(spec.builder))(spec, seeds, num_threads)
+    return cast("EnvBuilder", load(spec.builder))
+
+
+def build(spec: EnvSpec, seeds: list[int], num_threads: int = 0) -> BatchedEnv:
+    """Build one environment per seed; `num_threads` = 0 lets the backend use every core. See `builder_of`."""
+    return builder_of(spec)(spec, seeds, num_threads)
 
 
 def to_carry(spec: EnvSpec) -> Callable[[], object]:
@@ -269,13 +308,20 @@ def make(
         n_obs_steps: how many of the latest observations the policy sees.
         options: reward, time limit, backend.
     """
-    check(n_envs >= 1, "n_envs", n_envs, "must be at least 1")
-    spec = env if isinstance(env, EnvSpec) else resolve(env, options)
-    return build(with_n_obs_steps(spec, n_obs_steps), env_seeds(seed, n_envs))
+    check_count("n_envs", n_envs)
+    seeds = env_seeds(seed, n_envs)
+    spec = spec_of(env, options)
+    return build(with_n_obs_steps(spec, n_obs_steps), seeds)
 
 
 def check_actions(actions: FloatArray, n_envs: int, spec: EnvSpec) -> None:
-    """Raise EnvError unless actions are (N, E, A), of at least one step."""
+    """Raise EnvError unless actions are numbers (N, E, A), of at least one step."""
+    try:
+        kind = np.asarray(actions).dtype.kind
+    except Exception as error:  # a tensor that has a gradient, for one
+        raise EnvError(f"actions: {spec.id} expects an array of numbers: {error}") from error
+    if kind not in "fiu":
+        raise EnvError(f"actions of type {np.asarray(actions).dtype}: {spec.id} expects an array of numbers")
     shape = np.shape(actions)
     if len(shape) != 3 or shape[0] != n_envs or shape[1] < 1 or shape[2] != spec.action_size:
         raise EnvError(

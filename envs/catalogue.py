@@ -97,7 +97,7 @@ def _gymnasium(name: str, options: EnvOptions) -> EnvSpec:
         observation_size = layout.state_size
         limit = env.spec.max_episode_steps if env.spec is not None else None
         replayable = env.spec is None or not env.spec.nondeterministic
-        has_success = _reports_success(env)
+        has_success = _reports_success(name, env)
     finally:
         env.close()
     max_episode_steps = options.max_episode_steps or limit
@@ -140,17 +140,25 @@ def _use_envpool(name: str, options: EnvOptions) -> bool:
 def _box_bounds(name: str, space: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     import gymnasium
 
-    if not isinstance(space, gymnasium.spaces.Box):
-        raise EnvError(f"'{name}' has the action space {space}: a diffusion policy needs continuous actions (a Box)")
+    if not isinstance(space, gymnasium.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
+        needs = "a diffusion policy needs continuous actions (a Box of floats)"
+        raise EnvError(f"'{name}' has the action space {space}: {needs}")
     low, high = np.ravel(space.low).tolist(), np.ravel(space.high).tolist()
     return tuple(map(float, low)), tuple(map(float, high))
 
 
-def _reports_success(env: Any) -> bool:
-    """One step tells: Gymnasium has no other word for it."""
+def _reports_success(name: str, env: Any) -> bool:
+    """One step tells: Gymnasium has no other word for it.
+
+    Raises:
+        EnvError: the environment fails in it.
+    """
     from dprl.envs.chunked import SUCCESS_KEYS
 
-    env.reset(seed=0)
-    env.action_space.seed(0)
-    info = env.step(env.action_space.sample())[4]
-    return any(key in info for key in SUCCESS_KEYS)
+    try:
+        env.reset(seed=0)
+        env.action_space.seed(0)
+        info = env.step(env.action_space.sample())[4]
+        return any(key in info for key in SUCCESS_KEYS)
+    except Exception as error:  # it may fail in any way
+        raise EnvError(f"'{name}' fails in its first step: {type(error).__name__}: {error}") from error

@@ -15,7 +15,7 @@ import numpy as np
 
 from dprl.envs.chunked import ChunkedEnv, RaisedInsideError, SimulatorStep, episode_seed, succeeded
 from dprl.envs.gymnasium import close_processes
-from dprl.errors import EnvError
+from dprl.errors import EnvError, check
 from dprl.observations import Observation
 from dprl.spec import EnvSpec, FloatArray, IntArray, RewardKind, env_seeds, load
 
@@ -64,8 +64,10 @@ def from_vec_env(
         seed: of the episodes.
 
     Raises:
+        ConfigError: it is no `VecEnv`.
         EnvError: spaces that are not flat boxes, or a wrapper that changes observations.
     """
+    _require_vec_env("env", env)
     spec = _spec(
         env, "", "", max_episode_steps, name, reward,
         has_success=has_success, n_obs_steps=n_obs_steps, replayable=replayable,
@@ -87,8 +89,12 @@ def make_spec(
     """Return the spec of what the function `reference` (``module:function``) makes: a `VecEnv` of n environments.
 
     With a spec, any number of them can be built, and on Ray's workers too. See `from_vec_env`.
+
+    Raises:
+        ConfigError: the function cannot be loaded, or makes no `VecEnv`.
     """
     env: VecEnv = load(reference)(1)
+    _require_vec_env(reference, env)
     try:
         return _spec(
             env, "dprl.envs.vec_env:build", reference, max_episode_steps, name or reference, reward,
@@ -107,6 +113,13 @@ def build(spec: EnvSpec, seeds: list[int], num_threads: int = 0) -> ChunkedEnv:
         with suppress(Exception):
             close_processes(env, broken=True)
         raise
+
+
+def _require_vec_env(what: str, env: object) -> None:
+    needed = ("num_envs", "observation_space", "action_space", "env_method", "step", "reset", "close")
+    missing = [name for name in needed if not hasattr(env, name)]
+    remedy = f"must be a VecEnv, as make_vec_env('Hopper-v5', n_envs=8) makes one; it lacks {', '.join(missing)}"
+    check(not missing, what, type(env).__name__, remedy)
 
 
 def _spec(

@@ -42,8 +42,8 @@ from dprl.policy import (
     find_policy,
 )
 from dprl.rollout import Evaluation, RolloutPool, evaluate
-from dprl.rollout.evaluation import require_fit, wilson
-from dprl.rollout.pool import checked_slice_size
+from dprl.rollout.evaluation import wilson
+from dprl.rollout.pool import checked_slice_size, require_fit
 from dprl.seeding import derive_seed
 from dprl.spec import EnvOptions, EnvSpec, resolve, with_n_obs_steps
 from dprl.training import Evaluate, LoopConfig, RunFolder, train

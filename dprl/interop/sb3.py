@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dprl.errors import EnvError, MissingDependencyError, check
+from dprl.errors import EnvError, MissingDependencyError, check_count
 from dprl.observations import Observation, map_parts, take
 from dprl.spec import BatchedEnv, ChunkStep, FloatArray
 
@@ -27,7 +27,7 @@ class ChunkedVecEnv(VecEnv):
 
     def __init__(self, env: BatchedEnv, n_action_steps: int = 1) -> None:
         """Wrap `env`; an action is `n_action_steps` (E) environment steps."""
-        check(n_action_steps >= 1, "n_action_steps", n_action_steps, "must be at least 1")
+        check_count("n_action_steps", n_action_steps)
         self._env = env
         self._n_action_steps = n_action_steps
         self._actions: FloatArray | None = None
@@ -53,7 +53,8 @@ class ChunkedVecEnv(VecEnv):
 
     def step_wait(self) -> tuple[Any, np.ndarray[Any, Any], np.ndarray[Any, Any], list[dict[str, Any]]]:
         """Execute them; ended episodes are followed by the next ones."""
-        assert self._actions is not None
+        if self._actions is None:
+            raise EnvError("step_wait before step_async: there are no actions to execute")
         step = self._env.step_chunk(self._actions)
         infos = [self._info(step, i) for i in range(self.num_envs)]
         return self._shown(step.observation), step.reward, step.ended, infos

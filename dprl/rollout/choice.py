@@ -7,9 +7,11 @@ import logging
 import sys
 from dataclasses import dataclass, replace
 
+import torch
+
 from dprl.cores import available_cores
-from dprl.errors import check
-from dprl.rollout.pool import RolloutPool, checked_slice_size, is_count
+from dprl.errors import ConfigError, check_count
+from dprl.rollout.pool import RolloutPool, checked_slice_size
 from dprl.spec import EnvSpec
 
 ENOUGH_CORES = 8
@@ -71,6 +73,13 @@ def choose(
     return next(Choice(workers, why) for applies, workers, why in rules if applies)
 
 
+def _kind(device: str) -> str:
+    try:
+        return torch.device(device).type
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device = {device!r}: must be one of torch's, such as 'cpu' or 'cuda'") from error
+
+
 def auto_pool(
     spec: EnvSpec,
     n_envs: int,
@@ -82,11 +91,13 @@ def auto_pool(
     other_workers: int = 0,
 ) -> RolloutPool:
     """See `RolloutPool.auto`."""
-    counted = num_workers is None or is_count(num_workers, least=0)
-    check(counted, "num_workers", num_workers, "must be None, or a whole number from 0 on")
+    if num_workers is not None:
+        check_count("num_workers", num_workers, 0)
+    check_count("other_workers", other_workers, 0)
+    check_count("seed", seed, 0)
     machine = Machine.here()
     machine = replace(machine, cores=max(0, machine.cores - other_workers))
-    choice = choose(spec, n_envs, slice_size, machine, device, num_workers)
+    choice = choose(spec, n_envs, slice_size, machine, _kind(device), num_workers)
     log.info("rollouts %s", choice)
     pool: RolloutPool
     if choice.num_workers:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from dprl.errors import EnvActionError, EnvError, LocatedEnvError, check
+from dprl.errors import EnvActionError, EnvError, LocatedEnvError, check, check_count
 from dprl.observations import Observation, map_parts, take, to_tensors
-from dprl.rollout.pool import Actor, Rollout, is_count
+from dprl.rollout.pool import Actor, Rollout
 from dprl.seeding import EpisodeNoise
 from dprl.spec import BatchedEnv, ChunkStep, EnvSpec, EnvState, FloatArray, IntArray, build, env_seeds
 
@@ -29,6 +29,9 @@ class Share:
     num_threads: int = 0
     """Of the simulator; 0: every core."""
 
+    def __post_init__(self) -> None:
+        check_count("seed", self.seed, 0)
+
     def build(self) -> Collector:
         """Build the environments."""
         env = build(self.spec, env_seeds(self.seed, self.n_envs, self.first_env), self.num_threads)
@@ -38,11 +41,11 @@ class Share:
         """Return `n` shares of equal size.
 
         Raises:
-            ConfigError: naming `field`, whose value is `n`: whole slices cannot be divided so.
+            ConfigError: naming `field`, which asked for them: whole slices cannot be divided so.
         """
+        check_count(field, n)
         slices = self.n_envs // self.slice_size
-        fits = is_count(n) and slices % n == 0
-        check(fits, field, n, "must divide the number of slices: "
+        check(slices % n == 0, field, n, "must divide the number of slices: "
               f"{self.n_envs} environments / slice_size {self.slice_size} = {slices}")  # fmt: skip
         size = self.n_envs // n
         return [replace(self, first_env=self.first_env + i * size, n_envs=size) for i in range(n)]

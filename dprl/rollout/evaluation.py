@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dprl.errors import EnvError, EnvFaultError, LocatedEnvError, check
-from dprl.observations import Camera, put, take, to_tensors
+from dprl.errors import EnvFaultError, LocatedEnvError, check, check_count
+from dprl.observations import put, take, to_tensors
 from dprl.policy import InferenceConfig, Policy, RecedingHorizon
 from dprl.rollout.collector import one_thread
-from dprl.rollout.pool import MAX_SLICE, checked_slice_size
+from dprl.rollout.pool import MAX_SLICE, checked_slice_size, require_fit
 from dprl.rollout.recording import Recorder, Trajectory
 from dprl.seeding import torch_generator
 from dprl.spec import BatchedEnv, EnvSpec, build, env_seeds, with_n_obs_steps
@@ -76,6 +76,7 @@ def evaluate(
     *,
     inference: InferenceConfig | None = None,
     on_progress: Callable[[int], None] | None = None,
+    max_failures: int = MAX_FAILURES,
 ) -> Evaluation:
     """Play `episodes` episodes without exploration noise.
 
@@ -88,21 +89,33 @@ def evaluate(
         seed: of the start states and of the policy's noise.
         inference: how the policy acts. Default: its own way.
         on_progress: called with the number of episodes that just ended.
+        max_failures: how often it is made again after an environment has failed.
 
     Raises:
-        ConfigError: `episodes` below 1, or a setting of `inference` that the policy does not have.
+        ConfigError: an argument of another kind, or a setting of `inference` that the policy does not have.
         EnvError: the policy's sizes are not the environment's.
     """
+    check_evaluation(policy, spec, episodes, seed)
     progress = _Progress(on_progress)
     for failures in itertools.count(1):
         try:
             outcomes = play(policy, spec, episodes, seed, inference, on_progress=progress.again())
             break
         except EnvFaultError as fault:
-            if failures > MAX_FAILURES:
+            if failures > max_failures:
                 raise
             log.warning("%s; the evaluation is made again (failure %d)", fault, failures)
     return summary(policy, spec, seed, inference, outcomes)
+
+
+def check_evaluation(policy: Policy, spec: EnvSpec, episodes: int, seed: int) -> None:
+    """Raise ConfigError unless the arguments of an evaluation are what they must be, and EnvError where they misfit."""
+    remedy = f"must be a policy{': the MDP has it as .policy' if hasattr(policy, 'tuned_steps') else ''}"
+    check(isinstance(policy, Policy), "policy", type(policy).__name__, remedy)
+    check(isinstance(spec, EnvSpec), "spec", spec, "must be an EnvSpec, as dprl.spec.resolve(name) returns it")
+    check_count("episodes", episodes)
+    check_count("seed", seed, 0)
+    require_fit(policy, spec)
 
 
 class _Progress:
@@ -134,7 +147,6 @@ class Outcome(NamedTuple):
 
 def seats(episodes: int) -> list[slice]:
     """Return the environments of an evaluation, slice by slice: what can be played apart."""
-    check(episodes >= 1, "episodes", episodes, "must be at least 1")
     n = min(episodes, MAX_ENVS)
     size = checked_slice_size(n, None)
     slices = n // size if 2 * size >= MAX_SLICE else math.ceil(n / MAX_SLICE)  # of unequal size, rather than of a few
@@ -199,31 +211,13 @@ def record(
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Trajectory]:
     """Play the same episodes as `evaluate` does and return them step by step."""
+    check_evaluation(policy, spec, episodes, seed)
     control = RecedingHorizon(policy, inference)
     with _environments(policy, spec, episodes, seed) as env:
         recorder = Recorder(env)
         _play(control, recorder, episodes, seed, None, on_progress)
     n = env.n_envs
     return [recorder.trajectories[i % n][i // n] for i in range(episodes)]
-
-
-def require_fit(policy: Policy, spec: EnvSpec) -> None:
-    """Raise EnvError unless the policy's observation and action sizes, and its cameras, are the environment's."""
-    features = policy.features
-    for what, ours, theirs in (
-        ("observation_size", features.observation_size, spec.observation_size),
-        ("action_size", features.action_size, spec.action_size),
-        ("cameras", _by_name(features.cameras), _by_name(spec.cameras)),
-    ):
-        if ours != theirs:
-            raise EnvError(
-                f"the policy was trained with {what} = {ours}, but {spec.id} has {theirs}; "
-                f"choose the environment it was trained for{f' ({features.env_id})' if features.env_id else ''}"
-            )
-
-
-def _by_name(cameras: tuple[Camera, ...]) -> tuple[Camera, ...]:
-    return tuple(sorted(cameras, key=lambda camera: camera.name))
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -238,8 +232,6 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 def _environments(
     policy: Policy, spec: EnvSpec, episodes: int, seed: int, part: slice | None = None, num_threads: int = 0
 ) -> Iterator[BatchedEnv]:
-    check(episodes >= 1, "episodes", episodes, "must be at least 1")
-    require_fit(policy, spec)
     spec = with_n_obs_steps(spec, policy.config.n_obs_steps)
     part = part or slice(0, min(episodes, MAX_ENVS))
     env = build(spec, env_seeds(seed, part.stop - part.start, part.start, purpose="evaluation"), num_threads)

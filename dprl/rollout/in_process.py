@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TypeVar
 
-from dprl.errors import ClosedPoolError, ConfigError, EnvError, EnvFaultError, check
+from dprl.errors import ClosedPoolError, ConfigError, EnvError, EnvFaultError, check, check_count
 from dprl.observations import Observation
 from dprl.policy import InferenceConfig, Policy
 from dprl.rollout.collector import Collector, Record, Share
@@ -24,7 +24,7 @@ from dprl.rollout.pool import (
     cut,
     joined,
 )
-from dprl.spec import BatchedEnv, ChunkStep, EnvOptions, EnvSpec, EnvState, FloatArray, check_actions, resolve
+from dprl.spec import BatchedEnv, ChunkStep, EnvOptions, EnvSpec, EnvState, FloatArray, check_actions, spec_of
 
 Result = TypeVar("Result")
 
@@ -62,13 +62,22 @@ class InProcessPool(RolloutPool):
         Raises:
             ConfigError: the numbers do not divide, or one does not fit what `env` is.
         """
-        check(max_failures >= 0, "max_failures", max_failures, "must be at least 0")
+        check_count("max_failures", max_failures, 0)
+        check_count("seed", seed, 0)
+        check(isinstance(double_buffer, bool), "double_buffer", double_buffer, "must be True or False")
         self._max_failures = max_failures
-        env = resolve(env, options) if isinstance(env, str) else env
+        if isinstance(env, str | EnvSpec):
+            env = spec_of(env, options)
+        else:
+            _require_batched(env)
         if isinstance(env, EnvSpec):
             if n_envs is None:
                 raise ConfigError("n_envs = None: state how many environments to build from a spec")
             size = checked_slice_size(n_envs, slice_size)
+            slices = n_envs // size
+            halves = not double_buffer or slices % 2 == 0
+            check(halves, "double_buffer", double_buffer, "needs an even number of slices: "
+                  f"{n_envs} environments / slice_size {size} = {slices}; set another slice_size")  # fmt: skip
             self._shares = Share(env, seed, size, 0, n_envs).divided(2 if double_buffer else 1, "double_buffer")
             self._parts = _built(self._shares)
         else:
@@ -88,6 +97,7 @@ class InProcessPool(RolloutPool):
 
     def step_chunk(self, actions: FloatArray) -> ChunkStep:
         """See `RolloutPool.step_chunk`."""
+        self._require_open()
         check_actions(actions, self.n_envs, self.spec)
         pieces = cut(actions, self._sizes)
         return self._attempted(
@@ -96,7 +106,8 @@ class InProcessPool(RolloutPool):
 
     def collect(self, actor: Actor, n_steps: int) -> Rollout:
         """See `RolloutPool.collect`."""
-        check_collection(actor, n_steps)
+        self._require_open()
+        check_collection(actor, n_steps, self.spec)
         if len(self._parts) == 1:
             return self._attempted(lambda: self._parts[0].collect(actor, n_steps))
         return self._attempted(lambda: _collect_in_turns(self._parts, actor, n_steps))
@@ -112,7 +123,10 @@ class InProcessPool(RolloutPool):
     ) -> Evaluation:
         """See `RolloutPool.evaluate`."""
         self._require_open()
-        return evaluate(policy, self.spec, episodes, seed, inference=inference, on_progress=on_progress)
+        return evaluate(
+            policy, self.spec, episodes, seed,
+            inference=inference, on_progress=on_progress, max_failures=self._max_failures,
+        )  # fmt: skip
 
     def state(self) -> EnvState:
         """See `RolloutPool.state`."""
@@ -120,11 +134,11 @@ class InProcessPool(RolloutPool):
 
     def restore(self, state: EnvState) -> None:
         """See `RolloutPool.restore`."""
-        check_state(state, self.n_envs)
         self._require_open()
+        check_state(state, self.n_envs, self.spec)
         if self._shares:  # built again: a simulator may be unable to go back
-            self._saved = state
-            self._attempted(lambda: None)
+            before, self._saved = self.state(), state
+            self._attempted(lambda: None, before)
         else:
             self._attempted(lambda: self._place(state))
 
@@ -142,17 +156,18 @@ class InProcessPool(RolloutPool):
     def _gives_up(self, failures: int) -> bool:
         return failures > self._max_failures or not self._shares or not self.spec.replayable
 
-    def _attempted(self, call: Callable[[], Result]) -> Result:
+    def _attempted(self, call: Callable[[], Result], before: EnvState | None = None) -> Result:
         """Make `call`. Where it fails, all is brought back to before it: to be made again, or left so."""
         self._require_open()
-        before = self.state()
+        goal = self.state()
+        before = goal if before is None else before
         for failures in itertools.count(1):
             try:
                 if self._saved is not None:
                     self._build_again(self._saved)
                 return call()
             except EnvFaultError as fault:
-                self._saved = before
+                self._saved = before if self._gives_up(failures) else goal
                 if self._gives_up(failures):
                     raise
                 log.warning("%s; the environments are built again (failure %d)", fault, failures)
@@ -195,9 +210,13 @@ def as_pool(env: BatchedEnv | RolloutPool, seed: int) -> RolloutPool:
     Raises:
         EnvError: it is neither.
     """
+    _require_batched(env)
+    return env if isinstance(env, RolloutPool) else InProcessPool(env, seed=seed)
+
+
+def _require_batched(env: object) -> None:
     if not hasattr(env, "step_chunk"):
         raise EnvError(f"{type(env).__name__} {env!r} is no batched environment: take dprl.make(id, n_envs=...)")
-    return env if isinstance(env, RolloutPool) else InProcessPool(env, seed=seed)
 
 
 def _collect_in_turns(parts: list[Collector], actor: Actor, n_steps: int) -> Rollout:

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 from torch import Tensor
 
-from dprl.errors import check
+from dprl.errors import EnvError, check, check_count
 from dprl.mdp import Chain
-from dprl.observations import Observation, TensorObservation, map_parts
-from dprl.spec import BoolArray, ChunkStep, EnvOptions, EnvSpec, EnvState, FloatArray, IntArray, resolve
+from dprl.observations import Camera, Observation, TensorObservation, map_parts
+from dprl.policy import Policy
+from dprl.spec import BoolArray, ChunkStep, EnvOptions, EnvSpec, EnvState, FloatArray, IntArray, spec_of
 
 if TYPE_CHECKING:
-    from dprl.policy import InferenceConfig, Policy
+    from dprl.policy import InferenceConfig
     from dprl.rollout.choice import Choice
     from dprl.rollout.evaluation import Evaluation
 
@@ -144,9 +145,8 @@ class RolloutPool(ABC):
         """
         from dprl.rollout.choice import auto_pool
 
-        spec = env if isinstance(env, EnvSpec) else resolve(env, options)
         return auto_pool(
-            spec, n_envs, seed=seed, slice_size=slice_size, device=device, num_workers=num_workers,
+            spec_of(env, options), n_envs, seed=seed, slice_size=slice_size, device=device, num_workers=num_workers,
             other_workers=other_workers,
         )  # fmt: skip
 
@@ -170,8 +170,9 @@ class RolloutPool(ABC):
 
         Raises:
             ConfigError: `actor` is none, or `n_steps` below 1.
-            EnvError: an environment failed more often than the pool forgives. `state` is then what it was before, but
-                for environments that a pool did not build itself: those stay where they are.
+            EnvError: the policy does not fit the environment, or an environment failed more often than the pool
+                forgives. `state` is then what it was before, but for environments that a pool did not build itself:
+                those stay where they are.
         """
 
     @abstractmethod
@@ -194,8 +195,10 @@ class RolloutPool(ABC):
     def restore(self, state: EnvState) -> None:
         """Take up `state`, whatever was before. Where episodes cannot be replayed, the next ones begin.
 
+        Where it fails, all is as before.
+
         Raises:
-            ConfigError: the state is of another number of environments.
+            ConfigError: the state is none of these environments.
             EnvError: an environment failed more often than the pool forgives, or was not built by the pool and is past
                 its episode already.
         """
@@ -217,31 +220,64 @@ def checked_slice_size(n_envs: int, slice_size: int | None) -> int:
     Raises:
         ConfigError: it does not divide `n_envs`.
     """
-    check(is_count(n_envs), "n_envs", n_envs, "must be a whole number, at least 1")
+    check_count("n_envs", n_envs)
     if slice_size is None:
         return max(size for size in range(1, min(n_envs, MAX_SLICE) + 1) if n_envs % size == 0)
-    fits = is_count(slice_size) and n_envs % slice_size == 0
-    check(fits, "slice_size", slice_size, f"must divide n_envs, which is {n_envs}")
+    check_count("slice_size", slice_size)
+    check(n_envs % slice_size == 0, "slice_size", slice_size, f"must divide n_envs, which is {n_envs}")
     return slice_size
 
 
-def is_count(value: object, least: int = 1) -> bool:
-    """Whether it is a whole number from `least` on."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= least
-
-
-def check_collection(actor: object, n_steps: object) -> None:
-    """Raise ConfigError unless `actor` can act `n_steps` times."""
-    check(is_count(n_steps), "n_steps", n_steps, "must be a whole number, at least 1")
-    acts = all(hasattr(actor, name) for name in ("n_action_steps", "noise_shape", "sample"))
+def check_collection(actor: Any, n_steps: object, spec: EnvSpec) -> None:
+    """Raise ConfigError unless `actor` can act `n_steps` times, and EnvError where its policy does not fit `spec`."""
+    check_count("n_steps", n_steps)
+    acts = not isinstance(actor, type) and all(
+        hasattr(actor, name) for name in ("n_action_steps", "noise_shape", "sample", "cpu")
+    )
     remedy = "must act by noise that it is given, as DenoisingMDP(policy, tuned_steps, ExplorationConfig()) does"
-    check(acts, "actor", type(actor).__name__, remedy)
+    check(acts, "actor", actor if isinstance(actor, type) else type(actor).__name__, remedy)
+    policy = getattr(actor, "policy", None)
+    if isinstance(policy, Policy):
+        require_fit(policy, spec)
+        seen = policy.config.n_obs_steps
+        check(spec.n_obs_steps == seen, "n_obs_steps", spec.n_obs_steps, f"the policy sees {seen}")
 
 
-def check_state(state: EnvState, n_envs: int) -> None:
-    """Raise ConfigError unless `state` is of `n_envs` environments."""
-    n = len(state.episodes)
-    check(n == n_envs, "n_envs", n_envs, f"the saved state is of {n} environments")
+def check_state(state: EnvState, n_envs: int, spec: EnvSpec) -> None:
+    """Raise ConfigError unless `state` is one of `n_envs` environments of `spec`."""
+    check(isinstance(state, EnvState), "state", type(state).__name__, "must be what a pool's state() returned")
+    episodes, lengths, actions = map(np.asarray, (state.episodes, state.lengths, state.actions))
+    for name, numbers in (("episodes", episodes), ("lengths", lengths)):
+        whole = numbers.ndim == 1 and np.issubdtype(numbers.dtype, np.integer)
+        check(whole, f"state.{name}", numbers, "must be whole numbers, one for each environment")
+    check(len(episodes) == n_envs, "n_envs", n_envs, f"the saved state is of {len(episodes)} environments")
+    check(len(lengths) == n_envs, "state.lengths", lengths, f"must be {n_envs} numbers")
+    check(bool((episodes >= -1).all()), "state.episodes", episodes, "must be at least -1")
+    fits = (lengths >= 0) & (lengths < spec.max_episode_steps) & ((episodes >= 0) | (lengths == 0))
+    check(bool(fits.all()), "state.lengths", lengths,
+          f"must be from 0 to {spec.max_episode_steps - 1}, and 0 where no episode has begun")  # fmt: skip
+    shape = (int(lengths.sum()), spec.action_size)
+    check(actions.shape == shape, "state.actions", actions.shape, f"must have the shape {shape}: all that was executed")
+    check(bool(np.isfinite(actions).all()), "state.actions", "not finite", "must be finite")
+
+
+def require_fit(policy: Policy, spec: EnvSpec) -> None:
+    """Raise EnvError unless the policy's observation and action sizes, and its cameras, are the environment's."""
+    features = policy.features
+    for what, ours, theirs in (
+        ("observation_size", features.observation_size, spec.observation_size),
+        ("action_size", features.action_size, spec.action_size),
+        ("cameras", _by_name(features.cameras), _by_name(spec.cameras)),
+    ):
+        if ours != theirs:
+            raise EnvError(
+                f"the policy was trained with {what} = {ours}, but {spec.id} has {theirs}; "
+                f"choose the environment it was trained for{f' ({features.env_id})' if features.env_id else ''}"
+            )
+
+
+def _by_name(cameras: tuple[Camera, ...]) -> tuple[Camera, ...]:
+    return tuple(sorted(cameras, key=lambda camera: camera.name))
 
 
 def joined(observations: Sequence[Observation]) -> Observation:

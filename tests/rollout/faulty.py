@@ -18,6 +18,7 @@ from dprl.spec import EnvSpec, FloatArray, IntArray
 from tests.toys import Reach, reach_spec
 
 FAULTS = ("kill", "raise", "hang", "nan", "shape")
+"""There is one more, which is nobody's fault: "end"."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,10 @@ def _fail(kind: str, result: SimulatorStep, row: int) -> SimulatorStep:
         raise RuntimeError("the motor is on fire")
     if kind == "hang":
         time.sleep(3600)
+    if kind == "end":
+        ended = np.array(result.terminated)
+        ended[row] = True
+        return replace(result, terminated=ended)
     if kind == "nan":
         observation = np.array(result.observation)
         observation[row] = np.nan

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from dprl.errors import ConfigError
 from dprl.rollout import InProcessPool, RolloutPool
@@ -62,9 +63,28 @@ def test_room_is_left_for_others_workers():
         assert str(pool.choice) == "in this process: no CPU is free for Ray workers"
 
 
+@pytest.mark.parametrize("other_workers", [-1, None, 1.5])
+def test_no_number_of_other_workers_is_refused(other_workers):
+    with pytest.raises(ConfigError, match=r"other_workers = .*: must be a whole number, at least 0"):
+        RolloutPool.auto(reach_spec(), 4, other_workers=other_workers)
+
+
+@pytest.mark.parametrize("device", ["gpu", None, 3.5])
+def test_no_device_is_refused(device):
+    with pytest.raises(ConfigError, match=r"device = .*: must be one of torch's"):
+        RolloutPool.auto(reach_spec(), 4, device=device)
+
+
+@pytest.mark.parametrize("device", ["cpu:0", torch.device("cpu")])
+def test_every_name_of_the_cpu_is_one(device, monkeypatch):
+    monkeypatch.setattr(Machine, "here", staticmethod(lambda: Machine(2)))
+    with RolloutPool.auto(reach_spec(), 4, slice_size=1, device=device) as pool:
+        assert "2 cores are few" in str(pool.choice)
+
+
 @pytest.mark.parametrize("num_workers", [-1, True, "2", 1.0])
 def test_no_number_of_workers_is_refused(num_workers):
-    with pytest.raises(ConfigError, match=r"num_workers = .*: must be None, or a whole number from 0 on"):
+    with pytest.raises(ConfigError, match=r"num_workers = .*: must be a whole number, at least 0"):
         RolloutPool.auto(reach_spec(), 4, num_workers=num_workers)
 
 

@@ -10,7 +10,8 @@ from dprl.networks import MLPConfig
 from dprl.observations import Camera
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Features, InferenceConfig
 from dprl.rollout import Evaluation, evaluate, evaluation
-from dprl.rollout.evaluation import LATENCY_CALLS, require_fit, wilson
+from dprl.rollout.evaluation import LATENCY_CALLS, wilson
+from dprl.rollout.pool import require_fit
 from dprl.spec import EnvOptions, EnvSpec, resolve
 
 pytest.importorskip("envpool")
@@ -184,7 +185,7 @@ def test_slices_are_few(episodes, sizes):
 
 @pytest.mark.parametrize("episodes", [0, -1])
 def test_no_episodes_are_refused(episodes):
-    with pytest.raises(ConfigError, match=f"episodes = {episodes}: must be at least 1"):
+    with pytest.raises(ConfigError, match=f"episodes = {episodes}: must be a whole number, at least 1"):
         evaluate(make_policy(hopper()), hopper(), episodes, seed=0)
 
 

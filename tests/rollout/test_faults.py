@@ -462,22 +462,31 @@ class Unusable:
 
 
 def test_the_environment_whose_replay_ends_is_named_as_the_pool_counts_it(tmp_path):
-    spec = faulty_spec(tmp_path)
-    lengths = np.zeros(N_ENVS, np.int64)
-    lengths[6] = spec.max_episode_steps + 1
-    state = EnvState(np.zeros(N_ENVS, np.int64), lengths, np.zeros((lengths[6], 1), np.float32))
-    pool = InProcessPool(spec, N_ENVS, seed=SEED, slice_size=SLICE, double_buffer=True)
-    with pool, pytest.raises(EnvError, match="ends when it is replayed in environment 6"):
-        pool.restore(state)
+    plant(tmp_path, Fault("end", SEEDS[6], 0, 2))
+    pool = InProcessPool(faulty_spec(tmp_path), N_ENVS, seed=SEED, slice_size=SLICE, double_buffer=True)
+    with pool, pytest.raises(EnvError, match="ends when it is replayed in environment 6, episode 0, step 3"):
+        pool.restore(five_steps(6))
 
 
-def test_an_episode_that_ends_in_its_replay_is_an_error(tmp_path):
-    spec = faulty_spec(tmp_path)
-    too_long = np.zeros((spec.max_episode_steps + 1, 1), np.float32)
-    episodes, lengths = np.zeros(N_ENVS, np.int64), np.zeros(N_ENVS, np.int64)
-    lengths[3] = len(too_long)
-    with in_process(spec) as pool, pytest.raises(EnvError, match="ends when it is replayed in environment 3"):
-        pool.restore(EnvState(episodes, lengths, too_long))
+def five_steps(index: int) -> EnvState:
+    """Of one environment's first episode."""
+    lengths = 5 * (np.arange(N_ENVS) == index)
+    return EnvState(np.zeros(N_ENVS, np.int64), lengths, np.zeros((5, 1), np.float32))
+
+
+@pytest.mark.parametrize("make", [on_ray, in_process])
+def test_an_episode_that_ends_in_its_replay_is_an_error_that_leaves_all_as_it_was(
+    make, cluster, actor, undisturbed, tmp_path
+):
+    with make(faulty_spec(tmp_path)) as pool:
+        first = pool.collect(actor, DECISIONS)
+        before = pool.state()
+        plant(tmp_path, Fault("end", SEEDS[3], 0, 2))
+        with pytest.raises(EnvError, match="ends when it is replayed in environment 3"):
+            pool.restore(five_steps(3))
+        for name in ("episodes", "lengths", "actions"):
+            np.testing.assert_array_equal(getattr(pool.state(), name), getattr(before, name))
+        assert_same([first, pool.collect(actor, DECISIONS)], undisturbed[:2])
 
 
 def test_a_rebuild_that_fails_can_be_tried_again(actor, tmp_path, monkeypatch):

@@ -172,6 +172,9 @@ def test_inference_runs_on_one_thread_and_leaves_torchs_setting(spec, actor):
             self.threads.append(torch.get_num_threads())
             return actor.sample(obs, noise=noise)
 
+        def cpu(self):
+            return self
+
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -215,7 +218,7 @@ def test_double_buffering_changes_nothing(reference, spec, actor):
 
 
 def test_double_buffering_needs_two_halves(spec):
-    with pytest.raises(ConfigError, match="double_buffer = 2: must divide the number of slices"):
+    with pytest.raises(ConfigError, match=r"double_buffer = True: needs an even number of slices: 8 .* / slice_size 8"):
         InProcessPool(spec, 8, slice_size=8, double_buffer=True)
 
 
@@ -336,7 +339,7 @@ def test_restore_of_another_number_of_environments_is_refused(reference, spec):
 
 @pytest.mark.parametrize("slice_size", [0, 3, 16, -2, 2.0, "2", True])
 def test_slice_size_must_divide_the_environments(spec, slice_size):
-    with pytest.raises(ConfigError, match=f"slice_size = {slice_size!r}: must divide n_envs, which is 8"):
+    with pytest.raises(ConfigError, match=f"slice_size = {slice_size!r}: must (divide n_envs, which is 8|be a whole)"):
         in_process(spec, slice_size=slice_size)
 
 
@@ -409,7 +412,7 @@ def test_too_many_workers_are_refused_with_the_arithmetic(ray, spec):
 def test_workers_must_divide_the_slices(ray, spec, num_workers):
     from dprl.rollout.ray_pool import RayPool
 
-    with pytest.raises(ConfigError, match=rf"num_workers = {num_workers!r}: .*8 environments / slice_size 2 = 4"):
+    with pytest.raises(ConfigError, match=rf"num_workers = {num_workers!r}: .*(slice_size 2 = 4|whole)"):
         RayPool(spec, N_ENVS, num_workers=num_workers, slice_size=SLICE)
 
 

@@ -8,18 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Self
 
-from dprl.errors import MissingDependencyError, check
+from dprl.errors import check
 from dprl.policy import InferenceConfig, Policy
-from dprl.rollout.evaluation import Evaluation, Outcome, play, seats, summary
-from dprl.spec import EnvOptions, EnvSpec, resolve
-
-try:
-    import ray
-except ImportError as error:
-    raise MissingDependencyError("ray", "ray", "evaluating on Ray workers") from error
-
+from dprl.rollout.evaluation import Evaluation, Outcome, check_evaluation, play, seats, summary
 from dprl.rollout.ray_pool.cluster import RayConnection
-from dprl.rollout.ray_pool.workers import Crew, WorkerOptions
+from dprl.rollout.ray_pool.workers import Crew, WorkerOptions, sent
+from dprl.spec import EnvOptions, EnvSpec, builder_of, spec_of
 
 
 class RayEvaluator:
@@ -48,7 +42,8 @@ class RayEvaluator:
         Raises:
             ConfigError: Ray has too few CPUs.
         """
-        self.spec = env if isinstance(env, EnvSpec) else resolve(env, options)
+        self.spec = spec_of(env, options)
+        builder_of(self.spec)
         self._options = WorkerOptions() if workers is None else workers
         check(isinstance(self._options, WorkerOptions), "workers", workers, "must be WorkerOptions(...)")
         self._ray = RayConnection(address, runtime_env)
@@ -67,7 +62,8 @@ class RayEvaluator:
         The result is that of `evaluate`, but for the latency, which is a worker's.
         """
         self._crew.require_open()
-        return self._thread.submit(self._evaluate, ray.put(on_cpu(policy)), episodes, seed, inference)
+        check_evaluation(policy, self.spec, episodes, seed)
+        return self._thread.submit(self._evaluate, sent("policy", on_cpu(policy)), episodes, seed, inference)
 
     def close(self) -> None:
         """End the workers, and Ray if it was started for them. An evaluation under way fails with ClosedPoolError."""

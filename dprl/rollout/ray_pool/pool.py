@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from dprl.errors import MissingDependencyError, WorkerError, check
+from dprl.errors import WorkerError, check
 from dprl.observations import Observation
 from dprl.policy import InferenceConfig, Policy
 from dprl.rollout.collector import Share
-from dprl.rollout.evaluation import Evaluation, summary
+from dprl.rollout.evaluation import Evaluation, check_evaluation, summary
 from dprl.rollout.pool import (
     Actor,
     Rollout,
@@ -28,16 +28,10 @@ from dprl.rollout.pool import (
     cut,
     joined,
 )
-from dprl.spec import ChunkStep, EnvOptions, EnvSpec, EnvState, FloatArray, check_actions, resolve
-
-try:
-    import ray
-except ImportError as error:
-    raise MissingDependencyError("ray", "ray", "a Ray rollout pool") from error
-
 from dprl.rollout.ray_pool.cluster import RayConnection
 from dprl.rollout.ray_pool.evaluator import on_cpu, play_on
-from dprl.rollout.ray_pool.workers import Crew, Reply, WorkerOptions, writable
+from dprl.rollout.ray_pool.workers import Crew, Reply, WorkerOptions, sent, writable
+from dprl.spec import ChunkStep, EnvOptions, EnvSpec, EnvState, FloatArray, builder_of, check_actions, spec_of
 
 JOURNAL_LENGTH = 100
 """Chunks of a policy that acts elsewhere, after which the environments' state is noted anew."""
@@ -75,7 +69,8 @@ class RayPool(RolloutPool):
         Raises:
             ConfigError: the numbers do not divide, or Ray has too few CPUs.
         """
-        self.spec = env if isinstance(env, EnvSpec) else resolve(env, options)
+        self.spec = spec_of(env, options)
+        builder_of(self.spec)
         self.n_envs = n_envs
         self.slice_size = checked_slice_size(n_envs, slice_size)
         workers = WorkerOptions() if workers is None else workers
@@ -103,6 +98,7 @@ class RayPool(RolloutPool):
 
     def step_chunk(self, actions: FloatArray) -> ChunkStep:
         """See `RolloutPool.step_chunk`."""
+        self._crew.require_open()
         check_actions(actions, self.n_envs, self.spec)
         if len(self._seats[0].chunks) >= JOURNAL_LENGTH:
             self.state()
@@ -116,9 +112,9 @@ class RayPool(RolloutPool):
             WorkerError: a worker failed more often than it is forgiven: `state` is then what it was before. Or every
                 worker was lost, and episodes cannot be replayed: the next ones then begin.
         """
-        check_collection(actor, n_steps)
         self._crew.require_open()
-        shared = ray.put(actor.cpu())
+        check_collection(actor, n_steps, self.spec)
+        shared = sent("actor", actor.cpu())
         parts = self._everywhere("collect", [(shared, n_steps)] * len(self._seats))
         kept = [part for part in parts if part is not None]
         if not kept:
@@ -136,8 +132,9 @@ class RayPool(RolloutPool):
     ) -> Evaluation:
         """See `RolloutPool.evaluate`. Its slices are divided among the workers."""
         self._crew.require_open()
+        check_evaluation(policy, self.spec, episodes, seed)
         outcomes = play_on(
-            self._crew, ray.put(on_cpu(policy)), self.spec, episodes, seed, inference,
+            self._crew, sent("policy", on_cpu(policy)), self.spec, episodes, seed, inference,
             num_threads=self._seats[0].share.num_threads, on_progress=on_progress,
         )  # fmt: skip
         return summary(policy, self.spec, seed, inference, outcomes)
@@ -150,11 +147,16 @@ class RayPool(RolloutPool):
 
     def restore(self, state: EnvState) -> None:
         """See `RolloutPool.restore`."""
-        check_state(state, self.n_envs)
         self._crew.require_open()
+        check_state(state, self.n_envs, self.spec)
         with self._turn:
-            self._seats = [seat.at(state.part(seat.share.first_env, seat.share.n_envs)) for seat in self._seats]
-            self._everywhere("state", [()] * len(self._seats))
+            before = self._seats
+            self._seats = [seat.at(state.part(seat.share.first_env, seat.share.n_envs)) for seat in before]
+            try:
+                self._everywhere("state", [()] * len(self._seats))
+            except BaseException:
+                self._seats = [replace(seat, built=False) for seat in before]
+                raise
 
     def close(self) -> None:
         """End the workers, and Ray if it was started for them."""

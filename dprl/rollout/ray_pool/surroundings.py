@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Self
 
-from dprl.errors import MissingDependencyError
+from dprl.errors import EnvError, MissingDependencyError
 from dprl.spec import EnvSpec, to_carry
 
 try:
@@ -26,8 +26,19 @@ class Surroundings:
 
     @classmethod
     def here(cls, spec: EnvSpec) -> Self:
-        """Those of this process, for the environments of `spec`."""
-        return cls(tuple(sys.path), cloudpickle.dumps(to_carry(spec)))
+        """Those of this process, for the environments of `spec`.
+
+        Raises:
+            EnvError: what registers them cannot be pickled.
+        """
+        try:
+            preparation = cloudpickle.dumps(to_carry(spec))
+        except Exception as error:  # whatever a script has registered may refuse in any way
+            raise EnvError(
+                f"{spec.id}: what registers it cannot be sent to Ray workers ({error}); register it in a module, and "
+                f"name that: 'module:{spec.id}'"
+            ) from error
+        return cls(tuple(sys.path), preparation)
 
     def enter(self) -> None:
         """Let them be this process's too, behind what it has already."""

@@ -27,9 +27,9 @@ from dprl.errors import (
     MissingDependencyError,
     WorkerError,
     check,
+    check_count,
 )
 from dprl.rollout.collector import Collector, Share
-from dprl.rollout.pool import is_count
 from dprl.spec import EnvSpec, EnvState, FloatArray
 
 try:
@@ -44,6 +44,7 @@ START_TIMEOUT_S = 120.0
 FREEING_TIMEOUT_S = 10.0
 ABANDONED_TIMEOUT_S = 5.0
 POLL_S = 0.1
+RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
 ROUNDING = 1e-6
 """Of sums of CPUs, which are fractions."""
 
@@ -59,6 +60,8 @@ class Resource:
 
     def __post_init__(self) -> None:
         validate(self, above={"amount": 0})
+        own = self.name and self.name not in RAYS_OWN
+        check(bool(own), "name", self.name, f"must be a custom resource's, not empty or one of {', '.join(RAYS_OWN)}")
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,19 @@ class Reply(NamedTuple):
     """Where the environments are now; None after a chunk that whoever sent it can note, to replay it."""
 
 
+def sent(what: str, value: Any) -> Any:
+    """Put `value` into the object store; return its reference.
+
+    Raises:
+        ConfigError: it cannot be sent to another process.
+    """
+    try:
+        return ray.put(value)
+    except TypeError as error:
+        why = str(error).splitlines()[0]
+        raise ConfigError(f"{what} = {type(value).__name__}: cannot be sent to Ray workers: {why}") from error
+
+
 def writable(state: EnvState) -> EnvState:
     """Return a copy: what comes from the object store is read-only."""
     return EnvState(np.array(state.episodes), np.array(state.lengths), np.array(state.actions))
@@ -197,7 +213,7 @@ class Crew:
         Raises:
             ConfigError: Ray has less free than they claim.
         """
-        check(is_count(num_workers), "num_workers", num_workers, "must be a whole number, at least 1")
+        check_count("num_workers", num_workers)
         self.options = options
         require_capacity(num_workers, options)
         actor = ray.remote(Worker).options(
