@@ -327,6 +327,7 @@ def test_where_nothing_can_be_replayed_the_next_episodes_begin(make, cluster, ac
         np.testing.assert_array_equal(pool.collect(actor, 2).episode_lengths[0], pool.state().lengths * 0 + 2)
 
 
+@pytest.mark.full
 def test_a_worker_that_dies_costs_nothing_where_nothing_was_under_way(cluster, actor, tmp_path):
     """Though its episodes cannot be replayed: they are begun anew, or others are."""
     with on_ray(faulty_spec(tmp_path, replayable=False)) as pool:
@@ -343,6 +344,7 @@ def test_a_worker_that_dies_costs_nothing_where_nothing_was_under_way(cluster, a
         assert pool.failures == 3
 
 
+@pytest.mark.full
 def test_a_policy_that_acts_elsewhere_goes_on_in_new_episodes(cluster, tmp_path):
     """Where a chunk was lost, and nothing can be replayed: not in those that were there before."""
     actions = np.zeros((N_ENVS, 4, 1), np.float32)
@@ -547,6 +549,7 @@ def test_what_an_interrupt_ends_is_no_failure(cluster, actor, tmp_path, monkeypa
         assert pool.failures == 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("lost", [False, True])
 def test_an_interrupt_as_a_result_is_taken_is_no_failure(lost, cluster, actor, undisturbed, tmp_path, monkeypatch):
     """Nor is the worker forgotten that died just then."""
@@ -699,6 +702,7 @@ def test_a_fault_while_another_is_mended_counts_and_loses_nothing(make, cluster,
     np.testing.assert_array_equal(rest.chains, undisturbed[0].chains[1:])
 
 
+@pytest.mark.full
 def test_one_hang_is_one_failure_however_much_a_worker_has_to_do(cluster, actor, undisturbed, tmp_path):
     """Here it has both shares, since the other worker is gone."""
     with on_ray(faulty_spec(tmp_path), timeout_s=2.0, max_failures=1) as pool:

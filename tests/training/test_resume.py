@@ -104,6 +104,7 @@ def test_killed_anywhere(kind: str, iteration: int, inputs: Path, tmp_path: Path
     assert_same_checkpoint(killed / "checkpoints" / "last", whole / "checkpoints" / "last")
 
 
+@pytest.mark.full
 def test_evaluating_more_often_changes_no_byte_of_training(inputs: Path, tmp_path: Path) -> None:
     runs = {}
     for every in (0, 1, 3):
