@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -69,6 +70,7 @@ class DenoisingMLP(Denoiser):
         super().__init__()
         n_inputs = horizon * action_size + config.time_size + n_obs_steps * feature_size
         self.n_numbers = horizon * action_size
+        self.time_size = config.time_size
         self.time = TimestepEmbedding(config.time_size, 2 * config.time_size)
         self.net = ResidualMLP(n_inputs, horizon * action_size, config.hidden_size, config.n_blocks, config.activation)
 
@@ -78,6 +80,13 @@ class DenoisingMLP(Denoiser):
         time = self.time(timestep).expand(len(condition), -1)
         known = torch.cat([time, condition.flatten(1)], dim=-1)
         return linear(known, first.weight[:, self.n_numbers :], first.bias)
+
+    def prepare_steps(self, timesteps: Tensor, condition: Tensor) -> Iterator[Tensor]:
+        """See `Denoiser.prepare_steps`. The condition adds the same at every step, so it is multiplied once."""
+        first = cast("nn.Linear", self.net[0])
+        of_time, of_condition = first.weight[:, self.n_numbers :].tensor_split([self.time_size], dim=1)
+        known = linear(condition.flatten(1), of_condition, first.bias)
+        return (known + time for time in linear(self.time(timesteps), of_time))
 
     def denoise(self, noisy_actions: Tensor, prepared: Tensor) -> Tensor:
         """See `Denoiser.denoise`."""
