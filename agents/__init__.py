@@ -4,6 +4,7 @@ if __name__ != "dprl.agents":
     raise ImportError("import this package as 'dprl.agents', not as 'agents'")
 
 from dprl.agents.bc import BC, BCConfig
-from dprl.agents.dppo import DPPO, DPPOConfig
+from dprl.agents.dppo import DPPO
+from dprl.agents.dppo_config import DPPOConfig
 
 __all__ = ["BC", "DPPO", "BCConfig", "DPPOConfig"]

@@ -13,91 +13,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dprl import checkpoint
-from dprl.config import validate
-from dprl.diffusion import SolverConfig
+from dprl.agents.dppo_config import DPPOConfig
+from dprl.diffusion import normal_kl, normal_w2
 from dprl.errors import CheckpointError, check
-from dprl.mdp import DenoisingMDP, ExplorationConfig
+from dprl.mdp import DenoisingMDP, PolicyMDP
 from dprl.networks import ValueNet
-from dprl.networks.mlp import Activation
+from dprl.observations import Observation, map_parts
 from dprl.policy import DiffusionPolicy, PredictState
 from dprl.returns import RunningReturnStd, explained_variance, gae
 from dprl.rollout import Rollout, RolloutPool, as_pool
 from dprl.rollout.pool import require_fit
-from dprl.seeding import seeded_init, torch_generator
+from dprl.seeding import draw_normal, seeded_init, torch_generator
 from dprl.spec import BatchedEnv, EnvState
 from dprl.training import Agent, LoopConfig, train
+from dprl.training.figures import UpdateFigures
+from dprl.training.learner import Learner
 
 LOG_PROB_RANGE = (-5.0, 2.0)
-
-
-@dataclass(frozen=True)
-class DPPOConfig:
-    """The algorithm's numbers."""
-
-    tuned_steps: int = 10
-    """K', how many of the last denoising steps are trained."""
-    solver: SolverConfig = field(default_factory=SolverConfig)
-    """Whose steps: ddpm, ddim (with eta = 1 it explores most like ddpm) or euler. Default: the policy's own way."""
-    n_steps: int = 50
-    """T, decisions per environment and iteration."""
-    n_epochs: int = 5
-    """Passes over the pairs of one rollout."""
-    batch_size: int = 2_000
-    """(decision, denoising step) pairs per gradient step."""
-    learning_rate: float = 3e-4
-    """The actor's."""
-    critic_learning_rate: float = 1e-3
-    gamma: float = 0.99
-    """Discount per decision."""
-    gae_lambda: float = 0.95
-    denoising_discount: float = 0.99
-    """The advantage of step k is multiplied by this to the power k."""
-    clip_range: float = 0.05
-    """PPO's clip at the step that emits the action; of the ratio of mean log-probs."""
-    clip_range_base: float = 0.005
-    """The clip at the noisiest tuned step."""
-    clip_range_rate: float = 3.0
-    """How steeply the clip grows between the two."""
-    vf_coef: float = 0.5
-    target_kl: float = 1.0
-    """Stop an iteration's updates once a minibatch's approximate KL exceeds this."""
-    critic_warmup: int = 0
-    """First iterations in which only the critic learns."""
-    critic_hidden_size: int = 256
-    critic_activation: Activation = "relu"
-    normalize_returns: bool = True
-    """Divide rewards by the running standard deviation of the return."""
-    exploration: ExplorationConfig = field(default_factory=ExplorationConfig)
-
-    def __post_init__(self) -> None:
-        counts = ("tuned_steps", "n_steps", "n_epochs", "batch_size", "critic_hidden_size")
-        positive = ("learning_rate", "critic_learning_rate", "clip_range", "clip_range_rate", "target_kl")
-        validate(
-            self,
-            at_least={**dict.fromkeys(counts, 1), "critic_warmup": 0, "vf_coef": 0},
-            above=dict.fromkeys(positive, 0),
-        )
-        check(self.clip_range_rate <= 50, "clip_range_rate", self.clip_range_rate, "must be at most 50")
-        for name in ("gamma", "gae_lambda", "denoising_discount"):
-            check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be from 0 to 1")
-        ordered = 0 < self.clip_range_base <= self.clip_range
-        check(ordered, "clip_range_base", self.clip_range_base, f"must be above 0 and at most {self.clip_range}")
 
 
 # ---------------------------------------------------------------------------------------------- the mathematics
 
 
-def chunk_log_prob(log_prob: Tensor, executed: int) -> Tensor:
-    """Mean of a step's clamped log-densities over the executed actions: (B, H, A) -> (B,)."""
-    return log_prob.clamp(*LOG_PROB_RANGE)[:, :executed].mean(dim=(1, 2))
+def over_chunk(values: Tensor, executed: Tensor | int, reduction: str = "mean") -> Tensor:
+    """Average or sum over the numbers of the first `executed` actions: (B, H, A), (B,) -> (B,)."""
+    counts = torch.arange(values.shape[1], device=values.device) < torch.as_tensor(executed).view(-1, 1)
+    total = (values * counts[..., None]).sum(dim=(1, 2))
+    return total if reduction == "sum" else total / (counts.sum(1) * values.shape[2])
+
+
+def chunk_log_prob(log_prob: Tensor, executed: Tensor | int, reduction: str = "mean") -> Tensor:
+    """Clamped log-densities of the actions that were executed, averaged or summed: (B, H, A), (B,) -> (B,)."""
+    return over_chunk(log_prob.clamp(*LOG_PROB_RANGE), executed, reduction)
 
 
 def clip_ranges(config: DPPOConfig) -> Tensor:
@@ -108,54 +63,69 @@ def clip_ranges(config: DPPOConfig) -> Tensor:
     return config.clip_range_base + (config.clip_range - config.clip_range_base) * growth
 
 
-class PolicyLoss(NamedTuple):
-    """PPO's objective and what people watch."""
-
-    policy_loss: Tensor
-    approx_kl: Tensor
-    clip_fraction: Tensor
-    ratio_mean: Tensor
+def normalized_advantage(advantage: Tensor, quantiles: tuple[float, ...] = (0.0, 1.0)) -> Tensor:
+    """A minibatch's advantages (B,) with mean 0 and standard deviation 1, clipped to their quantiles."""
+    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    low, high = quantiles
+    return advantage if (low, high) == (0, 1) else advantage.clamp(advantage.quantile(low), advantage.quantile(high))
 
 
-def policy_loss(
-    log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, discount: Tensor, clip_range: Tensor
-) -> PolicyLoss:
-    """PPO's clipped objective on pairs, all (B,), with the KL estimate E[(ρ - 1) - log ρ].
-
-    `advantage` is the environment's, one for a decision's whole chain; `discount` and `clip_range` are those of each
-    pair's denoising step.
-    """
-    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8) * discount
-    log_ratio = log_prob - old_log_prob
+def policy_loss(log_ratio: Tensor, advantage: Tensor, clip_range: Tensor) -> Tensor:
+    """PPO's clipped objective on pairs, all (B,): the advantage of step k is γ_d^k times its decision's."""
     ratio = log_ratio.exp()
-    loss = -torch.min(advantage * ratio, advantage * ratio.clamp(1 - clip_range, 1 + clip_range)).mean()
-    approx_kl = ((ratio - 1) - log_ratio).mean()
-    clip_fraction = ((ratio - 1).abs() > clip_range).float().mean()
-    return PolicyLoss(loss, approx_kl, clip_fraction, ratio.mean())
+    return -torch.min(advantage * ratio, advantage * ratio.clamp(1 - clip_range, 1 + clip_range)).mean()
 
 
-def value_loss(value: Tensor, returns: Tensor) -> Tensor:
-    """Half the mean squared error of V, both (B,)."""
-    return 0.5 * torch.nn.functional.mse_loss(value, returns)
+def value_loss(value: Tensor, returns: Tensor, old_value: Tensor | None = None, clip: float | None = None) -> Tensor:
+    """Half the mean squared error of V, all (B,); flat where V has moved by more than `clip` and gained by it."""
+    error = (value - returns) ** 2
+    if clip is not None and old_value is not None:
+        error = torch.max(error, (old_value + (value - old_value).clamp(-clip, clip) - returns) ** 2)
+    return 0.5 * error.mean()
 
 
 # ------------------------------------------------------------------------------------------------- the algorithm
 
 
+class Pairs(NamedTuple):
+    """Denoising steps of decisions, (B,) each; an index into what is (D, K')."""
+
+    decision: Tensor
+    k: Tensor
+
+
 class Targets(NamedTuple):
-    """A rollout made ready for updates; the rows are its T·N decisions."""
+    """A rollout made ready for updates; the rows are its D = T·N decisions, the columns their tuned steps k."""
 
     condition: Tensor
+    """(D, O, F)."""
     chains: Tensor
+    """(D, K'+1, H, A), noisiest first."""
+    executed: Tensor
+    """(D,) how many actions of the chunk were."""
     old_log_prob: Tensor
+    """(D, K') by k."""
     advantage: Tensor
+    """(D, K') by k, the denoising discount not yet applied."""
+    value: Tensor
+    """(D,)."""
     returns: Tensor
+    """(D,)."""
+
+    def x(self, pairs: Pairs) -> Tensor:
+        """What each step starts from, x_{k+1}: (B, H, A)."""
+        return self.chains[pairs.decision, self.chains.shape[1] - 2 - pairs.k]
+
+    def x_next(self, pairs: Pairs) -> Tensor:
+        """What it made, x_k: (B, H, A)."""
+        return self.chains[pairs.decision, self.chains.shape[1] - 1 - pairs.k]
 
 
 class DPPO(Agent[Rollout]):
     """Fine-tunes a diffusion policy with reward."""
 
     name = "dppo"
+    config: DPPOConfig
 
     def __init__(
         self,
@@ -195,25 +165,30 @@ class DPPO(Agent[Rollout]):
         self.seed = seed
         self.timesteps = 0
         self.iteration = 0
-        self.mdp = DenoisingMDP(policy, self.config.tuned_steps, self.config.exploration, self.config.solver)
-        assert policy.tuned is not None
-        with seeded_init(seed, "critic"):
-            self.critic = ValueNet(
-                policy.config.n_obs_steps,
-                policy.features.observation_size,
-                self.config.critic_hidden_size,
-                self.config.critic_activation,
-            ).to(policy.device)
-        self._actor_optimizer = torch.optim.AdamW(
-            policy.tuned.parameters(), self.config.learning_rate, weight_decay=0.0, fused=True
+        self.mdp: PolicyMDP = DenoisingMDP(
+            policy, self.config.tuned_steps, self.config.exploration, self.config.solver, seed=seed
         )
-        self._critic_optimizer = torch.optim.AdamW(
-            self.critic.parameters(), self.config.critic_learning_rate, weight_decay=0.0, fused=True
-        )
-        self._reward_scaler = RunningReturnStd(self.pool.n_envs, self.config.gamma)
+        self.critic, self.baseline = self._critics()
+        self._critic_modules = nn.ModuleList([self.critic] if self.baseline is None else [self.critic, self.baseline])
+        self._actor = Learner(self.mdp.trainable(), self.config.learning_rate, self.config.max_grad_norm)
+        self._values = Learner(self._critic_modules, self.config.critic_learning_rate, self.config.max_grad_norm)
+        per_decision = 1 if self.config.gamma_per == "decision" else policy.n_action_steps
+        self._reward_scaler = RunningReturnStd(self.pool.n_envs, self.config.gamma**per_decision)
         self._generator = torch_generator(seed, "minibatches", device=policy.device)
         self._discounts = (self.config.denoising_discount ** torch.arange(self.config.tuned_steps)).to(policy.device)
-        self._clip_ranges = clip_ranges(self.config).to(policy.device)
+        numbers = policy.n_action_steps * policy.features.action_size if self.config.log_prob_reduction == "sum" else 1
+        self._clip_ranges = numbers * clip_ranges(self.config).to(policy.device)
+
+    def _critics(self) -> tuple[ValueNet, ValueNet | None]:
+        """V(s), and where it is asked for the baseline V(s, x_{k+1}, k)."""
+        config, policy = self.config, self.policy
+        sizes = [policy.config.n_obs_steps * policy.feature_size]
+        if config.critic == "state_action":
+            sizes.append(sizes[0] + policy.config.horizon * policy.features.action_size + 1)
+        with seeded_init(self.seed, "critic"):
+            nets = [ValueNet(1, size, config.critic_hidden_size, config.critic_activation) for size in sizes]
+        critic, *baseline = (net.to(policy.device) for net in nets)
+        return critic, baseline[0] if baseline else None
 
     def learn(self, total_timesteps: int, *, progress_bar: bool = False) -> DPPO:
         """Collect and update for `total_timesteps` more environment steps, as stable-baselines3 does."""
@@ -232,99 +207,164 @@ class DPPO(Agent[Rollout]):
 
     def collect(self) -> Rollout:
         """Take `n_steps` decisions in every environment, exploring."""
+        self.mdp.begin_iteration(self.iteration)
         rollout = self.pool.collect(self.mdp, self.config.n_steps)
         self.timesteps += int(rollout.n_steps.sum())
         return rollout
 
     def update(self, batch: Rollout) -> dict[str, float]:
         """Improve actor and critic on one rollout; return metrics."""
+        config = self.config
         targets, metrics = self._prepare(batch)
-        actor_learns = self.iteration >= self.config.critic_warmup
-        figures: list[Tensor] = []
-        for decisions, pairs in self._minibatches(len(targets.advantage), targets.old_log_prob.numel()):
-            critic_loss = self._update_critic(targets, decisions)
-            actor = self._update_actor(targets, pairs) if actor_learns else ()
-            figures.append(torch.stack([critic_loss, *actor]))
-            if isinstance(actor, PolicyLoss) and actor.approx_kl > self.config.target_kl:
-                break
+        figures = UpdateFigures(config.tuned_steps, self.policy.device)
+        actor_learns = self.iteration >= config.critic_warmup
+        self._values.set_rate(config.lr_schedule.at(self.iteration))
+        self._actor.set_rate(config.lr_schedule.at(max(0, self.iteration - config.critic_warmup)))
+        for decisions, pairs in self._minibatches(len(targets.returns)):
+            self._update_critic(targets, decisions, pairs, figures)
+            figures.gradient_steps += 1
+            if actor_learns:
+                kl = self._update_actor(targets, pairs, figures)
+                if config.target_kl is not None and kl > config.target_kl:
+                    break
         self.iteration += 1
-        names = ("value_loss", *PolicyLoss._fields) if actor_learns else ("value_loss",)
-        means = torch.stack(figures).mean(0).tolist()
-        metrics |= {f"dppo/{name}": value for name, value in zip(names, means, strict=True)}
-        metrics["dppo/gradient_steps"] = float(len(figures))
-        return metrics | batch.episode_metrics()
+        return metrics | figures.metrics(self.name) | batch.episode_metrics()
 
-    def _update_critic(self, targets: Targets, decisions: Tensor) -> Tensor:
-        """One gradient step. The value is of the state only, so each decision counts once, not once per step."""
-        loss = value_loss(self.critic(targets.condition[decisions]), targets.returns[decisions])
-        self._critic_optimizer.zero_grad()
+    def _update_critic(self, targets: Targets, decisions: Tensor, pairs: Pairs, figures: UpdateFigures) -> None:
+        """One gradient step. V(s) is of the state only, so each decision counts once, not once per denoising step."""
+        value, returns = self.critic(targets.condition[decisions]), targets.returns[decisions]
+        loss = value_loss(value, returns, targets.value[decisions], self.config.clip_range_vf)
+        figures.add("value_loss", loss)
+        if self.baseline is not None:
+            baseline_loss = value_loss(self._baseline(targets, pairs), targets.returns[pairs.decision])
+            figures.add("baseline_loss", baseline_loss)
+            loss = loss + baseline_loss
+        self._values.zero_grad()
         (self.config.vf_coef * loss).backward()
-        self._critic_optimizer.step()
-        return loss.detach()
+        figures.add("critic_grad_norm", self._values.step())
 
-    def _update_actor(self, targets: Targets, pairs: Tensor) -> PolicyLoss:
-        """One gradient step on pairs (B,): pair p is step p mod K' of decision p div K'."""
-        decision, k = pairs // self.config.tuned_steps, pairs % self.config.tuned_steps
-        result = policy_loss(
-            self._log_prob(targets.condition, targets.chains, decision, k),
-            targets.old_log_prob[decision, k],
-            targets.advantage[decision],
-            self._discounts[k],
-            self._clip_ranges[k],
-        )
-        self._actor_optimizer.zero_grad()
-        result.policy_loss.backward()
-        self._actor_optimizer.step()
-        return PolicyLoss(*(figure.detach() for figure in result))
+    def _update_actor(self, targets: Targets, pairs: Pairs, figures: UpdateFigures) -> Tensor:
+        """One gradient step; return the approximate KL."""
+        advantage = normalized_advantage(targets.advantage[pairs], self.config.advantage_quantiles)
+        advantage, clip_range = advantage * self._discounts[pairs.k], self._clip_ranges[pairs.k]
+        log_ratios = []
+        self._actor.zero_grad()
+        n = len(pairs.k)
+        for rows in torch.arange(n, device=pairs.k.device).split(self.config.micro_batch_size or n):
+            part = Pairs(pairs.decision[rows], pairs.k[rows])
+            log_ratio = self._log_prob(targets, part) - targets.old_log_prob[part]
+            loss = policy_loss(log_ratio, advantage[rows], clip_range[rows])
+            log_ratios.append(log_ratio.detach())
+            figures.add("policy_loss", loss)
+            if self._restrained:
+                loss = loss + self._restraint(targets, part, figures)
+            (loss * (len(rows) / n)).backward()
+        figures.add("actor_grad_norm", self._actor.step())
+        return figures.add_ratio(torch.cat(log_ratios), clip_range, pairs.k)
 
-    def _minibatches(self, n_decisions: int, n_pairs: int) -> Iterator[tuple[Tensor, Tensor]]:
+    @property
+    def _restrained(self) -> bool:
+        return self.config.regularizer != "none" or self.config.entropy_coef > 0
+
+    def _restraint(self, targets: Targets, pairs: Pairs, figures: UpdateFigures) -> Tensor:
+        """What holds the policy near the pretrained one, less the bonus for the entropy of learned noise."""
+        config, condition, x = self.config, targets.condition[pairs.decision], targets.x(pairs)
+        executed = targets.executed[pairs.decision]
+        tuned = self.mdp.gaussian(condition, x, pairs.k)
+        entropy = over_chunk(tuned.std.log().expand_as(x), executed).mean()
+        figures.add("log_std", entropy)
+        loss = -config.entropy_coef * entropy
+        if config.regularizer == "bc":
+            draws, *chunk = self.mdp.noise_shape
+            noise = draw_normal((draws, len(x), *chunk), self._generator, self.policy.device)
+            with torch.no_grad():
+                chains = self.mdp.chain(condition, noise, pretrained=True).steps
+            own = targets._replace(chains=chains)
+            theirs = Pairs(torch.arange(len(x), device=x.device), pairs.k)
+            log_prob = self.mdp.log_prob(condition, own.x(theirs), own.x_next(theirs), pairs.k)
+            distance = -chunk_log_prob(log_prob, executed, config.log_prob_reduction).mean()
+        elif config.regularizer != "none":
+            with torch.no_grad():
+                pretrained = self.mdp.gaussian(condition, x, pairs.k, pretrained=True)
+            divergence = {"kl": normal_kl, "w2": normal_w2}[config.regularizer](*tuned, *pretrained)
+            distance = over_chunk(divergence, executed, config.log_prob_reduction).mean()
+        else:
+            return loss
+        figures.add(config.regularizer, distance)
+        return loss + config.regularizer_coef * distance
+
+    def _minibatches(self, n_decisions: int) -> Iterator[tuple[Tensor, Pairs]]:
         """Every decision (for the critic) and every pair (for the actor) once an epoch, in equal numbers of parts."""
+        anneal, k = self.config.anneal_tuned_steps, self.config.tuned_steps
+        trained = k if anneal is None else round(anneal.at(self.iteration, k))
+        n_pairs = n_decisions * trained
         parts = max(1, min(round(n_pairs / self.config.batch_size), n_pairs // 2, n_decisions))
         for _ in range(self.config.n_epochs):
             decisions, pairs = self._shuffled(n_decisions), self._shuffled(n_pairs)
-            yield from zip(decisions.tensor_split(parts), pairs.tensor_split(parts), strict=True)
+            split = pairs.div(trained, rounding_mode="floor"), pairs % trained
+            yield from (
+                (part, Pairs(decision, k))
+                for part, decision, k in zip(
+                    decisions.tensor_split(parts), *(column.tensor_split(parts) for column in split), strict=True
+                )
+            )
 
     def _shuffled(self, n: int) -> Tensor:
         return torch.randperm(n, generator=self._generator, device=self.policy.device)
 
-    def _log_prob(self, condition: Tensor, chains: Tensor, decision: Tensor, k: Tensor) -> Tensor:
-        """Log p(x_k | x_{k+1}, obs) of pairs: (B,). Chains hold the noisiest step first."""
-        position = self.config.tuned_steps - 1 - k
-        x, x_next = chains[decision, position], chains[decision, position + 1]
-        log_prob = self.mdp.log_prob(condition[decision], x, x_next, k)
-        return chunk_log_prob(log_prob, self.policy.n_action_steps)
+    def _log_prob(self, targets: Targets, pairs: Pairs) -> Tensor:
+        """Log p(x_k | x_{k+1}, obs) of pairs: (B,)."""
+        condition, x, x_next = targets.condition[pairs.decision], targets.x(pairs), targets.x_next(pairs)
+        log_prob = self.mdp.log_prob(condition, x, x_next, pairs.k)
+        return chunk_log_prob(log_prob, targets.executed[pairs.decision], self.config.log_prob_reduction)
+
+    def _baseline(self, targets: Targets, pairs: Pairs) -> Tensor:
+        """V(s, x_{k+1}, k) of pairs: (B,)."""
+        assert self.baseline is not None
+        level = pairs.k[:, None] / self.config.tuned_steps
+        seen = [targets.condition[pairs.decision].flatten(1), targets.x(pairs).flatten(1), level]
+        value: Tensor = self.baseline(torch.cat(seen, dim=1))
+        return value
 
     @torch.no_grad()
     def _prepare(self, rollout: Rollout) -> tuple[Targets, dict[str, float]]:
-        """Scale rewards, estimate advantages, and recompute the log-probs that the ratio starts from."""
+        """Scale rewards and estimate advantages. The log-probs that the ratio starts from come with the rollout."""
         config, device = self.config, self.policy.device
-        tensor = {
-            name: torch.as_tensor(getattr(rollout, name), device=device)
-            for name in ("observations", "final_observations", "chains", "rewards", "terminated", "ended")
-        }
-        shape = tensor["rewards"].shape
-        reward = tensor["rewards"]
+        reward, terminated, ended = map(torch.as_tensor, (rollout.rewards, rollout.terminated, rollout.ended))
+        executed = torch.as_tensor(rollout.n_steps)
         if config.normalize_returns:
-            reward = self._reward_scaler(reward, tensor["ended"], torch.as_tensor(rollout.environments))
-        condition = self.policy.condition(tensor["observations"].flatten(0, 1))
-        value = self.critic(condition).view(shape)
-        next_value = self.critic(self.policy.condition(tensor["final_observations"].flatten(0, 1))).view(shape)
-        advantage = gae(
-            reward, value, next_value, tensor["terminated"], tensor["ended"], config.gamma, config.gae_lambda
-        )
+            reward = self._reward_scaler(reward, ended, torch.as_tensor(rollout.environments))
+        condition = self._condition(rollout.observations)
+        value = self.critic(condition).view(reward.shape).cpu()
+        next_value = self.critic(self._condition(rollout.final_observations)).view(reward.shape).cpu()
+        discount = torch.tensor(config.gamma) ** (executed if config.gamma_per == "step" else 1)
+        advantage = gae(reward, value, next_value, terminated, ended, discount, config.gae_lambda)
         returns = advantage + value
-        chains = tensor["chains"].flatten(0, 1)
-        every_pair = torch.arange(len(chains) * config.tuned_steps, device=device)
-        old_log_prob = torch.cat([
-            self._log_prob(condition, chains, pairs // config.tuned_steps, pairs % config.tuned_steps)
-            for pairs in every_pair.split(config.batch_size)
-        ]).view(-1, config.tuned_steps)  # fmt: skip
-        metrics = {
+        arrays = rollout.chains, rollout.log_probs
+        chains, log_probs = (torch.as_tensor(array, device=device).flatten(0, 1) for array in arrays)
+        executed = executed.flatten().to(device)
+        old_log_prob = torch.stack(  # stored noisiest first
+            [chunk_log_prob(p, executed, config.log_prob_reduction) for p in log_probs.flip(1).unbind(1)], dim=1
+        )
+        columns = (advantage, value, returns)
+        flat_advantage, flat_value, flat_returns = (column.flatten().to(device) for column in columns)
+        by_k = flat_advantage[:, None].expand_as(old_log_prob)
+        targets = Targets(condition, chains, executed, old_log_prob, by_k, flat_value, flat_returns)
+        if self.baseline is not None:
+            every = torch.arange(by_k.numel(), device=device).split(config.batch_size)
+            k = config.tuned_steps
+            parts = [self._baseline(targets, Pairs(p.div(k, rounding_mode="floor"), p % k)) for p in every]
+            targets = targets._replace(advantage=flat_returns[:, None] - torch.cat(parts).view_as(by_k))
+        return targets, {
             "dppo/value_mean": float(value.mean()),
             "dppo/explained_variance": explained_variance(value, returns),
             "dppo/reward_std": self._reward_scaler.std,
         }
-        return Targets(condition, chains, old_log_prob, advantage.flatten(), returns.flatten()), metrics
+
+    def _condition(self, observations: Observation) -> Tensor:
+        """(T, N, O, D) -> (T·N, O, F)."""
+        obs = map_parts(lambda part: torch.as_tensor(part, device=self.policy.device).flatten(0, 1), observations)
+        return self.policy.condition(obs)
 
     def state(self) -> dict[str, Any]:
         """Return all that a resumed run needs beside the policy."""
@@ -332,9 +372,10 @@ class DPPO(Agent[Rollout]):
         return {
             "timesteps": self.timesteps,
             "iteration": self.iteration,
-            "critic": self.critic.state_dict(),
-            "actor_optimizer": checkpoint.optimizer_state(self._actor_optimizer),
-            "critic_optimizer": checkpoint.optimizer_state(self._critic_optimizer),
+            "actor_optimizer": self._actor.state(),
+            "mdp": self.mdp.state(),
+            "critic": self._critic_modules.state_dict(),
+            "critic_optimizer": self._values.state(),
             "reward_scaler": self._reward_scaler.state(),
             "generator": self._generator.get_state(),
             "pool": {
@@ -346,13 +387,14 @@ class DPPO(Agent[Rollout]):
 
     def restore(self, state: checkpoint.StateTree) -> None:
         """Take up what `state` returned; the pool must be freshly built, and the policy loaded."""
+        if "mdp" not in state:
+            raise CheckpointError("this run was begun by an earlier dprl, whose rollouts were others: begin it anew")
         self.timesteps, self.iteration = state["timesteps"], state["iteration"]
-        self.critic.load_state_dict(state["critic"])
-        checkpoint.load_optimizer_state(self._actor_optimizer, state.get("actor_optimizer", {}))
-        checkpoint.load_optimizer_state(self._critic_optimizer, state.get("critic_optimizer", {}))
+        self.mdp.restore(state["mdp"])
+        self._critic_modules.load_state_dict(state["critic"])
+        self._actor.restore(state.get("actor_optimizer", {}))
+        self._values.restore(state.get("critic_optimizer", {}))
         self._reward_scaler.restore(state["reward_scaler"])
         self._generator.set_state(state["generator"])
         pool = state["pool"]
-        if "generators" in pool:
-            raise CheckpointError("this run was begun by an earlier dprl, whose noise was another: begin it anew")
         self.pool.restore(EnvState(pool["episodes"].numpy(), pool["lengths"].numpy(), pool["actions"].numpy()))

@@ -15,7 +15,7 @@ def gae(
     next_value: Tensor,
     terminated: Tensor,
     ended: Tensor,
-    gamma: float,
+    gamma: Tensor | float,
     gae_lambda: float,
 ) -> Tensor:
     """Generalised advantage estimation (arXiv:1506.02438, eq. 16), correct across resets.
@@ -27,7 +27,7 @@ def gae(
         terminated: (T, N) bool; the future is worth nothing.
         ended: (T, N) bool; terminated or truncated. A truncated decision bootstraps from `next_value`, but no trace
             crosses the reset that follows it.
-        gamma: discount per decision.
+        gamma: discount of what follows a decision; one, or (T, N).
         gae_lambda: decay of the trace.
 
     Returns:

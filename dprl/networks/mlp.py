@@ -74,11 +74,14 @@ class DenoisingMLP(Denoiser):
         self.time = TimestepEmbedding(config.time_size, 2 * config.time_size)
         self.net = ResidualMLP(n_inputs, horizon * action_size, config.hidden_size, config.n_blocks, config.activation)
 
-    def prepare(self, timestep: Tensor, condition: Tensor) -> Tensor:
-        """What timestep and condition add to the first layer: (B,) or (1,), (B, O, F) -> (B, hidden)."""
+    def embed(self, timestep: Tensor) -> Tensor:
+        """See `Denoiser.embed`."""
+        return cast("Tensor", self.time(timestep))
+
+    def prepare(self, time: Tensor, condition: Tensor) -> Tensor:
+        """What timestep and condition add to the first layer: (B, time) or (1, time), (B, O, F) -> (B, hidden)."""
         first = cast("nn.Linear", self.net[0])
-        time = self.time(timestep).expand(len(condition), -1)
-        known = torch.cat([time, condition.flatten(1)], dim=-1)
+        known = torch.cat([time.expand(len(condition), -1), condition.flatten(1)], dim=-1)
         return linear(known, first.weight[:, self.n_numbers :], first.bias)
 
     def prepare_steps(self, timesteps: Tensor, condition: Tensor) -> Iterator[Tensor]:
@@ -86,7 +89,7 @@ class DenoisingMLP(Denoiser):
         first = cast("nn.Linear", self.net[0])
         of_time, of_condition = first.weight[:, self.n_numbers :].tensor_split([self.time_size], dim=1)
         known = linear(condition.flatten(1), of_condition, first.bias)
-        return (known + time for time in linear(self.time(timesteps), of_time))
+        return (known + time for time in linear(self.embed(timesteps), of_time))
 
     def denoise(self, noisy_actions: Tensor, prepared: Tensor) -> Tensor:
         """See `Denoiser.denoise`."""

@@ -116,10 +116,14 @@ class DenoisingTransformer(Denoiser):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def prepare(self, timestep: Tensor, condition: Tensor) -> Tensor:
-        """The condition's tokens, encoded: (B,) or (1,), (B, O, F) -> (B, 1 + O, size)."""
-        time = self.time_emb(timestep).expand(len(condition), -1)[:, None]
-        tokens = torch.cat([time, self.cond_obs_emb(condition)], dim=1) + self.cond_pos_emb
+    def embed(self, timestep: Tensor) -> Tensor:
+        """See `Denoiser.embed`."""
+        return cast("Tensor", self.time_emb(timestep))
+
+    def prepare(self, time: Tensor, condition: Tensor) -> Tensor:
+        """The condition's tokens, encoded: (B, size) or (1, size), (B, O, F) -> (B, 1 + O, size)."""
+        first = time.expand(len(condition), -1)[:, None]
+        tokens = torch.cat([first, self.cond_obs_emb(condition)], dim=1) + self.cond_pos_emb
         return cast("Tensor", self.encoder(self.dropout(tokens)))
 
     def denoise(self, noisy_actions: Tensor, prepared: Tensor) -> Tensor:

@@ -131,9 +131,13 @@ class ConditionalUNet1D(Denoiser):
             nn.Conv1d(dims[0], action_size, 1),
         )
 
-    def prepare(self, timestep: Tensor, condition: Tensor) -> Tensor:
+    def embed(self, timestep: Tensor) -> Tensor:
+        """See `Denoiser.embed`."""
+        return cast("Tensor", self.time(timestep))
+
+    def prepare(self, time: Tensor, condition: Tensor) -> Tensor:
         """[timestep embedding, condition], activated where the blocks expect it: (B, time + O·F)."""
-        known = torch.cat([self.time(timestep).expand(len(condition), -1), condition.flatten(1)], dim=1)
+        known = torch.cat([time.expand(len(condition), -1), condition.flatten(1)], dim=1)
         return F.mish(known) if self.activates else known
 
     def denoise(self, noisy_actions: Tensor, prepared: Tensor) -> Tensor:

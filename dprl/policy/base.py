@@ -23,7 +23,7 @@ from dprl.networks.vision import ImageEncoder, VisionConfig
 from dprl.observations import STATE, Camera, TensorObservation, batch_size, map_parts
 from dprl.policy.control import InferenceConfig, PredictState, RecedingHorizon
 from dprl.policy.normalize import MinMaxNormalizer
-from dprl.seeding import seeded_init
+from dprl.seeding import draw_normal, seeded_init
 
 if TYPE_CHECKING:
     from dprl.data import Episodes
@@ -98,7 +98,8 @@ class Policy(nn.Module, ABC):
         with seeded_init(seed, "policy"):
             if features.cameras:
                 self.encoder = ImageEncoder(features.cameras, features.observation_size, self.config.vision)
-            self._build(features.observation_size + (self.encoder.feature_size if self.encoder else 0))
+            self.feature_size = features.observation_size + (self.encoder.feature_size if self.encoder else 0)
+            self._build(self.feature_size)
         self.eval()
 
     @abstractmethod
@@ -190,6 +191,19 @@ class Policy(nn.Module, ABC):
         seen = self.encoder(flat, None if state is None else state.flatten(0, 1), generator, history=steps)
         seen = seen.view(batch, steps, self.encoder.feature_size)
         return seen if state is None else torch.cat([state, seen], dim=-1)
+
+    def drawn(self, shape: tuple[int, ...], noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """Return the noise that a caller gave, or draw it: `shape`, on the device.
+
+        Raises:
+            ConfigError: what was given has another shape, or is not finite.
+        """
+        if noise is None:
+            return draw_normal(shape, generator, self.device)
+        draws = torch.as_tensor(noise).to(self.device, torch.float32)
+        check(draws.shape == shape, "noise", tuple(draws.shape), f"must have the shape {shape}")
+        check(bool(draws.isfinite().all()), "noise", "not finite", "must be finite")
+        return draws
 
     def targets(self, obs: TensorObservation, actions: Tensor, valid: Tensor | None) -> Tensor:
         """Normalise the chunks that a loss is of: (B, H, A) -> (B, H, A).

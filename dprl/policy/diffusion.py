@@ -172,19 +172,6 @@ class DiffusionPolicy(Policy):
         draws = self.drawn(shape, noise, generator)
         return self._denoise(obs, steps, draws[0], draws[1:], temperature)
 
-    def drawn(self, shape: tuple[int, ...], noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
-        """Return the noise that a caller gave, or draw it: `shape`, on the device.
-
-        Raises:
-            ConfigError: what was given has another shape, or is not finite.
-        """
-        if noise is None:
-            return draw_normal(shape, generator, self.device)
-        draws = torch.as_tensor(noise).to(self.device, torch.float32)
-        check(draws.shape == shape, "noise", tuple(draws.shape), f"must have the shape {shape}")
-        check(bool(draws.isfinite().all()), "noise", "not finite", "must be finite")
-        return draws
-
     def n_draws(self, solver: SolverConfig | None = None) -> int:
         """Return how many normal draws one sample takes."""
         return n_draws(self._steps(solver or SolverConfig()))
@@ -237,9 +224,9 @@ class DiffusionPolicy(Policy):
 
         return self.action_normalizer.unnormalize(solve(steps, predict, x, draws, temperature))
 
-    def prepare_steps(self, timesteps: list[int], condition: Tensor) -> Iterator[Tensor]:
+    def prepare_steps(self, timesteps: list[int], condition: Tensor, *, pretrained: bool = False) -> Iterator[Tensor]:
         """Let the networks prepare what is the same at every step, for descending `timesteps`: n tensors (B, ...)."""
-        n_base = sum(self.denoiser_at(t) is self.base for t in timesteps)
+        n_base = sum(pretrained or self.denoiser_at(t) is self.base for t in timesteps)
         grid = self.schedule.timesteps[timesteps]
         for network, part in ((self.base, grid[:n_base]), (self.tuned, grid[n_base:])):
             if network is not None and len(part):

@@ -8,7 +8,6 @@ Shapes: B samples, O observation steps, F features of an observation step, H act
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import cast
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dprl.config import validate
+from dprl.diffusion import normal_log_prob
 from dprl.errors import check
 from dprl.networks.mlp import Activation, ResidualMLP
 from dprl.observations import TensorObservation
@@ -24,7 +24,6 @@ from dprl.policy.base import Policy, PolicyConfig, masked_mean
 from dprl.policy.control import InferenceConfig, check_temperature
 from dprl.seeding import draw_normal, draw_uniform
 
-LOG_SQRT_2PI = math.log(math.sqrt(2 * math.pi))
 MAX_STD = 2.0
 
 
@@ -200,7 +199,7 @@ class _Mixture(Explicit):
         """Return the negative log-likelihood per number of the chunk, see `Policy.loss`."""
         target = self.targets(obs, actions, valid)[:, None]
         log_weight, mean, std = self._mixture(obs, generator)
-        log_prob = (-0.5 * ((target - mean) / std) ** 2 - std.log() - LOG_SQRT_2PI).sum(-1)
+        log_prob = normal_log_prob(target, mean, std).sum(-1)
         if valid is None:
             valid = torch.ones(log_prob.shape[0], log_prob.shape[2], device=log_prob.device)
         per_chunk = torch.logsumexp(log_weight + (log_prob * valid[:, None]).sum(-1), dim=-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -96,8 +97,8 @@ class Collector:
         self._steps = np.where(step.ended, 0, step.episode_length)
         return step
 
-    def decide(self, actor: Actor) -> tuple[FloatArray, FloatArray]:
-        """Return the chains (N, K'+1, H, A) and the actions to execute (N, E, A) for the latest observations."""
+    def decide(self, actor: Actor) -> Decision:
+        """Decide what the latest observations call for."""
         observation = self.observation
         noise = self._noise.draw(actor.noise_shape, self.indices, self._episodes, self._steps)
         with one_thread():
@@ -106,16 +107,20 @@ class Collector:
                 actor.sample(to_tensors(take(observation, rows)), noise=torch.from_numpy(noise[:, rows].copy()))
                 for rows in self._slices
             ]
-        steps = torch.cat([chain.steps for chain in chains]).cpu().numpy()
-        return steps, torch.cat([chain.actions for chain in chains])[:, : actor.n_action_steps].cpu().numpy()
+        return Decision(
+            observation,
+            torch.cat([chain.steps for chain in chains]).cpu().numpy(),
+            torch.cat([chain.log_probs for chain in chains]).cpu().numpy(),
+            torch.cat([chain.actions for chain in chains])[:, : actor.n_action_steps].cpu().numpy(),
+        )
 
     def collect(self, actor: Actor, n_steps: int) -> Rollout:
         """See `RolloutPool.collect`."""
         record = Record(self.indices)
         for _ in range(n_steps):
-            chains, actions = self.decide(actor)
-            record.begin(self.observation, chains)
-            record.end(self.step_chunk(actions))
+            decision = self.decide(actor)
+            record.begin(decision)
+            record.end(self.step_chunk(decision.actions))
         return record.rollout()
 
     def state(self) -> EnvState:
@@ -147,17 +152,30 @@ class Collector:
             raise error.counted_from(self._first_env) from error
 
 
+class Decision(NamedTuple):
+    """What every environment saw, and what was decided."""
+
+    observation: Observation
+    """(N, O, D)."""
+    chains: FloatArray
+    """(N, K'+1, H, A)."""
+    log_probs: FloatArray
+    """(N, K', H, A)."""
+    actions: FloatArray
+    """(N, E, A), to be executed."""
+
+
 class Record:
     """The rows of a rollout."""
 
     def __init__(self, environments: IntArray) -> None:
         self._environments = environments
-        self._decisions: list[tuple[Observation, FloatArray]] = []
+        self._decisions: list[Decision] = []
         self._steps: list[ChunkStep] = []
 
-    def begin(self, observation: Observation, chains: FloatArray) -> None:
-        """Add what every environment saw (N, O, D) and what was decided (N, K'+1, H, A)."""
-        self._decisions.append((observation, chains))
+    def begin(self, decision: Decision) -> None:
+        """Add a decision."""
+        self._decisions.append(decision)
 
     def end(self, step: ChunkStep) -> None:
         """Add what came of it."""
@@ -165,10 +183,11 @@ class Record:
 
     def rollout(self) -> Rollout:
         """Stack them."""
-        (observations, chains), steps = zip(*self._decisions, strict=True), self._steps
+        decisions, steps = self._decisions, self._steps
         return Rollout(
-            observations=map_parts(lambda *arrays: np.stack(arrays), *observations),
-            chains=np.stack(chains),
+            observations=map_parts(lambda *arrays: np.stack(arrays), *(d.observation for d in decisions)),
+            chains=np.stack([d.chains for d in decisions]),
+            log_probs=np.stack([d.log_probs for d in decisions]),
             rewards=np.stack([s.reward for s in steps]),
             terminated=np.stack([s.terminated for s in steps]),
             truncated=np.stack([s.truncated for s in steps]),

@@ -229,9 +229,9 @@ def _collect_in_turns(parts: list[Collector], actor: Actor, n_steps: int) -> Rol
                 arrived = moving[i]
                 if arrived is not None:
                     record.end(arrived.result())
-                chains, actions = part.decide(actor)
-                record.begin(part.observation, chains)
-                moving[i] = simulator.submit(part.step_chunk, actions)
+                decision = part.decide(actor)
+                record.begin(decision)
+                moving[i] = simulator.submit(part.step_chunk, decision.actions)
         for record, arrived in zip(records, moving, strict=True):
             assert arrived is not None
             record.end(arrived.result())

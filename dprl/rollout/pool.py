@@ -62,6 +62,8 @@ class Rollout:
     """(T, N, O, D) what each decision saw."""
     chains: FloatArray
     """(T, N, K'+1, H, A)."""
+    log_probs: FloatArray
+    """(T, N, K', H, A) the log-density of each step of the chains, number by number."""
     rewards: FloatArray
     """Summed over the chunk."""
     terminated: BoolArray

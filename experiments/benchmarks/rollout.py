@@ -241,7 +241,7 @@ class RandomActor:
     def sample(self, obs: TensorObservation, *, noise: Tensor) -> Chain:
         """Take the noise for actions."""
         assert noise.shape[1] == batch_size(obs)
-        return Chain(noise[0][:, None], noise[0].clamp(-1, 1))
+        return Chain(noise[0][:, None], noise[0][:, None], noise[0].clamp(-1, 1))
 
     def cpu(self) -> RandomActor:
         """It is there."""

@@ -137,7 +137,7 @@ class Carrier:
 
     def sample(self, obs: TensorObservation, *, noise: Tensor) -> Chain:
         """Take the noise for chain and actions."""
-        return Chain(noise.swapaxes(0, 1), noise[-1].clamp(-1, 1))
+        return Chain(noise.swapaxes(0, 1), noise[1:].swapaxes(0, 1), noise[-1].clamp(-1, 1))
 
     def cpu(self) -> Carrier:
         """It is there."""

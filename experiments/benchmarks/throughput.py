@@ -19,7 +19,7 @@ from rich.table import Table
 from dprl.agents import DPPO, DPPOConfig
 from dprl.config import validate
 from dprl.experiments.benchmarks import command
-from dprl.mdp import DenoisingMDP
+from dprl.mdp import PolicyMDP
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
 from dprl.rollout import InProcessPool
 from dprl.seeding import torch_generator
@@ -78,7 +78,7 @@ def main(config: ThroughputConfig) -> None:
     Console().print(f"{config.repeats} repeats, torch on {torch.get_num_threads()} threads")
 
 
-def _infer(mdp: DenoisingMDP, config: ThroughputConfig) -> None:
+def _infer(mdp: PolicyMDP, config: ThroughputConfig) -> None:
     obs = torch.zeros(config.n_envs, 1, mdp.policy.features.observation_size)
     generator = torch_generator(0, "benchmark")
     for _ in range(config.n_steps):

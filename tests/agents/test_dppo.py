@@ -10,7 +10,7 @@ import torch
 
 import dprl
 from dprl.agents import DPPO, DPPOConfig
-from dprl.agents.dppo import chunk_log_prob, clip_ranges, policy_loss
+from dprl.agents.dppo import Pairs, Targets, chunk_log_prob, clip_ranges, normalized_advantage, policy_loss
 from dprl.diffusion import SolverConfig
 from dprl.errors import ConfigError, EnvError
 from dprl.mdp import DenoisingMDP, ExplorationConfig
@@ -18,6 +18,7 @@ from dprl.networks import MLPConfig, TransformerConfig, UNetConfig
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Features, MSEPolicy
 from dprl.rollout import InProcessPool
 from dprl.spec import EnvOptions
+from dprl.training.figures import UpdateFigures
 from tests.test_mdp import record_timesteps
 from tests.toys import PaysForEver, make_toy, reach_spec, toy_policy
 
@@ -52,11 +53,12 @@ def test_first_minibatch_has_ratio_one_and_no_kl(variant: str) -> None:
     dppo = DPPO(policy, make_toy(reach_spec(), 4), replace(SMALL, solver=solver))
     assert dppo.mdp.solver.num_inference_steps == solver.num_inference_steps
     targets, _ = dppo._prepare(dppo.collect())
-    pairs = torch.randperm(targets.old_log_prob.numel())[:40]
-    result = dppo._update_actor(targets, pairs)
-    assert abs(float(result.ratio_mean) - 1) < 1e-5
-    assert abs(float(result.approx_kl)) < 1e-5
-    assert float(result.clip_fraction) == 0
+    figures = UpdateFigures(dppo.config.tuned_steps, torch.device("cpu"))
+    dppo._update_actor(targets, next(dppo._minibatches(len(targets.returns)))[1], figures)
+    metrics = figures.metrics("dppo")
+    assert abs(metrics["dppo/ratio_mean"] - 1) < 1e-5
+    assert abs(metrics["dppo/approx_kl"]) < 1e-5
+    assert metrics["dppo/clip_fraction"] == 0
 
 
 def test_tuned_policy_acts_like_the_pretrained_one_before_the_first_update() -> None:
@@ -106,8 +108,10 @@ def test_updates_stop_at_the_target_kl() -> None:
 def test_every_pair_and_every_decision_is_used_once_in_an_epoch() -> None:
     dppo = agent(DPPOConfig(**{**vars(SMALL), "n_epochs": 1}))
     pairs, decisions = [], []
-    dppo._update_actor = lambda targets, rows: pairs.append(rows) or (torch.zeros(()),) * 4
-    dppo._update_critic = lambda targets, rows: decisions.append(rows) or torch.zeros(())
+    dppo._update_actor = lambda targets, part, figures: pairs.append(3 * part.decision + part.k) or torch.zeros(())
+    dppo._update_critic = lambda targets, rows, part, figures: (
+        decisions.append(rows) or figures.add("x", torch.ones(()))
+    )
     dppo.update(dppo.collect())
     assert torch.equal(torch.cat(pairs).sort().values, torch.arange(6 * 4 * 3))
     assert torch.equal(torch.cat(decisions).sort().values, torch.arange(6 * 4))
@@ -126,16 +130,15 @@ def test_clip_grows_from_base_to_full(tuned_steps: int) -> None:
 def test_policy_loss_by_hand() -> None:
     """Two pairs, advantages ±1 after normalising (unbiased std): ratios 2 and 1, clip 0.5, discounts 1 and 0.5."""
     unit = 1 / math.sqrt(2)
-    result = policy_loss(
-        torch.tensor([math.log(2.0), 0.0]),
-        torch.zeros(2),
-        torch.tensor([3.0, 1.0]),
-        torch.tensor([1.0, 0.5]),
-        torch.tensor([0.5, 0.5]),
-    )
-    assert float(result.policy_loss) == pytest.approx(-(1.5 * unit - 0.5 * unit) / 2, rel=1e-5)
-    assert float(result.clip_fraction) == 0.5
-    assert float(result.approx_kl) == pytest.approx((1 - math.log(2)) / 2, rel=1e-5)
+    log_ratio, clip = torch.tensor([math.log(2.0), 0.0]), torch.tensor([0.5, 0.5])
+    advantage = normalized_advantage(torch.tensor([3.0, 1.0])) * torch.tensor([1.0, 0.5])
+    assert float(policy_loss(log_ratio, advantage, clip)) == pytest.approx(-(1.5 * unit - 0.5 * unit) / 2, rel=1e-5)
+    figures = UpdateFigures(2, torch.device("cpu"))
+    assert float(figures.add_ratio(log_ratio, clip, torch.tensor([1, 0]))) == pytest.approx((1 - math.log(2)) / 2)
+    metrics = figures.metrics("ppo")
+    assert metrics["ppo/clip_fraction"] == 0.5
+    assert (metrics["ppo/clip_fraction_step_0"], metrics["ppo/clip_fraction_step_1"]) == (0, 1)
+    assert metrics["ppo/approx_kl_step_1"] == pytest.approx(1 - math.log(2))
 
 
 def test_chunk_log_prob_counts_executed_actions_only() -> None:
@@ -150,15 +153,16 @@ def test_gradient_of_the_loss_in_float64() -> None:
     generator = torch.Generator().manual_seed(0)
     chains = 0.3 * torch.randn(6, 4, 2, 1, generator=generator, dtype=torch.float64)
     condition, advantage = torch.randn(6, 1, 2, generator=generator, dtype=torch.float64), torch.arange(6.0).double()
-    decision, k = torch.arange(6), torch.tensor([0, 1, 2, 0, 1, 2])
-    old = dppo._log_prob(condition, chains, decision, k).detach() + 0.01
+    pairs, executed = Pairs(torch.arange(6), torch.tensor([0, 1, 2, 0, 1, 2])), torch.tensor([2, 1, 2, 2, 1, 2])
+    targets = Targets(condition, chains, executed, *[advantage] * 4)
+    old = dppo._log_prob(targets, pairs).detach() + 0.01
     weight = policy.tuned.net[2].weight.detach().clone().requires_grad_()
 
     def loss(value: torch.Tensor) -> torch.Tensor:
         del policy.tuned.net[2].weight
         policy.tuned.net[2].weight = value
-        new = dppo._log_prob(condition, chains, decision, k)
-        return policy_loss(new, old, advantage, torch.ones(6), torch.full((6,), 0.5)).policy_loss
+        new = dppo._log_prob(targets, pairs)
+        return policy_loss(new - old, normalized_advantage(advantage), torch.full((6,), 0.5))
 
     policy.tuned.net[2]._parameters.pop("weight")
     policy.tuned.net[2].weight = weight

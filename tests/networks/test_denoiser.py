@@ -16,7 +16,7 @@ OBS = torch.linspace(-1, 2, 12).view(4, 1, 3)
 def test_steps_are_prepared_in_parts_that_fit_in_memory(name, at_once, monkeypatch):
     policy = make_policy(config=replace(CONFIG, denoiser=SMALL_DENOISERS[name]))
     condition, timesteps = policy.condition(OBS), torch.tensor([3, 2, 0])
-    alone = torch.stack([policy.base.prepare(t[None], condition) for t in timesteps])
+    alone = torch.stack([policy.base.prepare(policy.base.embed(t[None]), condition) for t in timesteps])
     monkeypatch.setattr(denoiser_module, "MAX_PREPARED", at_once)
     rows, prepare = [], policy.base.prepare
     monkeypatch.setattr(policy.base, "prepare", lambda t, c: (rows.append(len(t)), prepare(t, c))[1])

@@ -135,8 +135,9 @@ def test_each_dropout_acts_in_training_only(changes: dict, acts_on_condition: bo
     """Alone, on the condition's tokens and on the actions'."""
     network = build(**changes).eval()
     noisy, timestep, condition = inputs()
-    prepared = network.prepare(timestep, condition)
-    calls = (lambda: network.prepare(timestep, condition), lambda: network.denoise(noisy, prepared))
+    time = network.embed(timestep)
+    prepared = network.prepare(time, condition)
+    calls = (lambda: network.prepare(time, condition), lambda: network.denoise(noisy, prepared))
     evaluated = [call() for call in calls]
     torch.manual_seed(0)
     for training in (False, True):

@@ -117,6 +117,7 @@ def test_shapes(reference, spec):
     shapes = {field.name: getattr(rollout, field.name).shape for field in fields(Rollout)}
     assert shapes.pop("observations") == (*rows, 2, spec.observation_size)
     assert shapes.pop("final_observations") == (*rows, 2, spec.observation_size)
+    assert shapes.pop("log_probs") == (*rows, TUNED, HORIZON, spec.action_size)
     assert shapes.pop("chains") == (*rows, TUNED + 1, HORIZON, spec.action_size)
     np.testing.assert_array_equal(rollout.environments, np.arange(N_ENVS))
     assert shapes.pop("environments") == (N_ENVS,)

@@ -1,0 +1,109 @@
+"""DPPO's numbers (arXiv:2409.00588, appendix). Defaults are for two cores and chunks of four actions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dprl.config import validate
+from dprl.diffusion import SolverConfig
+from dprl.errors import check
+from dprl.mdp import ExplorationConfig
+from dprl.networks.mlp import Activation
+from dprl.schedules import Anneal, Warmup
+
+
+@dataclass(frozen=True)
+class DPPOConfig:
+    """The algorithm's numbers."""
+
+    tuned_steps: int = 10
+    """K', how many of the last denoising steps are tuned; 1 for policies that do not denoise."""
+    solver: SolverConfig = field(default_factory=SolverConfig)
+    """Whose steps: ddpm, ddim (with eta = 1 it explores most like ddpm) or euler. Default: the policy's own way."""
+    n_steps: int = 50
+    """T, decisions per environment and iteration."""
+    n_epochs: int = 5
+    """Passes over the pairs of one rollout."""
+    batch_size: int = 2_000
+    """(decision, denoising step) pairs per gradient step."""
+    micro_batch_size: int | None = None
+    """At most so many pairs go through the networks at once; their gradients add up. Default: all of a minibatch."""
+    learning_rate: float = 3e-4
+    """The actor's."""
+    critic_learning_rate: float = 1e-3
+    lr_schedule: Warmup = field(default_factory=Warmup)
+    """Of both; the actor's begins after the critic's warm-up."""
+    max_grad_norm: float | None = None
+    """Clip the norm of the actor's gradients, and of the critic's, to this."""
+    gamma: float = 0.99
+    """Discount."""
+    gamma_per: Literal["decision", "step"] = "decision"
+    """What `gamma` discounts: each decision, or each environment step that a decision executed; rewards within a chunk
+    are summed either way."""
+    gae_lambda: float = 0.95
+    denoising_discount: float = 0.99
+    """The advantage of step k is multiplied by this to the power k."""
+    log_prob_reduction: Literal["mean", "sum"] = "mean"
+    """Over the numbers of a chunk that were executed. With `sum` the ratio is the true one, and the clip ranges, stated
+    for the mean, are multiplied by how many numbers a chunk has."""
+    clip_range: float = 0.05
+    """PPO's clip at the step that emits the action; of the ratio of mean log-probs."""
+    clip_range_base: float = 0.005
+    """The clip at the noisiest tuned step."""
+    clip_range_rate: float = 3.0
+    """How steeply the clip grows between the two."""
+    advantage_quantiles: tuple[float, ...] = (0.0, 1.0)
+    """Normalised advantages are clipped to these quantiles of the minibatch."""
+    vf_coef: float = 0.5
+    clip_range_vf: float | None = None
+    """How far a value may move from the rollout's before its loss is flat."""
+    target_kl: float | None = 1.0
+    """Stop an iteration's updates once a minibatch's approximate KL exceeds this."""
+    regularizer: Literal["none", "bc", "kl", "w2"] = "none"
+    """What keeps the policy near the pretrained one, at the observations of the rollout: the log-prob of chains that
+    the pretrained policy draws (`bc`), or the divergence of each step's Gaussian from its own (`kl`, `w2`)."""
+    regularizer_coef: float = 0.1
+    entropy_coef: float = 0.0
+    """Bonus for the entropy of learned noise."""
+    anneal_tuned_steps: Anneal | None = None
+    """Train fewer of the tuned steps, the last ones, as the run goes on. The others keep the tuned network."""
+    critic: Literal["state", "state_action"] = "state"
+    """What the baseline sees: the state, or the state and the noisy action that a denoising step starts from."""
+    critic_warmup: int = 0
+    """First iterations in which only the critic learns."""
+    critic_hidden_size: int = 256
+    critic_activation: Activation = "relu"
+    normalize_returns: bool = True
+    """Divide rewards by the running standard deviation of the return."""
+    exploration: ExplorationConfig = field(default_factory=ExplorationConfig)
+
+    def __post_init__(self) -> None:
+        counts = ("tuned_steps", "n_steps", "n_epochs", "batch_size", "micro_batch_size", "critic_hidden_size")
+        positive = ("learning_rate", "critic_learning_rate", "clip_range", "clip_range_rate")
+        validate(
+            self,
+            at_least={
+                **dict.fromkeys(counts, 1), **dict.fromkeys(("critic_warmup", "vf_coef", "entropy_coef"), 0),
+                "regularizer_coef": 0,
+            },
+            above=dict.fromkeys(positive, 0),
+        )  # fmt: skip
+        check(self.clip_range_rate <= 50, "clip_range_rate", self.clip_range_rate, "must be at most 50")
+        for name in ("gamma", "gae_lambda", "denoising_discount"):
+            check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be from 0 to 1")
+        for name in ("max_grad_norm", "clip_range_vf", "target_kl"):
+            value = getattr(self, name)
+            check(value is None or value > 0, name, value, "must be above 0, or None")
+        ordered = 0 < self.clip_range_base <= self.clip_range
+        check(ordered, "clip_range_base", self.clip_range_base, f"must be above 0 and at most {self.clip_range}")
+        low_high = self.advantage_quantiles
+        fits = len(low_high) == 2 and 0 <= low_high[0] < low_high[1] <= 1
+        check(fits, "advantage_quantiles", low_high, "must be two numbers, 0 <= lower < upper <= 1")
+        learned = self.exploration.learned
+        check(self.entropy_coef == 0 or learned is not None, "entropy_coef", self.entropy_coef,
+              "must be 0: only learned noise has an entropy to raise")  # fmt: skip
+        anneal = self.anneal_tuned_steps
+        fits = anneal is None or (anneal.final == int(anneal.final) and 1 <= anneal.final <= self.tuned_steps)
+        check(fits, "anneal_tuned_steps", None if anneal is None else anneal.final,
+              f"must end in a whole number from 1 to tuned_steps, which is {self.tuned_steps}")  # fmt: skip

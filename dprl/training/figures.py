@@ -1,0 +1,43 @@
+"""What people watch while a policy is tuned, gathered on the learner's device and read once an iteration."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class UpdateFigures:
+    """Means over an iteration's minibatches; for the ratio, also of each denoising step."""
+
+    def __init__(self, tuned_steps: int, device: torch.device) -> None:
+        self._means: dict[str, list[Tensor]] = {}
+        self._by_step = torch.zeros(3, tuned_steps, device=device)  # pairs, clipped ones, sum of their KL
+        self.gradient_steps = 0
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Take in one minibatch's figure."""
+        self._means.setdefault(name, []).append(value.detach())
+
+    @torch.no_grad()
+    def add_ratio(self, log_ratio: Tensor, clip_range: Tensor, k: Tensor) -> Tensor:
+        """Take in log-ratios of pairs, their clip ranges and denoising steps, all (B,); return the approximate KL.
+
+        The KL is estimated by E[(ρ - 1) - log ρ] (J. Schulman, Approximating KL divergence, 2020: k3).
+        """
+        ratio = log_ratio.exp()
+        kl = (ratio - 1) - log_ratio
+        clipped = (ratio - 1).abs() > clip_range
+        self._by_step.index_add_(1, k, torch.stack([torch.ones_like(kl), clipped.to(kl.dtype), kl]))
+        for name, value in (("approx_kl", kl), ("clip_fraction", clipped.to(kl.dtype)), ("ratio_mean", ratio)):
+            self.add(name, value.mean())
+        return kl.mean()
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """Return all means, under `prefix`."""
+        found = {f"{prefix}/{name}": torch.stack(values).mean() for name, values in self._means.items()}
+        pairs, clipped, kl = self._by_step
+        for k in range(len(pairs)) if "approx_kl" in self._means else ():
+            found[f"{prefix}/clip_fraction_step_{k}"] = clipped[k] / pairs[k].clamp(min=1)
+            found[f"{prefix}/approx_kl_step_{k}"] = kl[k] / pairs[k].clamp(min=1)
+        values = torch.stack([value.float() for value in found.values()]).tolist()
+        return dict(zip(found, values, strict=True)) | {f"{prefix}/gradient_steps": float(self.gradient_steps)}
