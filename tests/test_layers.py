@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"dprl": "dprl", "agents": "dprl.agents", "envs": "dprl.envs", "experiments": "dprl.experiments"}
 LAYERS = (
-    "dprl.config dprl.cores dprl.checkpoint dprl.log dprl.seeding dprl.errors",
+    "dprl.config dprl.schedules dprl.cores dprl.checkpoint dprl.log dprl.seeding dprl.errors",
     "dprl.diffusion dprl.networks dprl.observations dprl.returns",
     "dprl.policy dprl.mdp dprl.guidance dprl.data dprl.spec dprl",
     "dprl.training dprl.rollout",

@@ -108,8 +108,12 @@ class Explicit(Policy):
         """How many numbers the trunk gives."""
 
     @abstractmethod
+    def _of_condition(self, condition: Tensor) -> Tensor:
+        """(B, O, F) -> (B, n_outputs)."""
+
     def _outputs(self, obs: TensorObservation, generator: torch.Generator | None = None) -> Tensor:
         """(B, n_outputs). A generator augments images, in training."""
+        return self._of_condition(self.condition(obs, generator if self.training else None))
 
     @property
     def _chunk_size(self) -> int:
@@ -131,8 +135,7 @@ class ExplicitMLP(Explicit):
         n_inputs = config.n_obs_steps * feature_size
         self.net = ResidualMLP(n_inputs, self._n_outputs(), config.hidden_size, config.n_blocks, config.activation)
 
-    def _outputs(self, obs: TensorObservation, generator: torch.Generator | None = None) -> Tensor:
-        condition = self.condition(obs, generator if self.training else None)
+    def _of_condition(self, condition: Tensor) -> Tensor:
         return cast("Tensor", self.net(condition.flatten(1)))
 
 
@@ -182,10 +185,16 @@ class _Mixture(Explicit):
     def _n_outputs(self) -> int:
         return self._modes * (1 + 2 * self._chunk_size)
 
+    def mixture(self, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-weights (B, M), means and stds (B, M, H, A), normalised, of conditions (B, O, F)."""
+        return self._split(self._of_condition(condition))
+
     def _mixture(self, obs: TensorObservation, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
-        """Log-weights (B, M), means and stds (B, M, H, A)."""
+        return self._split(self._outputs(obs, generator))
+
+    def _split(self, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         modes, size = self._modes, self._chunk_size
-        weight, mean, spread = self._outputs(obs, generator).split([modes, modes * size, modes * size], dim=-1)
+        weight, mean, spread = outputs.split([modes, modes * size, modes * size], dim=-1)
         std = self.config.min_std + (MAX_STD - self.config.min_std) * torch.sigmoid(spread - 2.0)
         return (
             weight.log_softmax(-1),
@@ -247,8 +256,7 @@ class LSTMGMMPolicy(_Mixture):
         self.lstm = nn.LSTM(feature_size, config.hidden_size, config.n_layers, batch_first=True)
         self.net = nn.Linear(config.hidden_size, self._n_outputs())
 
-    def _outputs(self, obs: TensorObservation, generator: torch.Generator | None = None) -> Tensor:
-        condition = self.condition(obs, generator if self.training else None)
+    def _of_condition(self, condition: Tensor) -> Tensor:
         with torch.autocast(condition.device.type, enabled=False):  # many CPUs have no LSTM in bfloat16
             read, _ = self.lstm(condition.float())
         return cast("Tensor", self.net(read[:, -1]))

@@ -1,0 +1,146 @@
+"""What is tuned: a policy whose decisions are chains of actions with known densities.
+
+Shapes: B decisions, K' tuned steps, O observation steps, F features, H actions of a chunk, A action size. All x are
+normalised.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from dprl.config import validate
+from dprl.errors import check
+from dprl.networks.noise import LEAST_STD, LearnedNoiseConfig
+from dprl.observations import TensorObservation
+from dprl.policy import Policy
+from dprl.schedules import Anneal
+
+
+@dataclass(frozen=True)
+class ExplorationConfig:
+    """How the chain explores while it collects."""
+
+    min_sampling_std: float = 0.1
+    """Floor of every step's standard deviation while sampling, frozen steps included; normalised units."""
+    min_log_prob_std: float = 0.1
+    """Floor of the standard deviation in the density."""
+    noise_clip: float = 3.0
+    """Noise draws of the denoising steps are clamped to this many standard deviations."""
+    anneal: Anneal | None = None
+    """Of `min_sampling_std`, over iterations."""
+    learned: LearnedNoiseConfig | None = None
+    """Learn how much noise the tuned steps make. A learned std has no floors; η has."""
+
+    def __post_init__(self) -> None:
+        validate(self, at_least={"min_log_prob_std": LEAST_STD}, above={"min_sampling_std": 0, "noise_clip": 0})
+        final = None if self.anneal is None else self.anneal.final
+        check(final is None or final > 0, "anneal.final", final, "must be above 0, as min_sampling_std")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The denoising trajectory of B decisions."""
+
+    steps: Tensor
+    """(B, K'+1, H, A): what the first tuned step starts from, then what each tuned step made, x_0 last."""
+    log_probs: Tensor
+    """(B, K', H, A): the log-density of each of them, number by number."""
+    actions: Tensor
+    """(B, H, A) in the environment's units."""
+
+
+class Gaussian(NamedTuple):
+    """What a step draws from, number by number: (B, H, A) each, or shapes that broadcast to it."""
+
+    mean: Tensor
+    std: Tensor
+
+
+class PolicyMDP(ABC):
+    """A policy whose decisions are chains of `tuned_steps` actions of known density, to be trained. See `Chain`."""
+
+    policy: Policy
+    tuned_steps: int
+    """K'."""
+
+    @property
+    @abstractmethod
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(draws, H, A), the normal draws of one decision."""
+
+    @property
+    def n_action_steps(self) -> int:
+        """E, how many actions of a chunk are executed."""
+        return self.policy.n_action_steps
+
+    @abstractmethod
+    def trainable(self) -> nn.Module:
+        """Return what is trained."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Return what a resumed run needs and the policy does not hold."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take up what `state` returned."""
+
+    @abstractmethod
+    def begin_iteration(self, iteration: int) -> None:
+        """Explore as the schedules have it in this iteration, counted from 0."""
+
+    @abstractmethod
+    def chain(self, condition: Tensor, draws: Tensor, *, pretrained: bool = False) -> Chain:
+        """Make chains of normal draws, for conditions (B, O, F); see `sample`."""
+
+    @torch.no_grad()
+    def sample(
+        self,
+        obs: TensorObservation,
+        *,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        pretrained: bool = False,
+    ) -> Chain:
+        """Draw a chain for each observation, exploring.
+
+        Args:
+            obs: (B, O, D), or named parts; not normalised.
+            noise: (draws, B, H, A), every normal draw in the order of its use. Replays a chain exactly.
+            generator: draws the noise where `noise` is not given. Default: torch's own.
+            pretrained: what the policy would have drawn before it was tuned.
+
+        Raises:
+            ConfigError: an observation or noise that does not fit, or is not finite.
+        """
+        condition = self.policy.condition(self.policy.checked(obs))
+        n_draws, *chunk = self.noise_shape
+        shape = (n_draws, len(condition), *chunk)
+        return self.chain(condition, self.policy.drawn(shape, noise, generator), pretrained=pretrained)
+
+    @abstractmethod
+    def log_prob(self, condition: Tensor, x: Tensor, x_next: Tensor, k: Tensor) -> Tensor:
+        """Log-density of tuned steps, number by number.
+
+        Args:
+            condition: (B, O, F), `policy.condition(obs)`.
+            x: (B, H, A) before the step.
+            x_next: (B, H, A) after it.
+            k: (B,) which step, from K'-1 (noisiest) to 0.
+
+        Returns:
+            (B, H, A).
+        """
+
+    @abstractmethod
+    def gaussian(self, condition: Tensor, x: Tensor, k: Tensor, *, pretrained: bool = False) -> Gaussian:
+        """Return what tuned steps draw from, now or before the policy was tuned; see `log_prob`."""
+
+    @abstractmethod
+    def cpu(self) -> Self:
+        """Return this, or a copy of it on the CPU, for workers without an accelerator."""
