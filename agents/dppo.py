@@ -16,24 +16,21 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dprl import checkpoint
 from dprl.agents.dppo_config import DPPOConfig
+from dprl.agents.on_policy import OnPolicyAgent
 from dprl.diffusion import normal_kl, normal_w2
-from dprl.errors import CheckpointError, check
-from dprl.mdp import DenoisingMDP, PolicyMDP
+from dprl.errors import check
 from dprl.networks import ValueNet
 from dprl.observations import Observation, map_parts
-from dprl.policy import DiffusionPolicy, PredictState
+from dprl.policy import Policy
 from dprl.returns import RunningReturnStd, explained_variance, gae
-from dprl.rollout import Rollout, RolloutPool, as_pool
-from dprl.rollout.pool import require_fit
-from dprl.seeding import draw_normal, seeded_init, torch_generator
-from dprl.spec import BatchedEnv, EnvState
-from dprl.training import Agent, LoopConfig, train
+from dprl.rollout import Rollout, RolloutPool
+from dprl.seeding import draw_normal, seeded_init
+from dprl.spec import BatchedEnv
 from dprl.training.figures import UpdateFigures
 from dprl.training.learner import Learner
 
@@ -121,22 +118,22 @@ class Targets(NamedTuple):
         return self.chains[pairs.decision, self.chains.shape[1] - 1 - pairs.k]
 
 
-class DPPO(Agent[Rollout]):
-    """Fine-tunes a diffusion policy with reward."""
+class DPPO(OnPolicyAgent):
+    """Fine-tunes with reward: a diffusion or flow policy, or, as plain PPO, a Gaussian or a mixture of them."""
 
     name = "dppo"
     config: DPPOConfig
 
     def __init__(
         self,
-        policy: DiffusionPolicy,
+        policy: Policy,
         env: BatchedEnv | RolloutPool,
         config: DPPOConfig | None = None,
         *,
         tuned_steps: int | None = None,
         seed: int = 0,
     ) -> None:
-        """Prepare to fine-tune `policy`, which gains a trainable copy of its network in place.
+        """Prepare to fine-tune `policy`. One that denoises gains a trainable copy of its network, in place.
 
         Args:
             policy: the pretrained policy, or one that DPPO has tuned before.
@@ -146,38 +143,29 @@ class DPPO(Agent[Rollout]):
             seed: of exploration, critic and minibatches.
 
         Raises:
-            ConfigError: not a diffusion policy, or more tuned than denoising steps.
+            ConfigError: a policy that has no density to tune, more tuned than denoising steps, or settings at odds.
             EnvError: the policy does not fit the environment.
         """
-        known = isinstance(policy, DiffusionPolicy)
-        check(known, "policy", type(policy).__name__, "must be a DiffusionPolicy: DPPO tunes denoising steps")
         config = config or DPPOConfig()
-        self.config = config if tuned_steps is None else replace(config, tuned_steps=tuned_steps)
-        self.policy = policy
-        self.pool = as_pool(env, seed)
-        require_fit(policy, self.pool.spec)
-        cameras = policy.features.cameras
-        check(not cameras, "policy", cameras, "sees images; DPPO fine-tunes policies that observe a state only so far")
-        matches = self.pool.spec.n_obs_steps == policy.config.n_obs_steps
-        check(matches, "n_obs_steps", self.pool.spec.n_obs_steps, f"the policy sees {policy.config.n_obs_steps}")
-        n_pairs = self.pool.n_envs * self.config.n_steps * self.config.tuned_steps
+        config = config if tuned_steps is None else replace(config, tuned_steps=tuned_steps)
+        self.config = config
+        super().__init__(
+            policy, env, tuned_steps=config.tuned_steps, exploration=config.exploration, solver=config.solver,
+            n_steps=config.n_steps, seed=seed,
+        )  # fmt: skip
+        n_pairs = self.pool.n_envs * config.n_steps * config.tuned_steps
         check(n_pairs >= 2, "n_envs * n_steps * tuned_steps", n_pairs, "advantages of one pair cannot be normalised")
-        self.seed = seed
-        self.timesteps = 0
-        self.iteration = 0
-        self.mdp: PolicyMDP = DenoisingMDP(
-            policy, self.config.tuned_steps, self.config.exploration, self.config.solver, seed=seed
-        )
+        closed = config.regularizer not in ("kl", "w2") or self.mdp.is_gaussian
+        check(closed, "regularizer", config.regularizer, f"must be bc or none: a {policy.name} policy is a mixture")
         self.critic, self.baseline = self._critics()
-        self._critic_modules = nn.ModuleList([self.critic] if self.baseline is None else [self.critic, self.baseline])
-        self._actor = Learner(self.mdp.trainable(), self.config.learning_rate, self.config.max_grad_norm)
-        self._values = Learner(self._critic_modules, self.config.critic_learning_rate, self.config.max_grad_norm)
-        per_decision = 1 if self.config.gamma_per == "decision" else policy.n_action_steps
-        self._reward_scaler = RunningReturnStd(self.pool.n_envs, self.config.gamma**per_decision)
-        self._generator = torch_generator(seed, "minibatches", device=policy.device)
-        self._discounts = (self.config.denoising_discount ** torch.arange(self.config.tuned_steps)).to(policy.device)
-        numbers = policy.n_action_steps * policy.features.action_size if self.config.log_prob_reduction == "sum" else 1
-        self._clip_ranges = numbers * clip_ranges(self.config).to(policy.device)
+        self._values = nn.ModuleList([self.critic] if self.baseline is None else [self.critic, self.baseline])
+        self._actor_learner = Learner(self.mdp.trainable(), config.learning_rate, config.max_grad_norm)
+        self._value_learner = Learner(self._values, config.critic_learning_rate, config.max_grad_norm)
+        per_decision = 1 if config.gamma_per == "decision" else policy.n_action_steps
+        self._reward_scaler = RunningReturnStd(self.pool.n_envs, config.gamma**per_decision)
+        self._discounts = (config.denoising_discount ** torch.arange(config.tuned_steps)).to(policy.device)
+        numbers = policy.n_action_steps * policy.features.action_size if config.log_prob_reduction == "sum" else 1
+        self._clip_ranges = numbers * clip_ranges(config).to(policy.device)
 
     def _critics(self) -> tuple[ValueNet, ValueNet | None]:
         """V(s), and where it is asked for the baseline V(s, x_{k+1}, k)."""
@@ -190,36 +178,14 @@ class DPPO(Agent[Rollout]):
         critic, *baseline = (net.to(policy.device) for net in nets)
         return critic, baseline[0] if baseline else None
 
-    def learn(self, total_timesteps: int, *, progress_bar: bool = False) -> DPPO:
-        """Collect and update for `total_timesteps` more environment steps, as stable-baselines3 does."""
-        train(self, LoopConfig(self.timesteps + total_timesteps), progress_bar=progress_bar)
-        return self
-
-    def predict(
-        self,
-        observation: np.ndarray[Any, Any],
-        state: tuple[Any, ...] | PredictState | None = None,
-        episode_start: np.ndarray[Any, Any] | None = None,
-        deterministic: bool = False,
-    ) -> tuple[np.ndarray[Any, Any], PredictState]:
-        """See `DiffusionPolicy.predict`."""
-        return self.policy.predict(observation, state, episode_start, deterministic)
-
-    def collect(self) -> Rollout:
-        """Take `n_steps` decisions in every environment, exploring."""
-        self.mdp.begin_iteration(self.iteration)
-        rollout = self.pool.collect(self.mdp, self.config.n_steps)
-        self.timesteps += int(rollout.n_steps.sum())
-        return rollout
-
     def update(self, batch: Rollout) -> dict[str, float]:
         """Improve actor and critic on one rollout; return metrics."""
         config = self.config
         targets, metrics = self._prepare(batch)
         figures = UpdateFigures(config.tuned_steps, self.policy.device)
         actor_learns = self.iteration >= config.critic_warmup
-        self._values.set_rate(config.lr_schedule.at(self.iteration))
-        self._actor.set_rate(config.lr_schedule.at(max(0, self.iteration - config.critic_warmup)))
+        self._value_learner.set_rate(config.lr_schedule.at(self.iteration))
+        self._actor_learner.set_rate(config.lr_schedule.at(max(0, self.iteration - config.critic_warmup)))
         for decisions, pairs in self._minibatches(len(targets.returns)):
             self._update_critic(targets, decisions, pairs, figures)
             figures.gradient_steps += 1
@@ -239,16 +205,16 @@ class DPPO(Agent[Rollout]):
             baseline_loss = value_loss(self._baseline(targets, pairs), targets.returns[pairs.decision])
             figures.add("baseline_loss", baseline_loss)
             loss = loss + baseline_loss
-        self._values.zero_grad()
+        self._value_learner.zero_grad()
         (self.config.vf_coef * loss).backward()
-        figures.add("critic_grad_norm", self._values.step())
+        figures.add("critic_grad_norm", self._value_learner.step())
 
     def _update_actor(self, targets: Targets, pairs: Pairs, figures: UpdateFigures) -> Tensor:
         """One gradient step; return the approximate KL."""
         advantage = normalized_advantage(targets.advantage[pairs], self.config.advantage_quantiles)
         advantage, clip_range = advantage * self._discounts[pairs.k], self._clip_ranges[pairs.k]
         log_ratios = []
-        self._actor.zero_grad()
+        self._actor_learner.zero_grad()
         n = len(pairs.k)
         for rows in torch.arange(n, device=pairs.k.device).split(self.config.micro_batch_size or n):
             part = Pairs(pairs.decision[rows], pairs.k[rows])
@@ -259,7 +225,7 @@ class DPPO(Agent[Rollout]):
             if self._restrained:
                 loss = loss + self._restraint(targets, part, figures)
             (loss * (len(rows) / n)).backward()
-        figures.add("actor_grad_norm", self._actor.step())
+        figures.add("actor_grad_norm", self._actor_learner.step())
         return figures.add_ratio(torch.cat(log_ratios), clip_range, pairs.k)
 
     @property
@@ -269,29 +235,34 @@ class DPPO(Agent[Rollout]):
     def _restraint(self, targets: Targets, pairs: Pairs, figures: UpdateFigures) -> Tensor:
         """What holds the policy near the pretrained one, less the bonus for the entropy of learned noise."""
         config, condition, x = self.config, targets.condition[pairs.decision], targets.x(pairs)
-        executed = targets.executed[pairs.decision]
-        tuned = self.mdp.gaussian(condition, x, pairs.k)
-        entropy = over_chunk(tuned.std.log().expand_as(x), executed).mean()
-        figures.add("log_std", entropy)
-        loss = -config.entropy_coef * entropy
+        executed, loss = targets.executed[pairs.decision], torch.zeros((), device=x.device)
         if config.regularizer == "bc":
-            draws, *chunk = self.mdp.noise_shape
-            noise = draw_normal((draws, len(x), *chunk), self._generator, self.policy.device)
-            with torch.no_grad():
-                chains = self.mdp.chain(condition, noise, pretrained=True).steps
-            own = targets._replace(chains=chains)
-            theirs = Pairs(torch.arange(len(x), device=x.device), pairs.k)
-            log_prob = self.mdp.log_prob(condition, own.x(theirs), own.x_next(theirs), pairs.k)
-            distance = -chunk_log_prob(log_prob, executed, config.log_prob_reduction).mean()
+            distance = self._cloning_loss(condition, executed, pairs.k)
         elif config.regularizer != "none":
+            tuned = self.mdp.gaussian(condition, x, pairs.k)
             with torch.no_grad():
                 pretrained = self.mdp.gaussian(condition, x, pairs.k, pretrained=True)
             divergence = {"kl": normal_kl, "w2": normal_w2}[config.regularizer](*tuned, *pretrained)
             distance = over_chunk(divergence, executed, config.log_prob_reduction).mean()
-        else:
-            return loss
-        figures.add(config.regularizer, distance)
-        return loss + config.regularizer_coef * distance
+        if config.regularizer != "none":
+            figures.add(config.regularizer, distance)
+            loss = loss + config.regularizer_coef * distance
+        if config.entropy_coef > 0:  # a Gaussian's entropy is its log-std, and a constant
+            log_std = self.mdp.gaussian(condition, x, pairs.k).std.log().expand_as(x)
+            entropy = over_chunk(log_std, executed, config.log_prob_reduction).mean()
+            figures.add("log_std", entropy)
+            loss = loss - config.entropy_coef * entropy
+        return loss
+
+    def _cloning_loss(self, condition: Tensor, executed: Tensor, k: Tensor) -> Tensor:
+        """Minus the log-prob of step k of chains that the pretrained policy draws (arXiv:2403.03949, eq. 2)."""
+        draws, *chunk = self.mdp.noise_shape
+        noise = draw_normal((draws, len(k), *chunk), self.generator, self.policy.device)
+        with torch.no_grad():
+            chains = self.mdp.chain(condition, noise, pretrained=True).steps
+        rows, position = torch.arange(len(k), device=k.device), self.config.tuned_steps - k
+        log_prob = self.mdp.log_prob(condition, chains[rows, position - 1], chains[rows, position], k)
+        return -chunk_log_prob(log_prob, executed, self.config.log_prob_reduction).mean()
 
     def _minibatches(self, n_decisions: int) -> Iterator[tuple[Tensor, Pairs]]:
         """Every decision (for the critic) and every pair (for the actor) once an epoch, in equal numbers of parts."""
@@ -310,7 +281,7 @@ class DPPO(Agent[Rollout]):
             )
 
     def _shuffled(self, n: int) -> Tensor:
-        return torch.randperm(n, generator=self._generator, device=self.policy.device)
+        return torch.randperm(n, generator=self.generator, device=self.policy.device)
 
     def _log_prob(self, targets: Targets, pairs: Pairs) -> Tensor:
         """Log p(x_k | x_{k+1}, obs) of pairs: (B,)."""
@@ -368,33 +339,17 @@ class DPPO(Agent[Rollout]):
 
     def state(self) -> dict[str, Any]:
         """Return all that a resumed run needs beside the policy."""
-        pool = self.pool.state()
-        return {
-            "timesteps": self.timesteps,
-            "iteration": self.iteration,
-            "actor_optimizer": self._actor.state(),
-            "mdp": self.mdp.state(),
-            "critic": self._critic_modules.state_dict(),
-            "critic_optimizer": self._values.state(),
+        return super().state() | {
+            "actor_optimizer": self._actor_learner.state(),
+            "critic": self._values.state_dict(),
+            "critic_optimizer": self._value_learner.state(),
             "reward_scaler": self._reward_scaler.state(),
-            "generator": self._generator.get_state(),
-            "pool": {
-                "episodes": torch.from_numpy(pool.episodes),
-                "lengths": torch.from_numpy(pool.lengths),
-                "actions": torch.from_numpy(pool.actions),
-            },
         }
 
     def restore(self, state: checkpoint.StateTree) -> None:
         """Take up what `state` returned; the pool must be freshly built, and the policy loaded."""
-        if "mdp" not in state:
-            raise CheckpointError("this run was begun by an earlier dprl, whose rollouts were others: begin it anew")
-        self.timesteps, self.iteration = state["timesteps"], state["iteration"]
-        self.mdp.restore(state["mdp"])
-        self._critic_modules.load_state_dict(state["critic"])
-        self._actor.restore(state.get("actor_optimizer", {}))
-        self._values.restore(state.get("critic_optimizer", {}))
+        super().restore(state)
+        self._values.load_state_dict(state["critic"])
+        self._actor_learner.restore(state.get("actor_optimizer", {}))
+        self._value_learner.restore(state.get("critic_optimizer", {}))
         self._reward_scaler.restore(state["reward_scaler"])
-        self._generator.set_state(state["generator"])
-        pool = state["pool"]
-        self.pool.restore(EnvState(pool["episodes"].numpy(), pool["lengths"].numpy(), pool["actions"].numpy()))

@@ -38,6 +38,7 @@ class ActionMDP(PolicyMDP):
         self.policy = policy
         self.exploration = exploration
         self._floor = exploration.min_sampling_std
+        self.is_gaussian = isinstance(policy, GaussianPolicy)
         self._pretrained = copy.deepcopy(policy)
 
     def trainable(self) -> nn.Module:

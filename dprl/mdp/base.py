@@ -67,6 +67,8 @@ class PolicyMDP(ABC):
     policy: Policy
     tuned_steps: int
     """K'."""
+    is_gaussian = True
+    """Whether a step draws from one Gaussian, see `gaussian`."""
 
     @property
     @abstractmethod

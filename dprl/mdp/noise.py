@@ -154,6 +154,11 @@ def step_noise(
     solver: SolverConfig,
     seed: int,
 ) -> FlooredNoise:
+    """Return the noise that `exploration` asks for.
+
+    Raises:
+        ConfigError: eta is to be learned of a solver that has none.
+    """
     learned = exploration.learned
     if learned is None:
         return FlooredNoise(grid, tuned_steps, exploration)

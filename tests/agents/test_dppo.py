@@ -19,7 +19,7 @@ from dprl.policy import DiffusionConfig, DiffusionPolicy, Features, MSEPolicy
 from dprl.rollout import InProcessPool
 from dprl.spec import EnvOptions
 from dprl.training.figures import UpdateFigures
-from tests.test_mdp import record_timesteps
+from tests.mdp.test_denoising import record_timesteps
 from tests.toys import PaysForEver, make_toy, reach_spec, toy_policy
 
 SMALL = DPPOConfig(tuned_steps=3, n_steps=6, n_epochs=2, batch_size=40, critic_hidden_size=16)

@@ -1,0 +1,293 @@
+"""DPPO's options: each does what it says, resumes exactly, and is refused by name where it cannot be."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dprl.agents import DPPO, DPPOConfig
+from dprl.agents.dppo import Pairs, chunk_log_prob, clip_ranges, normalized_advantage, over_chunk, value_loss
+from dprl.diffusion import SolverConfig, normal_kl
+from dprl.errors import ConfigError
+from dprl.mdp import ExplorationConfig
+from dprl.networks import MLPConfig
+from dprl.networks.noise import LearnedNoiseConfig
+from dprl.policy import (
+    DiffusionConfig,
+    DiffusionPolicy,
+    Features,
+    GaussianConfig,
+    GaussianPolicy,
+    GMMConfig,
+    GMMPolicy,
+    Policy,
+)
+from dprl.schedules import Anneal, Warmup
+from dprl.training.figures import UpdateFigures
+from tests.toys import make_toy, reach_spec, toy_policy
+
+SMALL = DPPOConfig(tuned_steps=3, n_steps=6, n_epochs=2, batch_size=40, critic_hidden_size=16)
+FLOW = DiffusionConfig(
+    horizon=2, num_train_timesteps=8, denoiser=MLPConfig(hidden_size=16), schedule="rectified_flow",
+    prediction_type="velocity", sampling=SolverConfig("euler", 4),
+)  # fmt: skip
+LEARNED_STD = ExplorationConfig(learned=LearnedNoiseConfig(hidden_size=8))
+LEARNED_ETA = ExplorationConfig(0.02, 0.06, learned=LearnedNoiseConfig("eta", 0.1, 1.0, hidden_size=8))
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "sum": {"log_prob_reduction": "sum"},
+    "micro-batches": {"micro_batch_size": 7},
+    "gradient-norm": {"max_grad_norm": 0.1},
+    "rates": {"lr_schedule": Warmup(2, 5, 0.1)},
+    "gamma-per-step": {"gamma_per": "step"},
+    "quantiles": {"advantage_quantiles": (0.1, 0.9)},
+    "value-clip": {"clip_range_vf": 0.1},
+    "no-target-kl": {"target_kl": None},
+    "bc": {"regularizer": "bc"},
+    "kl": {"regularizer": "kl"},
+    "w2": {"regularizer": "w2"},
+    "fewer-steps": {"anneal_tuned_steps": Anneal(1, 2)},
+    "state-action-critic": {"critic": "state_action"},
+    "warm-up": {"critic_warmup": 1},
+    "floor-anneals": {"exploration": ExplorationConfig(0.3, anneal=Anneal(0.1, 3))},
+    "learned-std": {"exploration": LEARNED_STD, "entropy_coef": 0.01},
+    "learned-eta": {"exploration": LEARNED_ETA, "solver": SolverConfig("ddim", 4, 1.0)},
+    "flow": {},
+    "flow-std": {"exploration": LEARNED_STD},
+    "gaussian": {"tuned_steps": 1, "regularizer": "kl"},
+    "gmm": {"tuned_steps": 1, "regularizer": "bc"},
+}
+
+
+def policy_for(name: str) -> Policy:
+    features = Features(2, 1)
+    if name.startswith("flow"):
+        return DiffusionPolicy(features, FLOW)
+    if name == "gaussian":
+        return GaussianPolicy(features, GaussianConfig(horizon=2, hidden_size=16, n_blocks=1))
+    if name == "gmm":
+        return GMMPolicy(features, GMMConfig(horizon=2, hidden_size=16, n_blocks=1, n_modes=3))
+    return toy_policy()
+
+
+def agent(name: str = "default", **changes: Any) -> DPPO:
+    return DPPO(policy_for(name), make_toy(reach_spec(), 4), replace(SMALL, **OPTIONS[name] | changes))
+
+
+def weights(dppo: DPPO) -> list[torch.Tensor]:
+    modules = [dppo.policy, dppo.mdp.trainable(), dppo.critic, *([dppo.baseline] if dppo.baseline else [])]
+    return [p.detach().clone() for module in modules for p in module.parameters()]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_trains_and_resumes_to_the_bit(name: str, tmp_path: Path) -> None:
+    whole = agent(name)
+    for _ in range(2):
+        metrics = whole.update(whole.collect())
+    assert all(math.isfinite(value) for key, value in metrics.items() if key.startswith("dppo/"))
+    begun = weights(agent(name))
+    assert not all(torch.equal(a, b) for a, b in zip(weights(whole), begun, strict=True))
+    whole.save(tmp_path / "saved")
+    whole.update(whole.collect())
+
+    resumed = agent(name)
+    resumed.load_state(tmp_path / "saved")
+    resumed.update(resumed.collect())
+    assert all(torch.equal(a, b) for a, b in zip(weights(resumed), weights(whole), strict=True))
+    assert resumed.timesteps == whole.timesteps
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_first_minibatch_has_ratio_one(name: str) -> None:
+    dppo = agent(name)
+    targets, _ = dppo._prepare(dppo.collect())
+    figures = UpdateFigures(dppo.config.tuned_steps, torch.device("cpu"))
+    dppo._update_actor(targets, next(dppo._minibatches(len(targets.returns)))[1], figures)
+    metrics = figures.metrics("dppo")
+    assert abs(metrics["dppo/ratio_mean"] - 1) < 1e-4
+    assert metrics["dppo/clip_fraction"] == 0
+
+
+def test_micro_batches_give_the_gradient_of_the_whole() -> None:
+    after = []
+    for micro in (None, 7):
+        dppo = agent(micro_batch_size=micro, n_epochs=1, batch_size=72)
+        dppo.update(dppo.collect())
+        after.append(weights(dppo))
+    for a, b in zip(*after, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_sum_is_the_mean_times_the_numbers_and_so_is_its_clip() -> None:
+    log_prob = torch.randn(5, 4, 3)
+    executed = torch.tensor([1, 2, 3, 4, 4])
+    mean, total = (chunk_log_prob(log_prob, executed, how) for how in ("mean", "sum"))
+    torch.testing.assert_close(total, mean * executed * 3)
+    dppo = agent("sum")
+    torch.testing.assert_close(dppo._clip_ranges, 2 * clip_ranges(dppo.config))
+
+
+def test_actions_that_were_not_executed_do_not_count() -> None:
+    values = torch.tensor([[[1.0], [5.0]], [[1.0], [5.0]]])
+    assert over_chunk(values, torch.tensor([1, 2])).tolist() == [1.0, 3.0]
+    dppo = agent()
+    targets, _ = dppo._prepare(dppo.collect())
+    pairs = Pairs(torch.arange(24), torch.zeros(24, dtype=torch.long))
+    cut = targets._replace(executed=torch.ones(24, dtype=torch.long))
+    chains = targets.chains.clone()
+    chains[:, -1, 1] += 0.5  # the second action of every chunk
+    other = cut._replace(chains=chains)
+    assert torch.equal(dppo._log_prob(cut, pairs), dppo._log_prob(other, pairs))
+    assert not torch.equal(dppo._log_prob(targets, pairs), dppo._log_prob(targets._replace(chains=chains), pairs))
+
+
+def test_advantages_are_clipped_to_their_quantiles() -> None:
+    advantage = torch.arange(11.0)
+    clipped = normalized_advantage(advantage, (0.2, 0.9))
+    plain = normalized_advantage(advantage)
+    assert (float(plain.mean()), float(plain.std())) == pytest.approx((0, 1), abs=1e-6)
+    assert torch.equal(clipped, plain.clamp(plain[2], plain[9]))
+
+
+def test_value_clipping_by_hand() -> None:
+    """V moved from 0 to 1 with clip 0.2: towards the return 2 the clipped error is larger, away from -1 it is not."""
+    value, old = torch.ones(2, requires_grad=True), torch.zeros(2)
+    loss = value_loss(value, torch.tensor([2.0, -1.0]), old, 0.2)
+    assert loss.item() == pytest.approx(0.5 * (1.8**2 + 2**2) / 2)
+    (gradient,) = torch.autograd.grad(loss, value)
+    assert gradient[0] == 0, "flat where it has moved far enough"
+    assert gradient[1] > 0
+
+
+def test_the_gradients_norm_is_clipped_and_logged() -> None:
+    dppo = agent(max_grad_norm=1e-3, n_epochs=1, batch_size=72)
+    before = [p.grad for p in dppo.policy.tuned.parameters()]
+    metrics = dppo.update(dppo.collect())
+    norm = torch.stack([p.grad.norm() for p in dppo.policy.tuned.parameters()]).norm()
+    assert before.count(None) == len(before)
+    assert float(norm) == pytest.approx(1e-3, rel=1e-2)
+    assert metrics["dppo/actor_grad_norm"] > 1e-3
+
+
+def test_rates_follow_their_schedule_and_the_actors_waits_for_the_critic() -> None:
+    dppo = agent(lr_schedule=Warmup(1, 3, 0.1), critic_warmup=2, n_epochs=1)
+    seen = []
+    for _ in range(5):
+        dppo.update(dppo.collect())
+        seen.append([
+            learner._optimizer.param_groups[0]["lr"] for learner in (dppo._actor_learner, dppo._value_learner)
+        ])  # fmt: skip
+    actor, critic = zip(*seen, strict=True)
+    assert critic == pytest.approx([1e-3 * f for f in (0.5, 1, 0.55, 0.1, 0.1)])
+    assert actor == pytest.approx([3e-4 * f for f in (0.5, 0.5, 0.5, 1, 0.55)])
+
+
+def test_gamma_per_step_discounts_what_was_executed() -> None:
+    """A chunk of two steps, one that ended after the first: V = r + γ^n V'."""
+    dppo = agent(gamma_per="step", gamma=0.5, gae_lambda=0.0, normalize_returns=False)
+    rollout = dppo.collect()
+    targets, _ = dppo._prepare(rollout)
+    with torch.no_grad():
+        following = dppo.critic(dppo._condition(rollout.final_observations))
+    n = torch.as_tensor(rollout.n_steps).flatten()
+    alive = ~torch.as_tensor(rollout.terminated).flatten()
+    expected = torch.as_tensor(rollout.rewards).flatten() + 0.5**n * following * alive
+    torch.testing.assert_close(targets.returns, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_fewer_steps_are_trained_as_it_goes_on() -> None:
+    dppo = agent("fewer-steps")
+    targets, _ = dppo._prepare(dppo.collect())
+    for iteration, trained in ((0, 3), (1, 2), (2, 1), (9, 1)):
+        dppo.iteration = iteration
+        k = torch.cat([pairs.k for _, pairs in dppo._minibatches(len(targets.returns))])
+        assert sorted(set(k.tolist())) == list(range(trained))
+
+
+def test_only_with_a_baseline_of_the_action_do_steps_differ_in_advantage() -> None:
+    for name, differs in (("default", False), ("state-action-critic", True)):
+        dppo = agent(name)
+        targets, _ = dppo._prepare(dppo.collect())
+        assert (targets.advantage.std(1).max() > 1e-6) == differs
+    pairs = Pairs(torch.arange(24), torch.full((24,), 2))
+    with torch.no_grad():
+        expected = targets.returns - dppo._baseline(targets, pairs)
+    torch.testing.assert_close(targets.advantage[:, 2], expected)
+
+
+def test_the_divergence_is_zero_before_the_first_step_and_holds_the_policy_back() -> None:
+    dppo = agent("kl")
+    targets, _ = dppo._prepare(dppo.collect())
+    _, pairs = next(dppo._minibatches(len(targets.returns)))
+    figures = UpdateFigures(3, torch.device("cpu"))
+    dppo._restraint(targets, pairs, figures)
+    assert float(figures._means["kl"][0]) == pytest.approx(0, abs=1e-9)
+
+    def distance(coefficient: float, regularizer: str) -> float:
+        tuned = agent(regularizer=regularizer, regularizer_coef=coefficient, n_epochs=50, learning_rate=3e-3)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in tuned.policy.tuned.parameters():  # it has strayed
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        rollout = tuned.collect()
+        tuned.update(rollout)
+        targets, _ = tuned._prepare(rollout)
+        pairs = Pairs(torch.arange(24), torch.zeros(24, dtype=torch.long))
+        condition, x = targets.condition, targets.x(pairs)
+        with torch.no_grad():
+            gaussians = [tuned.mdp.gaussian(condition, x, pairs.k, pretrained=p) for p in (False, True)]
+        return float(normal_kl(*gaussians[0], *gaussians[1]).mean())
+
+    free = distance(0.0, "kl")
+    distances = {regularizer: distance(100.0, regularizer) for regularizer in ("kl", "w2", "bc")}
+    assert all(d < 0.5 * free for d in distances.values()), (free, distances)
+
+
+@pytest.mark.parametrize("name", ["learned-std", "learned-eta", "flow-std"])
+def test_noise_is_really_learned(name: str) -> None:
+    dppo = agent(name)
+    before = [p.detach().clone() for p in dppo.mdp.noise.parameters()]
+    dppo.update(dppo.collect())
+    assert before
+    assert any(not torch.equal(a, b) for a, b in zip(dppo.mdp.noise.parameters(), before, strict=True))
+
+
+def test_a_bonus_for_entropy_raises_the_noise() -> None:
+    spread = []
+    for bonus in (0.0, 1.0):
+        dppo = agent("learned-std", entropy_coef=bonus, n_epochs=20, learning_rate=3e-3)
+        dppo.update(dppo.collect())
+        with torch.no_grad():
+            spread.append(float(dppo.mdp.noise.net(torch.zeros(1, 1, 2), torch.tensor([0])).mean()))
+    assert spread[1] > spread[0] + 0.005
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("default", {"log_prob_reduction": "max"}, "log_prob_reduction = 'max': must be one of mean, sum"),
+        ("default", {"advantage_quantiles": (0.9, 0.1)}, r"advantage_quantiles = .*: must be two numbers"),
+        ("default", {"advantage_quantiles": (0.1,)}, r"advantage_quantiles = .*: must be two numbers"),
+        ("default", {"micro_batch_size": 0}, "micro_batch_size = 0: must be at least 1"),
+        ("default", {"max_grad_norm": 0.0}, r"max_grad_norm = 0.0: must be above 0, or None"),
+        ("default", {"clip_range_vf": -1.0}, r"clip_range_vf = -1.0: must be above 0, or None"),
+        ("default", {"target_kl": 0.0}, r"target_kl = 0.0: must be above 0, or None"),
+        ("default", {"entropy_coef": 0.1}, "entropy_coef = 0.1: must be 0: only learned noise"),
+        ("default", {"regularizer": "l2"}, "regularizer = 'l2': must be one of none, bc, kl, w2"),
+        (
+            "default",
+            {"anneal_tuned_steps": Anneal(4, 2)},
+            "anneal_tuned_steps = 4: must end in a whole number from",
+        ),
+        ("default", {"anneal_tuned_steps": Anneal(1.5, 2)}, "anneal_tuned_steps = 1.5: must end in a whole number"),
+        ("learned-eta", {"solver": SolverConfig("ddpm")}, "solver = 'ddpm': has no eta to learn"),
+        ("gaussian", {"tuned_steps": 2}, "tuned_steps = 2: must be 1: a gaussian policy does not denoise"),
+        ("gmm", {"regularizer": "kl"}, "regularizer = 'kl': must be bc or none: a gmm policy is a mixture"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_name(name: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        agent(name, **changes)
