@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"dprl": "dprl", "agents": "dprl.agents", "envs": "dprl.envs", "experiments": "dprl.experiments"}
 LAYERS = (
-    "dprl.config dprl.schedules dprl.cores dprl.checkpoint dprl.log dprl.seeding dprl.errors",
+    "dprl.config dprl.cuda_graphs dprl.schedules dprl.cores dprl.checkpoint dprl.log dprl.seeding dprl.errors",
     "dprl.diffusion dprl.networks dprl.observations dprl.returns",
     "dprl.policy dprl.mdp dprl.guidance dprl.data dprl.spec dprl",
     "dprl.training dprl.rollout",
@@ -26,7 +26,13 @@ HOMES = {
     "wandb": ("dprl.log",),
     **dict.fromkeys(
         ("gymnasium", "envpool", "metaworld", "mujoco"),
-        ("dprl.envs", "dprl.experiments.video", "dprl.experiments.benchmarks.rollout", "dprl.interop.sb3"),
+        (
+            "dprl.envs",
+            "dprl.experiments.video",
+            "dprl.experiments.benchmarks.rollout",
+            "dprl.experiments.benchmarks.dppo",
+            "dprl.interop.sb3",
+        ),
     ),
 }
 # modules -> what they never import

@@ -37,7 +37,7 @@ class ActionMDP(PolicyMDP):
         check(learned is None, "exploration.learned", learned, f"a {policy.name} policy learns its spread anyway")
         self.policy = policy
         self.exploration = exploration
-        self._floor = exploration.min_sampling_std
+        self._floor = torch.tensor(exploration.min_sampling_std, device=policy.device)
         self.is_gaussian = isinstance(policy, GaussianPolicy)
         self._pretrained = copy.deepcopy(policy)
 
@@ -56,14 +56,14 @@ class ActionMDP(PolicyMDP):
     def begin_iteration(self, iteration: int) -> None:
         """See `PolicyMDP.begin_iteration`."""
         if self.exploration.anneal is not None:
-            self._floor = self.exploration.anneal.at(iteration, self.exploration.min_sampling_std)
+            self._floor.fill_(self.exploration.anneal.at(iteration, self.exploration.min_sampling_std))
 
     def cpu(self) -> Self:
         """See `PolicyMDP.cpu`."""
         if self.policy.device.type == "cpu":
             return self
         copied = type(self)(copy.deepcopy(self.policy).cpu(), self.exploration)
-        copied._floor = self._floor
+        copied._floor.copy_(self._floor)
         return copied
 
     @property

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from dprl.config import validate
+from dprl.cuda_graphs import Replayed
 from dprl.errors import check
 from dprl.networks.noise import LEAST_STD, LearnedNoiseConfig
 from dprl.observations import TensorObservation
@@ -80,6 +82,14 @@ class PolicyMDP(ABC):
         """E, how many actions of a chunk are executed."""
         return self.policy.n_action_steps
 
+    @cached_property
+    def _replayed(self) -> Replayed:
+        def make(condition: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            chain = self.chain(condition, draws)
+            return chain.steps, chain.log_probs, chain.actions
+
+        return Replayed(make)
+
     @abstractmethod
     def trainable(self) -> nn.Module:
         """Return what is trained."""
@@ -123,7 +133,10 @@ class PolicyMDP(ABC):
         condition = self.policy.condition(self.policy.checked(obs))
         n_draws, *chunk = self.noise_shape
         shape = (n_draws, len(condition), *chunk)
-        return self.chain(condition, self.policy.drawn(shape, noise, generator), pretrained=pretrained)
+        draws = self.policy.drawn(shape, noise, generator)
+        if pretrained:
+            return self.chain(condition, draws, pretrained=True)
+        return Chain(*self._replayed(condition, draws))
 
     @abstractmethod
     def log_prob(self, condition: Tensor, x: Tensor, x_next: Tensor, k: Tensor) -> Tensor:

@@ -98,6 +98,8 @@ class DenoisingMDP(PolicyMDP):
             return self
         copied = type(self)(copy.deepcopy(self.policy).cpu(), self.tuned_steps, self.exploration, self.solver)
         copied.noise.load_state_dict(self.noise.state_dict())
+        copied.noise.floor.copy_(self.noise.floor)
+        copied.noise.std.copy_(self.noise.std)
         return copied
 
     @property

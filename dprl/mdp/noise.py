@@ -41,6 +41,7 @@ class PairSteps(NamedTuple):
 class FlooredNoise(nn.Module):
     """The solver's own standard deviations, with floors."""
 
+    floor: Tensor
     table: Tensor
     solver_std: Tensor
     std: Tensor
@@ -49,7 +50,8 @@ class FlooredNoise(nn.Module):
     def __init__(self, grid: Sequence[Step], tuned_steps: int, exploration: ExplorationConfig) -> None:
         super().__init__()
         self.n, self.exploration = tuned_steps, exploration
-        self.floor, self.density_floor = exploration.min_sampling_std, exploration.min_log_prob_std
+        self.density_floor = exploration.min_log_prob_std
+        self.register_buffer("floor", torch.tensor(exploration.min_sampling_std), persistent=False)
         self.noisy, self.clean = [step.noisy for step in grid], [step.clean for step in grid]
         std = torch.tensor([step.std for step in grid]).view(-1, 1, 1, 1)
         density_std = std[-tuned_steps:].clamp(min=self.density_floor)
@@ -62,8 +64,8 @@ class FlooredNoise(nn.Module):
     def begin_iteration(self, iteration: int) -> None:
         """Set the floor of sampling that the schedule has in this iteration."""
         if self.exploration.anneal is not None:
-            self.floor = self.exploration.anneal.at(iteration, self.exploration.min_sampling_std)
-            self.std = self.solver_std.clamp(min=self.floor)
+            self.floor.fill_(self.exploration.anneal.at(iteration, self.exploration.min_sampling_std))
+            self.std.copy_(self.solver_std.clamp(min=self.floor))
 
     def of_chain(self, condition: Tensor) -> ChainSteps:
         """Return all steps, for conditions (B, O, F)."""

@@ -227,7 +227,7 @@ class DiffusionPolicy(Policy):
     def prepare_steps(self, timesteps: list[int], condition: Tensor, *, pretrained: bool = False) -> Iterator[Tensor]:
         """Let the networks prepare what is the same at every step, for descending `timesteps`: n tensors (B, ...)."""
         n_base = sum(pretrained or self.denoiser_at(t) is self.base for t in timesteps)
-        grid = self.schedule.timesteps[timesteps]
+        grid = _on_device(tuple(timesteps), self.device)
         for network, part in ((self.base, grid[:n_base]), (self.tuned, grid[n_base:])):
             if network is not None and len(part):
                 yield from network.prepare_steps(part, condition)
@@ -251,8 +251,13 @@ class DiffusionPolicy(Policy):
             self.tune_below(tuned_below)
 
 
-# Both are cached because a policy decides many times a second.
+# All are cached because a policy decides many times a second.
 _solver_config = lru_cache(maxsize=256, typed=True)(SolverConfig)
+
+
+@lru_cache(maxsize=256)
+def _on_device(timesteps: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(timesteps, device=device)
 
 
 @lru_cache(maxsize=256)

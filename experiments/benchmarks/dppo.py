@@ -1,0 +1,450 @@
+"""DPPO's speed: sampling, updating and whole iterations, against the authors' code and against the arithmetic's floor.
+
+    python -m dprl.experiments.benchmarks.dppo [--reference PATH] [--device cuda]
+
+Everything is measured in turn in the same run, several times; figures are medians, ratios are medians of the ratios of
+measurements next to each other. `--reference` is where a checkout of the DPPO authors' code lies, with `einops` to
+import it. The floor of a figure is what its matrix products take at the rate that this machine multiplies at.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.vector import AsyncVectorEnv
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from dprl.agents import DPPO, DPPOConfig
+from dprl.config import validate
+from dprl.cores import available_cores
+from dprl.errors import check
+from dprl.experiments.benchmarks import command
+from dprl.experiments.runs import check_device
+from dprl.networks import MLPConfig
+from dprl.networks.mlp import Activation, DenoisingMLP
+from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
+from dprl.rollout import InProcessPool, Rollout
+from dprl.seeding import torch_generator
+from dprl.spec import EnvSpec, FloatArray, resolve
+from dprl.training.progress import ProgressBar
+
+Part = Literal["sampling", "update", "iteration"]
+Action = Callable[[], object]
+
+DENOISING_STEPS, TUNED_STEPS = 20, 10
+SAMPLES_AT_ONCE = 10
+"""Decisions of one measurement of sampling."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """The paper's sizes for a task (arXiv:2409.00588, appendix)."""
+
+    observation_size: int
+    action_size: int
+    n_envs: int
+    n_steps: int
+    batch_size: int
+    n_epochs: int
+    activation: Activation
+    env: str | None = None
+    """What simulates it, where that is installed with this library."""
+    hidden_size: int = 512
+    chunk: int = 4
+
+
+TASKS = {
+    "hopper": Task(11, 3, 40, 500, 50_000, 5, "relu", env="Hopper-v5"),
+    "can": Task(23, 7, 50, 300, 7_500, 10, "mish"),
+}
+
+
+@dataclass(frozen=True)
+class DPPOBenchmark:
+    """What to measure."""
+
+    tasks: tuple[str, ...] = tuple(TASKS)
+    parts: tuple[Part, ...] = ("sampling", "update", "iteration")
+    batches: tuple[int, ...] = (1, 40, 1000)
+    """Of sampling: decisions at once."""
+    share: float = 0.25
+    """Of an iteration's decisions, for the part `update`."""
+    repeats: int = 7
+    device: str = "cpu"
+    reference: Path | None = None
+    """A checkout of the DPPO authors' code."""
+    json: Path | None = None
+    """Also write the figures to this file."""
+
+    def __post_init__(self) -> None:
+        validate(self, at_least={"repeats": 1}, above={"share": 0})
+        check(self.share <= 1, "share", self.share, "must be at most 1")
+        for task in self.tasks:
+            check(task in TASKS, "tasks", task, f"must be of {', '.join(TASKS)}")
+        for batch in self.batches:
+            check(batch >= 1, "batches", batch, "must be at least 1")
+        check_device(self.device)
+        code = self.reference is None or (self.reference / "model/diffusion/diffusion_ppo.py").is_file()
+        check(
+            code, "reference", str(self.reference), "must be a checkout of DPPO, with model/diffusion/diffusion_ppo.py"
+        )
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One thing that was measured."""
+
+    task: str
+    what: str
+    unit: str
+    amount: float
+    """Of the unit, in one measurement."""
+    ours_s: list[float] = field(default_factory=list)
+    theirs_s: list[float] = field(default_factory=list)
+    floor_s: float = float("nan")
+    """What the matrix products, and the simulator, would take alone."""
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster ours is, in the median."""
+        return float(np.median(np.divide(self.theirs_s, self.ours_s))) if self.theirs_s else float("nan")
+
+
+# ------------------------------------------------------------------------------------------------------------- ours
+
+
+def our_agent(task: Task, device: str, *, share: float = 1.0) -> DPPO:
+    """Our DPPO at the task's sizes, in an environment of them."""
+    features = Features(task.observation_size, task.action_size)
+    network = MLPConfig(task.hidden_size, activation=task.activation)
+    config = DiffusionConfig(horizon=task.chunk, num_train_timesteps=DENOISING_STEPS, denoiser=network)
+    policy = DiffusionPolicy(features, config).to(device)
+    env = InProcessPool(_spec(task), task.n_envs, slice_size=task.n_envs)
+    return DPPO(
+        policy, env,
+        DPPOConfig(
+            tuned_steps=TUNED_STEPS, n_steps=max(1, round(share * task.n_steps)), n_epochs=task.n_epochs,
+            batch_size=task.batch_size, learning_rate=1e-4, clip_range=0.01, clip_range_base=0.01,
+            critic_activation="mish", target_kl=None,
+        ),
+    )  # fmt: skip
+
+
+def _spec(task: Task) -> EnvSpec:
+    if task.env is not None:
+        return resolve(task.env)
+    size = task.action_size
+    return EnvSpec(
+        id="sizes", builder="dprl.experiments.benchmarks.dppo:build_nothing", backend_id="", max_episode_steps=1000,
+        observation_size=task.observation_size, action_low=(-1.0,) * size, action_high=(1.0,) * size,
+    )  # fmt: skip
+
+
+def build_nothing(spec: EnvSpec, seeds: list[int], num_threads: int = 0) -> Any:
+    """Environments of the right sizes in which nothing happens: only updates are measured with them."""
+    from dprl.envs.chunked import ChunkedEnv, SimulatorStep
+
+    class Nothing:
+        def reset(self, indices: Any, episodes: Any) -> FloatArray:
+            return np.zeros((len(indices), spec.observation_size), np.float32)
+
+        def step(self, indices: Any, actions: FloatArray) -> SimulatorStep:
+            n, no = len(indices), np.zeros(len(indices), np.bool_)
+            return SimulatorStep(np.zeros((n, spec.observation_size), np.float32), np.zeros(n, np.float32), no, no, no)
+
+        def close(self) -> None: ...
+
+    return ChunkedEnv(spec, Nothing(), seeds)
+
+
+def random_rollout(task: Task, n_steps: int) -> Rollout:
+    """Return numbers of the right shapes; how long an update takes does not depend on them."""
+    rng = np.random.default_rng(0)
+    rows, chunk = (n_steps, task.n_envs), (task.chunk, task.action_size)
+
+    def normal(*shape: int) -> FloatArray:
+        return rng.standard_normal((*rows, *shape), np.float32)
+
+    no = np.zeros(rows, np.bool_)
+    return Rollout(
+        observations=normal(1, task.observation_size),
+        chains=0.3 * normal(TUNED_STEPS + 1, *chunk),
+        log_probs=normal(TUNED_STEPS, *chunk),
+        rewards=normal(),
+        terminated=no, truncated=no, success=no,
+        n_steps=np.full(rows, task.chunk),
+        final_observations=normal(1, task.observation_size),
+        episode_returns=normal(),
+        episode_lengths=np.full(rows, 100),
+        environments=np.arange(task.n_envs),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ the authors'
+
+
+class Reference:
+    """The authors' model, driven as their training loop drives it."""
+
+    def __init__(self, path: Path, task: Task, device: str) -> None:
+        if str(path) not in sys.path:
+            sys.path.insert(0, str(path))
+        activation = {"relu": "ReLU", "mish": "Mish"}[task.activation]
+        actor = importlib.import_module("model.diffusion.mlp_diffusion").DiffusionMLP(
+            action_dim=task.action_size, horizon_steps=task.chunk, cond_dim=task.observation_size, time_dim=16,
+            mlp_dims=[task.hidden_size] * 3, activation_type=activation, residual_style=True,
+        )  # fmt: skip
+        critic = importlib.import_module("model.common.critic").CriticObs(
+            cond_dim=task.observation_size, mlp_dims=[256] * 3, activation_type="Mish", residual_style=True
+        )
+        self.model = importlib.import_module("model.diffusion.diffusion_ppo").PPODiffusion(
+            gamma_denoising=0.99, clip_ploss_coef=0.01, actor=actor, critic=critic, ft_denoising_steps=TUNED_STEPS,
+            horizon_steps=task.chunk, obs_dim=task.observation_size, action_dim=task.action_size,
+            denoising_steps=DENOISING_STEPS, randn_clip_value=3, device=device,
+        )  # fmt: skip
+        self._task, self._device = task, device
+        self._optimizers = [
+            torch.optim.AdamW(self.model.actor_ft.parameters(), 1e-4, weight_decay=0.0),
+            torch.optim.AdamW(self.model.critic.parameters(), 1e-3, weight_decay=0.0),
+        ]
+
+    @torch.no_grad()
+    def decide(self, observations: Tensor) -> Any:
+        """Sample chunks and chains for observations (B, 1, D)."""
+        return self.model(cond={"state": observations}, deterministic=False, return_chain=True)
+
+    def update(self, rollout: Rollout) -> None:
+        """Everything between a rollout and the next."""
+        observations, chains = (
+            torch.as_tensor(array, device=self._device).flatten(0, 1)
+            for array in (rollout.observations, rollout.chains)
+        )
+        at_once = 10_000  # their `logprob_batch_size`
+        with torch.no_grad():
+            values = torch.cat([self.model.critic({"state": part}).flatten() for part in observations.split(at_once)])
+            parts = zip(observations.split(at_once), chains.split(at_once), strict=True)
+            old = torch.cat([self.model.get_logprobs({"state": part}, own) for part, own in parts])
+        old = old.view(len(chains), TUNED_STEPS, *chains.shape[2:])
+        advantages = torch.as_tensor(rollout.rewards, device=self._device).flatten()
+        size, total = self._task.batch_size, len(chains) * TUNED_STEPS
+        for _ in range(self._task.n_epochs):
+            order = torch.randperm(total, device=self._device)
+            for start in range(max(1, total // size)):
+                row, step = torch.unravel_index(order[start * size : (start + 1) * size], (len(chains), TUNED_STEPS))
+                losses = self.model.loss(
+                    {"state": observations[row]}, chains[row, step], chains[row, step + 1], step, values[row],
+                    values[row], advantages[row].clone(), old[row, step], use_bc_loss=False,
+                    reward_horizon=self._task.chunk,
+                )  # fmt: skip
+                for optimizer in self._optimizers:
+                    optimizer.zero_grad()
+                (losses[0] + 0.5 * losses[2]).backward()
+                for optimizer in self._optimizers:
+                    optimizer.step()
+
+    def iteration(self, env: AsyncVectorEnv, rollout: Rollout) -> None:
+        """Step a process per environment for a whole rollout, with their policy, and update on as many numbers."""
+        observation: Any = env.reset(seed=0)[0]
+        for _ in range(self._task.n_steps):
+            seen = torch.as_tensor(np.asarray(observation, np.float32)[:, None], device=self._device)
+            actions = self.decide(seen).trajectories.cpu().numpy()
+            for action in actions.swapaxes(0, 1):
+                observation, *_ = env.step(action)
+        self.update(rollout)
+
+
+# -------------------------------------------------------------------------------------------------------- the floor
+
+
+@torch.no_grad()
+def multiplying_rate(device: str, size: int, rows: int) -> float:
+    """Return the floating point operations per second of (rows, size) @ (size, size)."""
+    a, b = torch.randn(rows, size, device=device), torch.randn(size, size, device=device)
+    best = min(_seconds(lambda: a @ b, device) for _ in range(10))
+    return 2 * rows * size * size / best
+
+
+def products(network: nn.Module, *, training: bool) -> int:
+    """Return the floating point operations of a row's matrix products: the forward pass, and the backward with it.
+
+    The first layer's inputs need no gradient.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+    numbers = [layer.in_features * layer.out_features for layer in layers]
+    return 2 * (3 * sum(numbers) - numbers[0] if training else sum(numbers))
+
+
+def _seconds(action: Action, device: str) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    action()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+# ------------------------------------------------------------------------------------------------------ measurement
+
+
+@contextmanager
+def sampling(config: DPPOBenchmark, name: str, batch: int) -> Iterator[tuple[Figure, Action, Action | None]]:
+    """Decisions, `batch` at once."""
+    task = TASKS[name]
+    agent = our_agent(task, config.device, share=0.01)
+    obs = torch.zeros(batch, 1, task.observation_size, device=config.device)
+    generator = torch_generator(0, "benchmark", device=config.device)
+    theirs = None if config.reference is None else Reference(config.reference, task, config.device)
+    flops = batch * DENOISING_STEPS * products(_network(agent), training=False)
+    rate = multiplying_rate(config.device, task.hidden_size, batch)
+    with one_thread_if(batch < 256), agent.pool:
+        yield (
+            Figure(name, f"sampling, batch {batch}", "decisions", SAMPLES_AT_ONCE * batch,
+                   floor_s=SAMPLES_AT_ONCE * flops / rate),
+            lambda: [agent.mdp.sample(obs, generator=generator) for _ in range(SAMPLES_AT_ONCE)],
+            None if theirs is None else lambda: [theirs.decide(obs) for _ in range(SAMPLES_AT_ONCE)],
+        )  # fmt: skip
+
+
+@contextmanager
+def one_thread_if(small: bool) -> Iterator[None]:
+    """Small batches are faster on one thread of a CPU, for both sides."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if small else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def update(config: DPPOBenchmark, name: str) -> Iterator[tuple[Figure, Action, Action | None]]:
+    """The update alone, on a share of an iteration's decisions."""
+    task = TASKS[name]
+    agent = our_agent(task, config.device, share=config.share)
+    rollout = random_rollout(task, agent.config.n_steps)
+    theirs = None if config.reference is None else Reference(config.reference, task, config.device)
+    samples = rollout.rewards.size * TUNED_STEPS * task.n_epochs
+    with agent.pool:
+        yield (
+            Figure(name, "update", "samples", samples, floor_s=_update_floor(config, agent, task, samples)),
+            partial(agent.update, rollout),
+            None if theirs is None else partial(theirs.update, rollout),
+        )
+
+
+@contextmanager
+def iteration(config: DPPOBenchmark, name: str) -> Iterator[tuple[Figure, Action, Action | None]]:
+    """A whole iteration, in the task's environments."""
+    task = TASKS[name]
+    agent = our_agent(task, config.device)
+    rollout = random_rollout(task, task.n_steps)
+    steps = rollout.rewards.size * task.chunk
+    samples = rollout.rewards.size * TUNED_STEPS * task.n_epochs
+    theirs, env = None, None
+    if config.reference is not None:
+        reference = Reference(config.reference, task, config.device)
+        env = AsyncVectorEnv([partial(gymnasium.make, str(task.env))] * task.n_envs)
+        theirs = partial(reference.iteration, env, rollout)
+    try:
+        with agent.pool:
+            actions = np.zeros((task.n_envs, task.chunk, task.action_size), np.float32)
+            agent.pool.reset()
+            start = time.perf_counter()
+            for _ in range(task.n_steps):
+                agent.pool.step_chunk(actions)
+            floor = time.perf_counter() - start + _update_floor(config, agent, task, samples)
+            yield (
+                Figure(name, "iteration", "environment steps", steps, floor_s=floor),
+                lambda: agent.update(agent.collect()),
+                theirs,
+            )
+    finally:
+        if env is not None:
+            env.close()
+
+
+def _network(agent: DPPO) -> nn.Module:
+    policy = agent.policy
+    assert isinstance(policy, DiffusionPolicy)
+    assert isinstance(policy.base, DenoisingMLP)
+    return policy.base.net
+
+
+def _update_floor(config: DPPOBenchmark, agent: DPPO, task: Task, samples: int) -> float:
+    rate = multiplying_rate(config.device, task.hidden_size, min(task.batch_size, 20_000))
+    return samples * products(_network(agent), training=True) / rate
+
+
+def measurements(config: DPPOBenchmark) -> list[Callable[[], Any]]:
+    """Return everything to measure."""
+    found: list[Callable[[], Any]] = []
+    for name in config.tasks:
+        if "sampling" in config.parts:
+            found += [partial(sampling, config, name, batch) for batch in config.batches]
+        if "update" in config.parts:
+            found.append(partial(update, config, name))
+        if "iteration" in config.parts and TASKS[name].env is not None:
+            found.append(partial(iteration, config, name))
+    return found
+
+
+def figures(config: DPPOBenchmark) -> list[Figure]:
+    """Measure everything."""
+    found, all_of_them = [], measurements(config)
+    with ProgressBar("measure", len(all_of_them) * config.repeats) as bar:
+        for opened in all_of_them:
+            with opened() as (figure, ours, theirs):
+                bar.note(f"{figure.task}, {figure.what}")
+                for action in (ours, theirs):
+                    if action is not None and figure.what != "iteration":
+                        action()  # to warm up
+                for _ in range(config.repeats):
+                    figure.ours_s.append(_seconds(ours, config.device))
+                    if theirs is not None:
+                        figure.theirs_s.append(_seconds(theirs, config.device))
+                    bar.advance(1)
+            found.append(figure)
+    return found
+
+
+def main(config: DPPOBenchmark) -> None:
+    """Measure and print one table."""
+    found = figures(config)
+    table = Table("task", "what", "ours", "the authors'", "times faster", "all", "share of the floor", box=None)
+    for figure in found:
+        ours = float(np.median(figure.ours_s))
+        ratios = np.divide(figure.theirs_s, figure.ours_s) if figure.theirs_s else None
+        table.add_row(
+            figure.task, figure.what, f"{figure.amount / ours:,.0f} {figure.unit}/s",
+            f"{figure.amount / np.median(figure.theirs_s):,.0f}" if figure.theirs_s else "",
+            f"{figure.ratio:.2f}" if figure.theirs_s else "",
+            f"{ratios.min():.2f} to {ratios.max():.2f}" if ratios is not None else "",
+            f"{figure.floor_s / ours:.0%}",
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{config.repeats} repeats on {config.device}, {available_cores()} cores, torch {torch.__version__}; float32"
+    )
+    if config.json is not None:
+        content = {"config": asdict(config), "figures": [asdict(figure) for figure in found]}
+        config.json.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    command(main, DPPOBenchmark)
