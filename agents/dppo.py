@@ -151,12 +151,17 @@ class DPPO(OnPolicyAgent):
         self.config = config
         super().__init__(
             policy, env, tuned_steps=config.tuned_steps, exploration=config.exploration, solver=config.solver,
-            n_steps=config.n_steps, seed=seed,
+            n_steps=config.n_steps, exact=config.likelihood == "exact", seed=seed,
         )  # fmt: skip
         n_pairs = self.pool.n_envs * config.n_steps * config.tuned_steps
         check(n_pairs >= 2, "n_envs * n_steps * tuned_steps", n_pairs, "advantages of one pair cannot be normalised")
         closed = config.regularizer not in ("kl", "w2") or self.mdp.is_gaussian
-        check(closed, "regularizer", config.regularizer, f"must be bc or none: a {policy.name} policy is a mixture")
+        check(
+            closed,
+            "regularizer",
+            config.regularizer,
+            "must be bc or none: what this policy draws from is no one Gaussian",
+        )
         self.critic, self.baseline = self._critics()
         self._values = nn.ModuleList([self.critic] if self.baseline is None else [self.critic, self.baseline])
         self._actor_learner = Learner(self.mdp.trainable(), config.learning_rate, config.max_grad_norm)

@@ -21,6 +21,9 @@ class DPPOConfig:
     """K', how many of the last denoising steps are tuned; 1 for policies that do not denoise."""
     solver: SolverConfig = field(default_factory=SolverConfig)
     """Whose steps: ddpm, ddim (with eta = 1 it explores most like ddpm) or euler. Default: the policy's own way."""
+    likelihood: Literal["steps", "exact"] = "steps"
+    """Of each denoising step; or, as an ablation, of whole chunks, followed through the ODE of ddim or euler. Every
+    denoising step is then tuned, and `tuned_steps` is 1."""
     n_steps: int = 50
     """T, decisions per environment and iteration."""
     n_epochs: int = 5

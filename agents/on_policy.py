@@ -31,6 +31,7 @@ class OnPolicyAgent(Agent[Rollout]):
         exploration: ExplorationConfig,
         solver: SolverConfig,
         n_steps: int,
+        exact: bool,
         seed: int,
     ) -> None:
         """See the subclass.
@@ -46,7 +47,7 @@ class OnPolicyAgent(Agent[Rollout]):
         check(not cameras, "policy", cameras, "sees images; DPPO fine-tunes policies that observe a state only so far")
         matches = self.pool.spec.n_obs_steps == policy.config.n_obs_steps
         check(matches, "n_obs_steps", self.pool.spec.n_obs_steps, f"the policy sees {policy.config.n_obs_steps}")
-        self.mdp = mdp_of(policy, tuned_steps, exploration, solver, seed=seed)
+        self.mdp = mdp_of(policy, tuned_steps, exploration, solver, exact=exact, seed=seed)
         self.seed = seed
         self.timesteps = 0
         self.iteration = 0

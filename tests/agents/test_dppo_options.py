@@ -57,6 +57,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "learned-eta": {"exploration": LEARNED_ETA, "solver": SolverConfig("ddim", 4, 1.0)},
     "flow": {},
     "flow-std": {"exploration": LEARNED_STD},
+    "exact": {"tuned_steps": 1, "likelihood": "exact", "solver": SolverConfig("ddim", 3)},
     "gaussian": {"tuned_steps": 1, "regularizer": "kl"},
     "gmm": {"tuned_steps": 1, "regularizer": "bc"},
 }
@@ -285,7 +286,7 @@ def test_a_bonus_for_entropy_raises_the_noise() -> None:
         ("default", {"anneal_tuned_steps": Anneal(1.5, 2)}, "anneal_tuned_steps = 1.5: must end in a whole number"),
         ("learned-eta", {"solver": SolverConfig("ddpm")}, "solver = 'ddpm': has no eta to learn"),
         ("gaussian", {"tuned_steps": 2}, "tuned_steps = 2: must be 1: a gaussian policy does not denoise"),
-        ("gmm", {"regularizer": "kl"}, "regularizer = 'kl': must be bc or none: a gmm policy is a mixture"),
+        ("gmm", {"regularizer": "kl"}, "regularizer = 'kl': must be bc or none: what this"),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_name(name: str, changes: dict[str, Any], message: str) -> None:
