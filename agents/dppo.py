@@ -272,7 +272,7 @@ class DPPO(OnPolicyAgent):
     def _minibatches(self, n_decisions: int) -> Iterator[tuple[Tensor, Pairs]]:
         """Every decision (for the critic) and every pair (for the actor) once an epoch, in equal numbers of parts."""
         anneal, k = self.config.anneal_tuned_steps, self.config.tuned_steps
-        trained = k if anneal is None else round(anneal.at(self.iteration, k))
+        trained = round(anneal.at(self.iteration, k))
         n_pairs = n_decisions * trained
         parts = max(1, min(round(n_pairs / self.config.batch_size), n_pairs // 2, n_decisions))
         for _ in range(self.config.n_epochs):

@@ -69,7 +69,7 @@ class DPPOConfig:
     regularizer_coef: float = 0.1
     entropy_coef: float = 0.0
     """Bonus for the entropy of learned noise."""
-    anneal_tuned_steps: Anneal | None = None
+    anneal_tuned_steps: Anneal = field(default_factory=Anneal)
     """Train fewer of the tuned steps, the last ones, as the run goes on. The others keep the tuned network."""
     critic: Literal["state", "state_action"] = "state"
     """What the baseline sees: the state, or the state and the noisy action that a denoising step starts from."""
@@ -103,10 +103,10 @@ class DPPOConfig:
         low_high = self.advantage_quantiles
         fits = len(low_high) == 2 and 0 <= low_high[0] < low_high[1] <= 1
         check(fits, "advantage_quantiles", low_high, "must be two numbers, 0 <= lower < upper <= 1")
-        learned = self.exploration.learned
-        check(self.entropy_coef == 0 or learned is not None, "entropy_coef", self.entropy_coef,
+        learned = self.exploration.learned.what != "none"
+        check(self.entropy_coef == 0 or learned, "entropy_coef", self.entropy_coef,
               "must be 0: only learned noise has an entropy to raise")  # fmt: skip
         anneal = self.anneal_tuned_steps
-        fits = anneal is None or (anneal.final == int(anneal.final) and 1 <= anneal.final <= self.tuned_steps)
-        check(fits, "anneal_tuned_steps", None if anneal is None else anneal.final,
-              f"must end in a whole number from 1 to tuned_steps, which is {self.tuned_steps}")  # fmt: skip
+        fits = anneal.iterations == 0 or (anneal.final == int(anneal.final) and 1 <= anneal.final <= self.tuned_steps)
+        check(fits, "anneal_tuned_steps.final", anneal.final,
+              f"must be a whole number from 1 to tuned_steps, which is {self.tuned_steps}")  # fmt: skip

@@ -40,19 +40,21 @@ class Warmup:
 
 @dataclass(frozen=True)
 class Anneal:
-    """A number that goes linearly to another."""
+    """A number that goes linearly to another, or stays as it is."""
 
-    final: float
+    final: float = 0.0
     """Where it ends."""
-    iterations: int
-    """How many iterations that takes."""
+    iterations: int = 0
+    """How many iterations that takes; 0: it stays as it is."""
     start: int = 0
     """The first iteration in which it moves."""
 
     def __post_init__(self) -> None:
-        validate(self, at_least={"iterations": 1, "start": 0})
+        validate(self, at_least={"iterations": 0, "start": 0})
 
     def at(self, iteration: int, value: float) -> float:
         """Return what `value` has become."""
+        if self.iterations == 0:
+            return value
         done = min(1.0, max(0.0, (iteration - self.start) / self.iterations))
         return value + (self.final - value) * done

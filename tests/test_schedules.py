@@ -35,6 +35,7 @@ def test_a_factor_never_exceeds_one_and_never_rises_again(warmup: int, longer: i
 def test_anneal_is_linear_between_its_ends() -> None:
     anneal = Anneal(final=2, iterations=4, start=10)
     assert [anneal.at(i, 10) for i in (0, 10, 11, 12, 14, 100)] == [10, 10, 8, 6, 2, 2]
+    assert Anneal().at(7, 10) == 10
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_anneal_is_linear_between_its_ends() -> None:
         (lambda: Warmup(-1), "warmup = -1: must be at least 0"),
         (lambda: Warmup(5, 5), "decay = 5: must be above warmup, which is 5"),
         (lambda: Warmup(final=2.0), "final = 2.0: must be at most 1"),
-        (lambda: Anneal(1.0, 0), "iterations = 0: must be at least 1"),
+        (lambda: Anneal(1.0, -1), "iterations = -1: must be at least 0"),
         (lambda: Anneal(1.0, 2, -1), "start = -1: must be at least 0"),
     ],
 )

@@ -34,7 +34,12 @@ class ActionMDP(PolicyMDP):
             ConfigError: learned noise: the spread of such a policy is learned anyway.
         """
         learned = exploration.learned
-        check(learned is None, "exploration.learned", learned, f"a {policy.name} policy learns its spread anyway")
+        check(
+            learned.what == "none",
+            "exploration.learned.what",
+            learned.what,
+            f"must be none: a {policy.name} policy learns its spread anyway",
+        )
         self.policy = policy
         self.exploration = exploration
         self._floor = torch.tensor(exploration.min_sampling_std, device=policy.device)
@@ -55,8 +60,7 @@ class ActionMDP(PolicyMDP):
 
     def begin_iteration(self, iteration: int) -> None:
         """See `PolicyMDP.begin_iteration`."""
-        if self.exploration.anneal is not None:
-            self._floor.fill_(self.exploration.anneal.at(iteration, self.exploration.min_sampling_std))
+        self._floor.fill_(self.exploration.anneal.at(iteration, self.exploration.min_sampling_std))
 
     def cpu(self) -> Self:
         """See `PolicyMDP.cpu`."""

@@ -7,7 +7,7 @@ normalised.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, Self
 
@@ -33,15 +33,16 @@ class ExplorationConfig:
     """Floor of the standard deviation in the density."""
     noise_clip: float = 3.0
     """Noise draws of the denoising steps are clamped to this many standard deviations."""
-    anneal: Anneal | None = None
+    anneal: Anneal = field(default_factory=Anneal)
     """Of `min_sampling_std`, over iterations."""
-    learned: LearnedNoiseConfig | None = None
+    learned: LearnedNoiseConfig = field(default_factory=LearnedNoiseConfig)
     """Learn how much noise the tuned steps make. A learned std has no floors; η has."""
 
     def __post_init__(self) -> None:
         validate(self, at_least={"min_log_prob_std": LEAST_STD}, above={"min_sampling_std": 0, "noise_clip": 0})
-        final = None if self.anneal is None else self.anneal.final
-        check(final is None or final > 0, "anneal.final", final, "must be above 0, as min_sampling_std")
+        anneal = self.anneal
+        fits = anneal.iterations == 0 or anneal.final > 0
+        check(fits, "anneal.final", anneal.final, "must be above 0, as min_sampling_std")
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,8 @@ class ExactMDP(PolicyMDP):
         size = policy.config.horizon * policy.features.action_size
         check(size <= MAX_NUMBERS, "horizon * action_size", size, f"must be at most {MAX_NUMBERS}: Jacobians are whole")
         learned = exploration.learned
-        check(learned is None, "exploration.learned", learned, "must be None: the only noise is the initial one")
+        remedy = "must be none: the only noise is the initial one"
+        check(learned.what == "none", "exploration.learned.what", learned.what, remedy)
         known = schedule.prediction_type != "sample"
         check(known, "prediction_type", schedule.prediction_type, "says nothing of the noise in a clean chunk")
         policy.tune_below(schedule.num_train_timesteps)

@@ -63,9 +63,8 @@ class FlooredNoise(nn.Module):
 
     def begin_iteration(self, iteration: int) -> None:
         """Set the floor of sampling that the schedule has in this iteration."""
-        if self.exploration.anneal is not None:
-            self.floor.fill_(self.exploration.anneal.at(iteration, self.exploration.min_sampling_std))
-            self.std.copy_(self.solver_std.clamp(min=self.floor))
+        self.floor.fill_(self.exploration.anneal.at(iteration, self.exploration.min_sampling_std))
+        self.std.copy_(self.solver_std.clamp(min=self.floor))
 
     def of_chain(self, condition: Tensor) -> ChainSteps:
         """Return all steps, for conditions (B, O, F)."""
@@ -162,7 +161,7 @@ def step_noise(
         ConfigError: eta is to be learned of a solver that has none.
     """
     learned = exploration.learned
-    if learned is None:
+    if learned.what == "none":
         return FlooredNoise(grid, tuned_steps, exploration)
     features, horizon = policy.features, policy.config.horizon
     size = policy.config.n_obs_steps * policy.feature_size

@@ -25,9 +25,9 @@ LEAST_STD = 0.054
 class LearnedNoiseConfig:
     """How much noise is learned, and within which bounds."""
 
-    what: Literal["std", "eta"] = "std"
-    """`std`: each tuned step's standard deviation, from observation and timestep (arXiv:2505.22094); `eta`: DDIM's η,
-    which scales the solver's own (arXiv:2409.00588, appendix)."""
+    what: Literal["none", "std", "eta"] = "none"
+    """`none` is learned; `std`: each tuned step's standard deviation, from observation and timestep (arXiv:2505.22094);
+    `eta`: DDIM's η, which scales the solver's own (arXiv:2409.00588, appendix)."""
     low: float = 0.1
     """Least std, in normalised units, or least η."""
     high: float = 0.24
@@ -47,7 +47,7 @@ class LearnedNoiseConfig:
         check(0 < self.start < 1, "start", self.start, "must be between 0 and 1")
         if self.what == "std":
             check(self.low >= LEAST_STD, "low", self.low, f"of a std must be at least {LEAST_STD}")
-        else:
+        if self.what == "eta":
             check(self.high <= 1, "high", self.high, "of eta must be at most 1")
 
 

@@ -34,7 +34,7 @@ FLOW = DiffusionConfig(
     horizon=2, num_train_timesteps=8, denoiser=MLPConfig(hidden_size=16), schedule="rectified_flow",
     prediction_type="velocity", sampling=SolverConfig("euler", 4),
 )  # fmt: skip
-LEARNED_STD = ExplorationConfig(learned=LearnedNoiseConfig(hidden_size=8))
+LEARNED_STD = ExplorationConfig(learned=LearnedNoiseConfig("std", hidden_size=8))
 LEARNED_ETA = ExplorationConfig(0.02, 0.06, learned=LearnedNoiseConfig("eta", 0.1, 1.0, hidden_size=8))
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -281,9 +281,9 @@ def test_a_bonus_for_entropy_raises_the_noise() -> None:
         (
             "default",
             {"anneal_tuned_steps": Anneal(4, 2)},
-            "anneal_tuned_steps = 4: must end in a whole number from",
+            "anneal_tuned_steps.final = 4: must be a whole number from",
         ),
-        ("default", {"anneal_tuned_steps": Anneal(1.5, 2)}, "anneal_tuned_steps = 1.5: must end in a whole number"),
+        ("default", {"anneal_tuned_steps": Anneal(1.5, 2)}, "anneal_tuned_steps.final = 1.5: must be a whole number"),
         ("learned-eta", {"solver": SolverConfig("ddpm")}, "solver = 'ddpm': has no eta to learn"),
         ("gaussian", {"tuned_steps": 2}, "tuned_steps = 2: must be 1: a gaussian policy does not denoise"),
         ("gmm", {"regularizer": "kl"}, "regularizer = 'kl': must be bc or none: what this"),

@@ -96,7 +96,7 @@ def test_a_mixture_has_no_one_gaussian() -> None:
         ({"tuned_steps": 3}, r"tuned_steps = 3: must be 1: a gaussian policy does not denoise"),
         ({"solver": SolverConfig("ddim")}, r"solver = .*: must be left out: a gaussian policy does not denoise"),
         (
-            {"exploration": ExplorationConfig(learned=LearnedNoiseConfig())},
+            {"exploration": ExplorationConfig(learned=LearnedNoiseConfig("std"))},
             r"a gaussian policy learns its spread anyway",
         ),
     ],

@@ -114,7 +114,12 @@ def test_each_number_has_an_equal_share() -> None:
         ({}, SolverConfig("dpmsolver++", 5), ExplorationConfig(), "draws noise or looks back"),
         ({"horizon": 65}, None, ExplorationConfig(), r"horizon \* action_size = 65: must be at most 64"),
         ({"prediction_type": "sample"}, None, ExplorationConfig(), "prediction_type = 'sample': says nothing of"),
-        ({}, None, ExplorationConfig(learned=LearnedNoiseConfig()), "exploration.learned = .*: must be None"),
+        (
+            {},
+            None,
+            ExplorationConfig(learned=LearnedNoiseConfig("std")),
+            "learned.what = 'std': must be none",
+        ),
     ],
 )
 def test_what_it_cannot_follow_is_refused(changes, solver, exploration, message) -> None:
