@@ -25,13 +25,12 @@ from dprl.envs.experts import make_expert
 from dprl.errors import CheckpointError, ConfigError, check
 from dprl.experiments import plots
 from dprl.log import read_metrics, require_wandb
-from dprl.mdp import DenoisingMDP
+from dprl.mdp import mdp_of
 from dprl.networks import TransformerConfig, UNetConfig
 from dprl.policy import (
     BeTConfig,
     CategoricalConfig,
     DiffusionConfig,
-    DiffusionPolicy,
     GaussianConfig,
     GMMConfig,
     IBCConfig,
@@ -288,7 +287,7 @@ class _Pretraining:
 class _Finetuning:
     """What fine-tuning starts from."""
 
-    policy: DiffusionPolicy
+    policy: Policy
     spec: EnvSpec
 
 
@@ -336,13 +335,13 @@ def _prepare_finetune(config: FinetuneConfig, folder: Path) -> _Finetuning:
     check_device(config.device)
     if config.wandb is not None:
         require_wandb()
-    spec = resolve(config.env, config.options)
-    policy = DiffusionPolicy.from_pretrained(folder, device=config.device)
+    dppo, spec = config.dppo, resolve(config.env, config.options)
+    policy = Policy.from_pretrained(folder, device=config.device)
     require_fit(policy, spec)
     seen = [camera.name for camera in policy.features.cameras]
     check(not seen, "policy", str(folder), f"sees the images of {seen}; DPPO fine-tunes policies that see states alone")
     policy.check_inference(config.inference)
-    DenoisingMDP(policy, config.dppo.tuned_steps, config.dppo.exploration, config.dppo.solver)
+    mdp_of(policy, dppo.tuned_steps, dppo.exploration, dppo.solver, exact=dppo.likelihood == "exact")
     slices = config.n_envs // checked_slice_size(config.n_envs, config.slice_size)
     fits = not config.workers or slices % config.workers == 0
     check(fits, "workers", config.workers, f"must divide the number of slices, which is {slices}; see slice_size")
