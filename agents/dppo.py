@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from dprl import checkpoint
+from dprl.agents.critic import Critic
 from dprl.agents.dppo_config import DPPOConfig
 from dprl.agents.on_policy import OnPolicyAgent
 from dprl.diffusion import normal_kl, normal_w2
 from dprl.errors import check
-from dprl.networks import ValueNet
-from dprl.observations import Observation, map_parts
+from dprl.observations import Observation, TensorObservation, batch_size, map_parts, take
 from dprl.policy import Policy
 from dprl.returns import RunningReturnStd, explained_variance, gae
 from dprl.rollout import Rollout, RolloutPool
@@ -94,8 +94,8 @@ class Pairs(NamedTuple):
 class Targets(NamedTuple):
     """A rollout made ready for updates; the rows are its D = T·N decisions, the columns their tuned steps k."""
 
-    condition: Tensor
-    """(D, O, F)."""
+    observation: TensorObservation
+    """(D, O, ...), not normalised."""
     chains: Tensor
     """(D, K'+1, H, A), noisiest first."""
     executed: Tensor
@@ -172,14 +172,14 @@ class DPPO(OnPolicyAgent):
         numbers = policy.n_action_steps * policy.features.action_size if config.log_prob_reduction == "sum" else 1
         self._clip_ranges = numbers * clip_ranges(config).to(policy.device)
 
-    def _critics(self) -> tuple[ValueNet, ValueNet | None]:
+    def _critics(self) -> tuple[Critic, Critic | None]:
         """V(s), and where it is asked for the baseline V(s, x_{k+1}, k)."""
         config, policy = self.config, self.policy
-        sizes = [policy.config.n_obs_steps * policy.feature_size]
+        sizes = [0]
         if config.critic == "state_action":
-            sizes.append(sizes[0] + policy.config.horizon * policy.features.action_size + 1)
+            sizes.append(policy.config.horizon * policy.features.action_size + 1)
         with seeded_init(self.seed, "critic"):
-            nets = [ValueNet(1, size, config.critic_hidden_size, config.critic_activation) for size in sizes]
+            nets = [Critic(policy, size, config.critic_hidden_size, config.critic_activation) for size in sizes]
         critic, *baseline = (net.to(policy.device) for net in nets)
         return critic, baseline[0] if baseline else None
 
@@ -203,7 +203,8 @@ class DPPO(OnPolicyAgent):
 
     def _update_critic(self, targets: Targets, decisions: Tensor, pairs: Pairs, figures: UpdateFigures) -> None:
         """One gradient step. V(s) is of the state only, so each decision counts once, not once per denoising step."""
-        value, returns = self.critic(targets.condition[decisions]), targets.returns[decisions]
+        value = self.critic(take(targets.observation, decisions), self._augmentation)
+        returns = targets.returns[decisions]
         loss = value_loss(value, returns, targets.value[decisions], self.config.clip_range_vf)
         figures.add("value_loss", loss)
         if self.baseline is not None:
@@ -239,14 +240,16 @@ class DPPO(OnPolicyAgent):
 
     def _restraint(self, targets: Targets, pairs: Pairs, figures: UpdateFigures) -> Tensor:
         """What holds the policy near the pretrained one, less the bonus for the entropy of learned noise."""
-        config, condition, x = self.config, targets.condition[pairs.decision], targets.x(pairs)
-        executed, loss = targets.executed[pairs.decision], torch.zeros((), device=x.device)
+        config, x = self.config, targets.x(pairs)
+        obs, executed = take(targets.observation, pairs.decision), targets.executed[pairs.decision]
+        condition, loss = self.mdp.condition(obs), torch.zeros((), device=x.device)
         if config.regularizer == "bc":
-            distance = self._cloning_loss(condition, executed, pairs.k)
+            distance = self._cloning_loss(obs, condition, executed, pairs.k)
         elif config.regularizer != "none":
             tuned = self.mdp.gaussian(condition, x, pairs.k)
             with torch.no_grad():
-                pretrained = self.mdp.gaussian(condition, x, pairs.k, pretrained=True)
+                before = self.mdp.condition(obs, pretrained=True)
+                pretrained = self.mdp.gaussian(before, x, pairs.k, pretrained=True)
             divergence = {"kl": normal_kl, "w2": normal_w2}[config.regularizer](*tuned, *pretrained)
             distance = over_chunk(divergence, executed, config.log_prob_reduction).mean()
         if config.regularizer != "none":
@@ -259,12 +262,12 @@ class DPPO(OnPolicyAgent):
             loss = loss - config.entropy_coef * entropy
         return loss
 
-    def _cloning_loss(self, condition: Tensor, executed: Tensor, k: Tensor) -> Tensor:
+    def _cloning_loss(self, obs: TensorObservation, condition: Tensor, executed: Tensor, k: Tensor) -> Tensor:
         """Minus the log-prob of step k of chains that the pretrained policy draws (arXiv:2403.03949, eq. 2)."""
         draws, *chunk = self.mdp.noise_shape
         noise = draw_normal((draws, len(k), *chunk), self.generator, self.policy.device)
         with torch.no_grad():
-            chains = self.mdp.chain(condition, noise, pretrained=True).steps
+            chains = self.mdp.chain(self.mdp.condition(obs, pretrained=True), noise, pretrained=True).steps
         rows, position = torch.arange(len(k), device=k.device), self.config.tuned_steps - k
         log_prob = self.mdp.log_prob(condition, chains[rows, position - 1], chains[rows, position], k)
         return -chunk_log_prob(log_prob, executed, self.config.log_prob_reduction).mean()
@@ -288,18 +291,22 @@ class DPPO(OnPolicyAgent):
     def _shuffled(self, n: int) -> Tensor:
         return torch.randperm(n, generator=self.generator, device=self.policy.device)
 
+    @property
+    def _augmentation(self) -> torch.Generator | None:
+        """What augments images in an update; None where there are none."""
+        return self.generator if self.policy.features.cameras else None
+
     def _log_prob(self, targets: Targets, pairs: Pairs) -> Tensor:
         """Log p(x_k | x_{k+1}, obs) of pairs: (B,)."""
-        condition, x, x_next = targets.condition[pairs.decision], targets.x(pairs), targets.x_next(pairs)
-        log_prob = self.mdp.log_prob(condition, x, x_next, pairs.k)
+        condition = self.mdp.condition(take(targets.observation, pairs.decision), self._augmentation)
+        log_prob = self.mdp.log_prob(condition, targets.x(pairs), targets.x_next(pairs), pairs.k)
         return chunk_log_prob(log_prob, targets.executed[pairs.decision], self.config.log_prob_reduction)
 
     def _baseline(self, targets: Targets, pairs: Pairs) -> Tensor:
         """V(s, x_{k+1}, k) of pairs: (B,)."""
         assert self.baseline is not None
-        level = pairs.k[:, None] / self.config.tuned_steps
-        seen = [targets.condition[pairs.decision].flatten(1), targets.x(pairs).flatten(1), level]
-        value: Tensor = self.baseline(torch.cat(seen, dim=1))
+        step = torch.cat([targets.x(pairs).flatten(1), pairs.k[:, None] / self.config.tuned_steps], dim=1)
+        value: Tensor = self.baseline(take(targets.observation, pairs.decision), self._augmentation, step)
         return value
 
     @torch.no_grad()
@@ -310,9 +317,9 @@ class DPPO(OnPolicyAgent):
         executed = torch.as_tensor(rollout.n_steps)
         if config.normalize_returns:
             reward = self._reward_scaler(reward, ended, torch.as_tensor(rollout.environments))
-        condition = self._condition(rollout.observations)
-        value = self.critic(condition).view(reward.shape).cpu()
-        next_value = self.critic(self._condition(rollout.final_observations)).view(reward.shape).cpu()
+        observation = self._rows(rollout.observations)
+        value = self._value(observation).view(reward.shape)
+        next_value = self._value(self._rows(rollout.final_observations)).view(reward.shape)
         discount = torch.tensor(config.gamma) ** (executed if config.gamma_per == "step" else 1)
         advantage = gae(reward, value, next_value, terminated, ended, discount, config.gae_lambda)
         returns = advantage + value
@@ -325,10 +332,9 @@ class DPPO(OnPolicyAgent):
         columns = (advantage, value, returns)
         flat_advantage, flat_value, flat_returns = (column.flatten().to(device) for column in columns)
         by_k = flat_advantage[:, None].expand_as(old_log_prob)
-        targets = Targets(condition, chains, executed, old_log_prob, by_k, flat_value, flat_returns)
+        targets = Targets(observation, chains, executed, old_log_prob, by_k, flat_value, flat_returns)
         if self.baseline is not None:
-            every = torch.arange(by_k.numel(), device=device).split(config.batch_size)
-            k = config.tuned_steps
+            every, k = torch.arange(by_k.numel(), device=device).split(self._at_once), config.tuned_steps
             parts = [self._baseline(targets, Pairs(p.div(k, rounding_mode="floor"), p % k)) for p in every]
             targets = targets._replace(advantage=flat_returns[:, None] - torch.cat(parts).view_as(by_k))
         return targets, {
@@ -337,10 +343,21 @@ class DPPO(OnPolicyAgent):
             "dppo/reward_std": self._reward_scaler.std,
         }
 
-    def _condition(self, observations: Observation) -> Tensor:
-        """(T, N, O, D) -> (T·N, O, F)."""
-        obs = map_parts(lambda part: torch.as_tensor(part, device=self.policy.device).flatten(0, 1), observations)
-        return self.policy.condition(obs)
+    @property
+    def _at_once(self) -> int:
+        return self.config.micro_batch_size or self.config.batch_size
+
+    def _rows(self, observations: Observation) -> TensorObservation:
+        """(T, N, ...) -> (T·N, ...), on the device."""
+        rows: TensorObservation = map_parts(
+            lambda part: torch.as_tensor(part, device=self.policy.device).flatten(0, 1), observations
+        )
+        return rows
+
+    def _value(self, observation: TensorObservation) -> Tensor:
+        """V of decisions (D,), on the CPU."""
+        parts = torch.arange(batch_size(observation), device=self.policy.device).split(self._at_once)
+        return torch.cat([self.critic(take(observation, rows)) for rows in parts]).cpu()
 
     def state(self) -> dict[str, Any]:
         """Return all that a resumed run needs beside the policy."""

@@ -43,8 +43,6 @@ class OnPolicyAgent(Agent[Rollout]):
         self.policy = policy
         self.pool = as_pool(env, seed)
         require_fit(policy, self.pool.spec)
-        cameras = policy.features.cameras
-        check(not cameras, "policy", cameras, "sees images; DPPO fine-tunes policies that observe a state only so far")
         matches = self.pool.spec.n_obs_steps == policy.config.n_obs_steps
         check(matches, "n_obs_steps", self.pool.spec.n_obs_steps, f"the policy sees {policy.config.n_obs_steps}")
         self.mdp = mdp_of(policy, tuned_steps, exploration, solver, exact=exact, seed=seed)

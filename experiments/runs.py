@@ -338,8 +338,6 @@ def _prepare_finetune(config: FinetuneConfig, folder: Path) -> _Finetuning:
     dppo, spec = config.dppo, resolve(config.env, config.options)
     policy = Policy.from_pretrained(folder, device=config.device)
     require_fit(policy, spec)
-    seen = [camera.name for camera in policy.features.cameras]
-    check(not seen, "policy", str(folder), f"sees the images of {seen}; DPPO fine-tunes policies that see states alone")
     policy.check_inference(config.inference)
     mdp_of(policy, dppo.tuned_steps, dppo.exploration, dppo.solver, exact=dppo.likelihood == "exact")
     slices = config.n_envs // checked_slice_size(config.n_envs, config.slice_size)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dprl.diffusion import normal_log_prob
 from dprl.errors import ConfigError, check
 from dprl.mdp.base import Chain, ExplorationConfig, Gaussian, PolicyMDP
+from dprl.observations import TensorObservation
 from dprl.policy import GaussianPolicy, GMMPolicy, LSTMGMMPolicy
 
 ExplicitDensity = GaussianPolicy | GMMPolicy | LSTMGMMPolicy
@@ -76,7 +77,15 @@ class ActionMDP(PolicyMDP):
         return 2, self.policy.config.horizon, self.policy.features.action_size
 
     @torch.no_grad()
-    def chain(self, condition: Tensor, draws: Tensor, *, pretrained: bool = False) -> Chain:
+    def condition(
+        self, obs: TensorObservation, generator: torch.Generator | None = None, *, pretrained: bool = False
+    ) -> Tensor:
+        """See `PolicyMDP.condition`."""
+        return (self._pretrained if pretrained else self.policy).condition(obs, generator)
+
+    def chain(
+        self, condition: Tensor, draws: Tensor, *, frozen: Tensor | None = None, pretrained: bool = False
+    ) -> Chain:
         """See `PolicyMDP.chain`; draws (2, B, H, A)."""
         policy = self._pretrained if pretrained else self.policy
         log_weight, mean, std = policy.mixture(condition)

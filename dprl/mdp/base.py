@@ -18,7 +18,7 @@ from dprl.config import validate
 from dprl.cuda_graphs import Replayed
 from dprl.errors import check
 from dprl.networks.noise import LEAST_STD, LearnedNoiseConfig
-from dprl.observations import TensorObservation
+from dprl.observations import TensorObservation, batch_size
 from dprl.policy import Policy
 from dprl.schedules import Anneal
 
@@ -85,8 +85,8 @@ class PolicyMDP(ABC):
 
     @cached_property
     def _replayed(self) -> Replayed:
-        def make(condition: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            chain = self.chain(condition, draws)
+        def make(condition: Tensor, frozen: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            chain = self.chain(condition, draws, frozen=frozen)
             return chain.steps, chain.log_probs, chain.actions
 
         return Replayed(make)
@@ -107,9 +107,22 @@ class PolicyMDP(ABC):
     def begin_iteration(self, iteration: int) -> None:
         """Explore as the schedules have it in this iteration, counted from 0."""
 
+    def condition(
+        self, obs: TensorObservation, generator: torch.Generator | None = None, *, pretrained: bool = False
+    ) -> Tensor:
+        """Return what tuned steps see: (B, O, D), or named parts, -> (B, O, F); see `Policy.condition`."""
+        return self.policy.condition(obs, generator)
+
+    def conditions(self, obs: TensorObservation) -> tuple[Tensor, Tensor]:
+        """Return what tuned and frozen steps see, (B, O, F) each, to sample with."""
+        condition = self.condition(obs)
+        return condition, condition
+
     @abstractmethod
-    def chain(self, condition: Tensor, draws: Tensor, *, pretrained: bool = False) -> Chain:
-        """Make chains of normal draws, for conditions (B, O, F); see `sample`."""
+    def chain(
+        self, condition: Tensor, draws: Tensor, *, frozen: Tensor | None = None, pretrained: bool = False
+    ) -> Chain:
+        """Make chains of normal draws, for what tuned steps see, and `frozen` ones if they see another thing."""
 
     @torch.no_grad()
     def sample(
@@ -131,20 +144,19 @@ class PolicyMDP(ABC):
         Raises:
             ConfigError: an observation or noise that does not fit, or is not finite.
         """
-        condition = self.policy.condition(self.policy.checked(obs))
+        obs = self.policy.checked(obs)
         n_draws, *chunk = self.noise_shape
-        shape = (n_draws, len(condition), *chunk)
-        draws = self.policy.drawn(shape, noise, generator)
+        draws = self.policy.drawn((n_draws, batch_size(obs), *chunk), noise, generator)
         if pretrained:
-            return self.chain(condition, draws, pretrained=True)
-        return Chain(*self._replayed(condition, draws))
+            return self.chain(self.condition(obs, pretrained=True), draws, pretrained=True)
+        return Chain(*self._replayed(*self.conditions(obs), draws))
 
     @abstractmethod
     def log_prob(self, condition: Tensor, x: Tensor, x_next: Tensor, k: Tensor) -> Tensor:
         """Log-density of tuned steps, number by number.
 
         Args:
-            condition: (B, O, F), `policy.condition(obs)`.
+            condition: (B, O, F), see `condition`.
             x: (B, H, A) before the step.
             x_next: (B, H, A) after it.
             k: (B,) which step, from K'-1 (noisiest) to 0.

@@ -21,6 +21,7 @@ from dprl.diffusion import SolverConfig, normal_log_prob, posterior_steps, solve
 from dprl.errors import check
 from dprl.mdp.base import Chain, ExplorationConfig, Gaussian, PolicyMDP
 from dprl.mdp.noise import step_noise
+from dprl.observations import TensorObservation
 from dprl.policy import DiffusionPolicy
 
 
@@ -77,8 +78,9 @@ class DenoisingMDP(PolicyMDP):
 
     def trainable(self) -> nn.Module:
         """See `PolicyMDP.trainable`: the tuned network, and the noise where it is learned."""
-        assert self.policy.tuned is not None
-        return nn.ModuleList([self.policy.tuned, self.noise])
+        policy = self.policy
+        parts = [policy.tuned, self.noise, policy.tuned_encoder]
+        return nn.ModuleList([part for part in parts if part is not None])
 
     def state(self) -> dict[str, Tensor]:
         """See `PolicyMDP.state`."""
@@ -102,20 +104,34 @@ class DenoisingMDP(PolicyMDP):
         copied.noise.std.copy_(self.noise.std)
         return copied
 
+    def condition(
+        self, obs: TensorObservation, generator: torch.Generator | None = None, *, pretrained: bool = False
+    ) -> Tensor:
+        """See `PolicyMDP.condition`."""
+        return self.policy.condition(obs, generator, encoder=None if pretrained else self.policy.tuned_encoder)
+
+    def conditions(self, obs: TensorObservation) -> tuple[Tensor, Tensor]:
+        """See `PolicyMDP.conditions`."""
+        return self.policy.conditions(obs, [step.timestep for step in self._grid])
+
     @property
     def noise_shape(self) -> tuple[int, int, int]:
         """(K+1, H, A), the normal draws of one decision: x_K, then one for each denoising step."""
         return len(self._grid) + 1, self.policy.config.horizon, self.policy.features.action_size
 
     @torch.no_grad()
-    def chain(self, condition: Tensor, draws: Tensor, *, pretrained: bool = False) -> Chain:
+    def chain(
+        self, condition: Tensor, draws: Tensor, *, frozen: Tensor | None = None, pretrained: bool = False
+    ) -> Chain:
         """See `PolicyMDP.chain`; draws (K+1, B, H, A)."""
         policy, clip = self.policy, self.policy.config.clip_sample
         x, z = draws[0], draws[1:].clamp(-self.exploration.noise_clip, self.exploration.noise_clip)
         steps = self.noise.of_chain(condition)
         made, chain = steps.std * z, []
         timesteps = [step.timestep for step in self._grid]
-        known = policy.prepare_steps(timesteps, condition, pretrained=pretrained)
+        known = policy.prepare_steps(
+            timesteps, condition, condition if frozen is None else frozen, pretrained=pretrained
+        )
         for i, t in enumerate(timesteps):
             if len(timesteps) - i <= self.tuned_steps:
                 chain.append(x)

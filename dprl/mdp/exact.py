@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dprl.diffusion import SolverConfig, normal_log_prob, solver_steps
 from dprl.errors import ConfigError, check
 from dprl.mdp.base import Chain, ExplorationConfig, Gaussian, PolicyMDP
+from dprl.observations import TensorObservation
 from dprl.policy import DiffusionPolicy
 
 MAX_NUMBERS = 64
@@ -68,8 +69,8 @@ class ExactMDP(PolicyMDP):
 
     def trainable(self) -> nn.Module:
         """See `PolicyMDP.trainable`."""
-        assert self.policy.tuned is not None
-        return self.policy.tuned
+        parts = [self.policy.tuned, self.policy.tuned_encoder]
+        return nn.ModuleList([part for part in parts if part is not None])
 
     def state(self) -> dict[str, Tensor]:
         """See `PolicyMDP.state`."""
@@ -92,10 +93,19 @@ class ExactMDP(PolicyMDP):
         """(1, H, A): the initial noise is all that is drawn."""
         return 1, self.policy.config.horizon, self.policy.features.action_size
 
-    def chain(self, condition: Tensor, draws: Tensor, *, pretrained: bool = False) -> Chain:
+    def condition(
+        self, obs: TensorObservation, generator: torch.Generator | None = None, *, pretrained: bool = False
+    ) -> Tensor:
+        """See `PolicyMDP.condition`."""
+        return self.policy.condition(obs, generator, encoder=None if pretrained else self.policy.tuned_encoder)
+
+    def chain(
+        self, condition: Tensor, draws: Tensor, *, frozen: Tensor | None = None, pretrained: bool = False
+    ) -> Chain:
         """See `PolicyMDP.chain`; draws (1, B, H, A)."""
         policy, x = self.policy, draws[0]
-        known = policy.prepare_steps([step.timestep for step in self._steps], condition, pretrained=pretrained)
+        timesteps = [step.timestep for step in self._steps]
+        known = policy.prepare_steps(timesteps, condition, condition, pretrained=pretrained)
         network = policy.base if pretrained else policy.tuned
         assert network is not None
         with torch.no_grad():

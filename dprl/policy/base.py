@@ -175,21 +175,28 @@ class Policy(nn.Module, ABC):
         """
         self.config = replace(self.config, n_action_steps=n_action_steps)
 
-    def condition(self, obs: TensorObservation, generator: torch.Generator | None = None) -> Tensor:
+    def condition(
+        self,
+        obs: TensorObservation,
+        generator: torch.Generator | None = None,
+        *,
+        encoder: ImageEncoder | None = None,
+    ) -> Tensor:
         """Normalise and encode observations: (B, O, D), or named parts, -> (B, O, F).
 
-        A generator, given in training, augments the images.
+        A generator, given in training, augments the images; another `encoder` than the policy's may see them.
         """
         parts: dict[str, Tensor] = dict(obs) if isinstance(obs, Mapping) else {STATE: obs}
         state = self.observation_normalizer.normalize(parts[STATE]) if self.features.observation_size else None
-        if self.encoder is None:
+        encoder = encoder or self.encoder
+        if encoder is None:
             assert state is not None
             return state
         images = {camera.name: parts[camera.part] for camera in self.features.cameras}
         batch, steps = next(iter(images.values())).shape[:2]
         flat = {name: image.flatten(0, 1) for name, image in images.items()}
-        seen = self.encoder(flat, None if state is None else state.flatten(0, 1), generator, history=steps)
-        seen = seen.view(batch, steps, self.encoder.feature_size)
+        seen: Tensor = encoder(flat, None if state is None else state.flatten(0, 1), generator, history=steps)
+        seen = seen.view(batch, steps, encoder.feature_size)
         return seen if state is None else torch.cat([state, seen], dim=-1)
 
     def drawn(self, shape: tuple[int, ...], noise: Tensor | None, generator: torch.Generator | None) -> Tensor:

@@ -21,6 +21,7 @@ from dprl.diffusion import NoiseSchedule, ScheduleConfig, SolverConfig, Step, n_
 from dprl.diffusion.solvers import SolverName, Spacing
 from dprl.errors import CheckpointError, check, did_you_mean
 from dprl.networks import DENOISERS, Denoiser, DenoiserConfig, MLPConfig, build_denoiser
+from dprl.networks.vision import ImageEncoder
 from dprl.observations import TensorObservation, batch_size
 from dprl.policy.base import Policy, PolicyConfig, masked_mean
 from dprl.policy.control import InferenceConfig, check_temperature
@@ -58,7 +59,7 @@ class DiffusionPolicy(Policy):
     """Denoises action chunks.
 
     `base` is the pretrained denoiser. A fine-tuned policy also has `tuned`, used where the training timestep is
-    below `tuned_below`.
+    below `tuned_below`; and where it sees images `tuned_encoder`, through which that network sees them.
     """
 
     name = "diffusion"
@@ -72,6 +73,7 @@ class DiffusionPolicy(Policy):
             config.denoiser, config.horizon, self.features.action_size, config.n_obs_steps, feature_size
         )
         self.tuned: Denoiser | None = None
+        self.tuned_encoder: ImageEncoder | None = None
         self.tuned_below = 0
 
     @classmethod
@@ -117,6 +119,7 @@ class DiffusionPolicy(Policy):
         check(agrees, "timestep", timestep, f"this policy is already tuned below timestep {self.tuned_below}")
         if self.tuned is None:
             self.tuned = copy.deepcopy(self.base)
+            self.tuned_encoder = copy.deepcopy(self.encoder)
             self.tuned_below = timestep
 
     def loss(
@@ -213,10 +216,8 @@ class DiffusionPolicy(Policy):
     def _denoise(
         self, obs: TensorObservation, steps: tuple[Step, ...], x: Tensor, draws: Tensor, temperature: float
     ) -> Tensor:
-        condition, clip = self.condition(obs), self.config.clip_sample
-        schedule = self.schedule
-
-        known = self.prepare_steps([step.timestep for step in steps], condition)
+        clip, schedule, timesteps = self.config.clip_sample, self.schedule, [step.timestep for step in steps]
+        known = self.prepare_steps(timesteps, *self.conditions(obs, timesteps))
 
         def predict(noisy: Tensor, timestep: int) -> Tensor:
             prediction = self.denoiser_at(timestep).denoise(noisy, next(known))
@@ -224,13 +225,29 @@ class DiffusionPolicy(Policy):
 
         return self.action_normalizer.unnormalize(solve(steps, predict, x, draws, temperature))
 
-    def prepare_steps(self, timesteps: list[int], condition: Tensor, *, pretrained: bool = False) -> Iterator[Tensor]:
+    def conditions(self, obs: TensorObservation, timesteps: list[int]) -> tuple[Tensor, Tensor]:
+        """Return what the tuned and the base network see at `timesteps`: (B, O, F) each, the same without images."""
+        if self.tuned_encoder is None:
+            condition = self.condition(obs)
+            return condition, condition
+        n_base = sum(self.denoiser_at(t) is self.base for t in timesteps)
+        encoders = [self.tuned_encoder, self.encoder]
+        if n_base in (0, len(timesteps)):  # one network is all that is used
+            condition = self.condition(obs, encoder=encoders[0 if n_base == 0 else 1])
+            return condition, condition
+        tuned, base = (self.condition(obs, encoder=encoder) for encoder in encoders)
+        return tuned, base
+
+    def prepare_steps(
+        self, timesteps: list[int], condition: Tensor, base_condition: Tensor, *, pretrained: bool = False
+    ) -> Iterator[Tensor]:
         """Let the networks prepare what is the same at every step, for descending `timesteps`: n tensors (B, ...)."""
         n_base = sum(pretrained or self.denoiser_at(t) is self.base for t in timesteps)
         grid = _on_device(tuple(timesteps), self.device)
-        for network, part in ((self.base, grid[:n_base]), (self.tuned, grid[n_base:])):
-            if network is not None and len(part):
-                yield from network.prepare_steps(part, condition)
+        if n_base:
+            yield from self.base.prepare_steps(grid[:n_base], base_condition)
+        if self.tuned is not None and n_base < len(timesteps):
+            yield from self.tuned.prepare_steps(grid[n_base:], condition)
 
     def _steps(self, solver: SolverConfig) -> tuple[Step, ...]:
         """The solver's steps; the policy's own way where nothing is asked for."""

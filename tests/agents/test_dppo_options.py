@@ -192,7 +192,7 @@ def test_gamma_per_step_discounts_what_was_executed() -> None:
     rollout = dppo.collect()
     targets, _ = dppo._prepare(rollout)
     with torch.no_grad():
-        following = dppo.critic(dppo._condition(rollout.final_observations))
+        following = dppo.critic(dppo._rows(rollout.final_observations))
     n = torch.as_tensor(rollout.n_steps).flatten()
     alive = ~torch.as_tensor(rollout.terminated).flatten()
     expected = torch.as_tensor(rollout.rewards).flatten() + 0.5**n * following * alive
@@ -237,7 +237,7 @@ def test_the_divergence_is_zero_before_the_first_step_and_holds_the_policy_back(
         tuned.update(rollout)
         targets, _ = tuned._prepare(rollout)
         pairs = Pairs(torch.arange(24), torch.zeros(24, dtype=torch.long))
-        condition, x = targets.condition, targets.x(pairs)
+        condition, x = tuned.mdp.condition(targets.observation), targets.x(pairs)
         with torch.no_grad():
             gaussians = [tuned.mdp.gaussian(condition, x, pairs.k, pretrained=p) for p in (False, True)]
         return float(normal_kl(*gaussians[0], *gaussians[1]).mean())
