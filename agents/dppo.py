@@ -11,10 +11,9 @@ which the first E are executed, A action size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,100 +21,19 @@ from torch import Tensor, nn
 from dprl import checkpoint
 from dprl.agents.critic import Critic
 from dprl.agents.dppo_config import DPPOConfig
+from dprl.agents.objective import chunk_log_prob, clip_ranges, normalized_advantage, policy_loss, value_loss
 from dprl.agents.on_policy import OnPolicyAgent
-from dprl.diffusion import normal_kl, normal_w2
+from dprl.agents.restraint import Restraint
+from dprl.agents.targets import Pairs, Targets, epoch
 from dprl.errors import check
 from dprl.observations import Observation, TensorObservation, batch_size, map_parts, take
 from dprl.policy import Policy
 from dprl.returns import RunningReturnStd, explained_variance, gae
 from dprl.rollout import Rollout, RolloutPool
-from dprl.seeding import draw_normal, seeded_init
+from dprl.seeding import seeded_init
 from dprl.spec import BatchedEnv
 from dprl.training.figures import UpdateFigures
 from dprl.training.learner import Learner
-
-LOG_PROB_RANGE = (-5.0, 2.0)
-
-
-# ---------------------------------------------------------------------------------------------- the mathematics
-
-
-def over_chunk(values: Tensor, executed: Tensor | int, reduction: str = "mean") -> Tensor:
-    """Average or sum over the numbers of the first `executed` actions: (B, H, A), (B,) -> (B,)."""
-    counts = torch.arange(values.shape[1], device=values.device) < torch.as_tensor(executed).view(-1, 1)
-    total = (values * counts[..., None]).sum(dim=(1, 2))
-    return total if reduction == "sum" else total / (counts.sum(1) * values.shape[2])
-
-
-def chunk_log_prob(log_prob: Tensor, executed: Tensor | int, reduction: str = "mean") -> Tensor:
-    """Clamped log-densities of the actions that were executed, averaged or summed: (B, H, A), (B,) -> (B,)."""
-    return over_chunk(log_prob.clamp(*LOG_PROB_RANGE), executed, reduction)
-
-
-def clip_ranges(config: DPPOConfig) -> Tensor:
-    """Clip of each tuned step k: (K',), growing from `clip_range_base` at K'-1 to `clip_range` at 0."""
-    k = torch.arange(config.tuned_steps)
-    progress = 1 - k / max(config.tuned_steps - 1, 1)
-    growth = torch.expm1(config.clip_range_rate * progress) / math.expm1(config.clip_range_rate)
-    return config.clip_range_base + (config.clip_range - config.clip_range_base) * growth
-
-
-def normalized_advantage(advantage: Tensor, quantiles: tuple[float, ...] = (0.0, 1.0)) -> Tensor:
-    """A minibatch's advantages (B,) with mean 0 and standard deviation 1, clipped to their quantiles."""
-    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    low, high = quantiles
-    return advantage if (low, high) == (0, 1) else advantage.clamp(advantage.quantile(low), advantage.quantile(high))
-
-
-def policy_loss(log_ratio: Tensor, advantage: Tensor, clip_range: Tensor) -> Tensor:
-    """PPO's clipped objective on pairs, all (B,): the advantage of step k is γ_d^k times its decision's."""
-    ratio = log_ratio.exp()
-    return -torch.min(advantage * ratio, advantage * ratio.clamp(1 - clip_range, 1 + clip_range)).mean()
-
-
-def value_loss(value: Tensor, returns: Tensor, old_value: Tensor | None = None, clip: float | None = None) -> Tensor:
-    """Half the mean squared error of V, all (B,); flat where V has moved by more than `clip` and gained by it."""
-    error = (value - returns) ** 2
-    if clip is not None and old_value is not None:
-        error = torch.max(error, (old_value + (value - old_value).clamp(-clip, clip) - returns) ** 2)
-    return 0.5 * error.mean()
-
-
-# ------------------------------------------------------------------------------------------------- the algorithm
-
-
-class Pairs(NamedTuple):
-    """Denoising steps of decisions, (B,) each; an index into what is (D, K')."""
-
-    decision: Tensor
-    k: Tensor
-
-
-class Targets(NamedTuple):
-    """A rollout made ready for updates; the rows are its D = T·N decisions, the columns their tuned steps k."""
-
-    observation: TensorObservation
-    """(D, O, ...), not normalised."""
-    chains: Tensor
-    """(D, K'+1, H, A), noisiest first."""
-    executed: Tensor
-    """(D,) how many actions of the chunk were."""
-    old_log_prob: Tensor
-    """(D, K') by k."""
-    advantage: Tensor
-    """(D, K') by k, the denoising discount not yet applied."""
-    value: Tensor
-    """(D,)."""
-    returns: Tensor
-    """(D,)."""
-
-    def x(self, pairs: Pairs) -> Tensor:
-        """What each step starts from, x_{k+1}: (B, H, A)."""
-        return self.chains[pairs.decision, self.chains.shape[1] - 2 - pairs.k]
-
-    def x_next(self, pairs: Pairs) -> Tensor:
-        """What it made, x_k: (B, H, A)."""
-        return self.chains[pairs.decision, self.chains.shape[1] - 1 - pairs.k]
 
 
 class DPPO(OnPolicyAgent):
@@ -155,13 +73,7 @@ class DPPO(OnPolicyAgent):
         )  # fmt: skip
         n_pairs = self.pool.n_envs * config.n_steps * config.tuned_steps
         check(n_pairs >= 2, "n_envs * n_steps * tuned_steps", n_pairs, "advantages of one pair cannot be normalised")
-        closed = config.regularizer not in ("kl", "w2") or self.mdp.is_gaussian
-        check(
-            closed,
-            "regularizer",
-            config.regularizer,
-            "must be bc or none: what this policy draws from is no one Gaussian",
-        )
+        self._restraint = Restraint(self.mdp, config, self.generator)
         self.critic, self.baseline = self._critics()
         self._values = nn.ModuleList([self.critic] if self.baseline is None else [self.critic, self.baseline])
         self._actor_learner = Learner(self.mdp.trainable(), config.learning_rate, config.max_grad_norm)
@@ -228,68 +140,17 @@ class DPPO(OnPolicyAgent):
             loss = policy_loss(log_ratio, advantage[rows], clip_range[rows])
             log_ratios.append(log_ratio.detach())
             figures.add("policy_loss", loss)
-            if self._restrained:
-                loss = loss + self._restraint(targets, part, figures)
+            loss = loss + self._restraint(targets, part, figures)
             (loss * (len(rows) / n)).backward()
         figures.add("actor_grad_norm", self._actor_learner.step())
         return figures.add_ratio(torch.cat(log_ratios), clip_range, pairs.k)
 
-    @property
-    def _restrained(self) -> bool:
-        return self.config.regularizer != "none" or self.config.entropy_coef > 0
-
-    def _restraint(self, targets: Targets, pairs: Pairs, figures: UpdateFigures) -> Tensor:
-        """What holds the policy near the pretrained one, less the bonus for the entropy of learned noise."""
-        config, x = self.config, targets.x(pairs)
-        obs, executed = take(targets.observation, pairs.decision), targets.executed[pairs.decision]
-        condition, loss = self.mdp.condition(obs), torch.zeros((), device=x.device)
-        if config.regularizer == "bc":
-            distance = self._cloning_loss(obs, condition, executed, pairs.k)
-        elif config.regularizer != "none":
-            tuned = self.mdp.gaussian(condition, x, pairs.k)
-            with torch.no_grad():
-                before = self.mdp.condition(obs, pretrained=True)
-                pretrained = self.mdp.gaussian(before, x, pairs.k, pretrained=True)
-            divergence = {"kl": normal_kl, "w2": normal_w2}[config.regularizer](*tuned, *pretrained)
-            distance = over_chunk(divergence, executed, config.log_prob_reduction).mean()
-        if config.regularizer != "none":
-            figures.add(config.regularizer, distance)
-            loss = loss + config.regularizer_coef * distance
-        if config.entropy_coef > 0:  # a Gaussian's entropy is its log-std, and a constant
-            log_std = self.mdp.gaussian(condition, x, pairs.k).std.log().expand_as(x)
-            entropy = over_chunk(log_std, executed, config.log_prob_reduction).mean()
-            figures.add("log_std", entropy)
-            loss = loss - config.entropy_coef * entropy
-        return loss
-
-    def _cloning_loss(self, obs: TensorObservation, condition: Tensor, executed: Tensor, k: Tensor) -> Tensor:
-        """Minus the log-prob of step k of chains that the pretrained policy draws (arXiv:2403.03949, eq. 2)."""
-        draws, *chunk = self.mdp.noise_shape
-        noise = draw_normal((draws, len(k), *chunk), self.generator, self.policy.device)
-        with torch.no_grad():
-            chains = self.mdp.chain(self.mdp.condition(obs, pretrained=True), noise, pretrained=True).steps
-        rows, position = torch.arange(len(k), device=k.device), self.config.tuned_steps - k
-        log_prob = self.mdp.log_prob(condition, chains[rows, position - 1], chains[rows, position], k)
-        return -chunk_log_prob(log_prob, executed, self.config.log_prob_reduction).mean()
-
     def _minibatches(self, n_decisions: int) -> Iterator[tuple[Tensor, Pairs]]:
-        """Every decision (for the critic) and every pair (for the actor) once an epoch, in equal numbers of parts."""
-        anneal, k = self.config.anneal_tuned_steps, self.config.tuned_steps
-        trained = round(anneal.at(self.iteration, k))
-        n_pairs = n_decisions * trained
-        parts = max(1, min(round(n_pairs / self.config.batch_size), n_pairs // 2, n_decisions))
-        for _ in range(self.config.n_epochs):
-            decisions, pairs = self._shuffled(n_decisions), self._shuffled(n_pairs)
-            split = pairs.div(trained, rounding_mode="floor"), pairs % trained
-            yield from (
-                (part, Pairs(decision, k))
-                for part, decision, k in zip(
-                    decisions.tensor_split(parts), *(column.tensor_split(parts) for column in split), strict=True
-                )
-            )
-
-    def _shuffled(self, n: int) -> Tensor:
-        return torch.randperm(n, generator=self.generator, device=self.policy.device)
+        """Minibatches of decisions, for the critic, and of pairs, for the actor."""
+        config = self.config
+        trained = round(config.anneal_tuned_steps.at(self.iteration, config.tuned_steps))
+        for _ in range(config.n_epochs):
+            yield from epoch(n_decisions, trained, config.batch_size, self.generator)
 
     @property
     def _augmentation(self) -> torch.Generator | None:

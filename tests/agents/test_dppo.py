@@ -10,7 +10,8 @@ import torch
 
 import dprl
 from dprl.agents import DPPO, DPPOConfig
-from dprl.agents.dppo import Pairs, Targets, chunk_log_prob, clip_ranges, normalized_advantage, policy_loss
+from dprl.agents.objective import chunk_log_prob, clip_ranges, normalized_advantage, policy_loss
+from dprl.agents.targets import Pairs, Targets
 from dprl.diffusion import SolverConfig
 from dprl.errors import ConfigError, EnvError
 from dprl.mdp import DenoisingMDP, ExplorationConfig

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dprl.agents import DPPO, DPPOConfig
-from dprl.agents.dppo import Pairs
+from dprl.agents.targets import Pairs
 from dprl.envs.chunked import ChunkedEnv, SimulatorStep
 from dprl.networks import MLPConfig
 from dprl.networks.vision import VisionConfig

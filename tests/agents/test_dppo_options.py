@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dprl.agents import DPPO, DPPOConfig
-from dprl.agents.dppo import Pairs, chunk_log_prob, clip_ranges, normalized_advantage, over_chunk, value_loss
+from dprl.agents.objective import chunk_log_prob, clip_ranges, normalized_advantage, over_chunk, value_loss
+from dprl.agents.targets import Pairs
 from dprl.diffusion import SolverConfig, normal_kl
 from dprl.errors import ConfigError
 from dprl.mdp import ExplorationConfig

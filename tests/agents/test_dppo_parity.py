@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dprl.agents.dppo import DPPOConfig, chunk_log_prob, clip_ranges, normalized_advantage, policy_loss, value_loss
+from dprl.agents import DPPOConfig
+from dprl.agents.objective import chunk_log_prob, clip_ranges, normalized_advantage, policy_loss, value_loss
 from dprl.diffusion import SolverConfig
 from dprl.interop import dppo
 from dprl.mdp import DenoisingMDP, ExplorationConfig
