@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import math
 import time
-import warnings
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -24,6 +23,7 @@ from dprl.networks import polyak_update, weight_decay_groups
 from dprl.policy import DiffusionPolicy, InferenceConfig, Policy, masked_mean
 from dprl.seeding import seeded_init, torch_generator
 from dprl.training import Agent, LoopConfig, train
+from dprl.training.precision import check_precision, computing
 
 VALIDATION_CHUNKS = 1_024
 
@@ -87,11 +87,6 @@ class BCConfig:
 AnyPolicy = TypeVar("AnyPolicy", bound=Policy)
 
 
-def _has_bfloat16() -> bool:
-    """Whether this processor computes in bfloat16."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 class BC(Agent[Tensor], Generic[AnyPolicy]):
     """Trains a policy on chunks of demonstrations; of a diffusion policy the base network."""
 
@@ -107,9 +102,7 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
         self.seed = seed
         self.timesteps = 0
         self._total_steps = 1
-        if self.config.precision == "bfloat16" and policy.device.type == "cpu" and not _has_bfloat16():
-            warnings.warn("this processor has no instructions for bfloat16 and will be many times slower with it: "
-                          "set precision = 'float32', or train on a GPU", stacklevel=2)  # fmt: skip
+        check_precision(self.config.precision, policy.device)
         self._online = copy.deepcopy(policy).train()
         if self.config.compile:
             for module in self._online.children():
@@ -195,7 +188,7 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate()
         dropout = seeded_init(self.seed, "dropout", self.timesteps, device=device)
-        with dropout, torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        with dropout, computing(config.precision, device):
             loss = self._online.loss(batch.obs, batch.actions, valid=batch.valid, generator=self._generator)
         self._optimizer.zero_grad()
         loss.backward()

@@ -34,6 +34,7 @@ from dprl.seeding import seeded_init
 from dprl.spec import BatchedEnv
 from dprl.training.figures import UpdateFigures
 from dprl.training.learner import Learner
+from dprl.training.precision import check_precision, computing, multiplying
 
 
 class DPPO(OnPolicyAgent):
@@ -73,6 +74,7 @@ class DPPO(OnPolicyAgent):
         )  # fmt: skip
         n_pairs = self.pool.n_envs * config.n_steps * config.tuned_steps
         check(n_pairs >= 2, "n_envs * n_steps * tuned_steps", n_pairs, "advantages of one pair cannot be normalised")
+        check_precision(config.precision, policy.device)
         self._restraint = Restraint(self.mdp, config, self.generator)
         self.critic, self.baseline = self._critics()
         self._values = nn.ModuleList([self.critic] if self.baseline is None else [self.critic, self.baseline])
@@ -103,19 +105,21 @@ class DPPO(OnPolicyAgent):
         actor_learns = self.iteration >= config.critic_warmup
         self._value_learner.set_rate(config.lr_schedule.at(self.iteration))
         self._actor_learner.set_rate(config.lr_schedule.at(max(0, self.iteration - config.critic_warmup)))
-        for decisions, pairs in self._minibatches(len(targets.returns)):
-            self._update_critic(targets, decisions, pairs, figures)
-            figures.gradient_steps += 1
-            if actor_learns:
-                kl = self._update_actor(targets, pairs, figures)
-                if config.target_kl is not None and kl > config.target_kl:
-                    break
+        with multiplying(config.precision):
+            for decisions, pairs in self._minibatches(len(targets.returns)):
+                self._update_critic(targets, decisions, pairs, figures)
+                figures.gradient_steps += 1
+                if actor_learns:
+                    kl = self._update_actor(targets, pairs, figures)
+                    if config.target_kl is not None and kl > config.target_kl:
+                        break
         self.iteration += 1
         return metrics | figures.metrics(self.name) | batch.episode_metrics()
 
     def _update_critic(self, targets: Targets, decisions: Tensor, pairs: Pairs, figures: UpdateFigures) -> None:
         """One gradient step. V(s) is of the state only, so each decision counts once, not once per denoising step."""
-        value = self.critic(take(targets.observation, decisions), self._augmentation)
+        with computing(self.config.precision, self.policy.device):
+            value = self.critic(take(targets.observation, decisions), self._augmentation).float()
         returns = targets.returns[decisions]
         loss = value_loss(value, returns, targets.value[decisions], self.config.clip_range_vf)
         figures.add("value_loss", loss)
@@ -159,8 +163,9 @@ class DPPO(OnPolicyAgent):
 
     def _log_prob(self, targets: Targets, pairs: Pairs) -> Tensor:
         """Log p(x_k | x_{k+1}, obs) of pairs: (B,)."""
-        condition = self.mdp.condition(take(targets.observation, pairs.decision), self._augmentation)
-        log_prob = self.mdp.log_prob(condition, targets.x(pairs), targets.x_next(pairs), pairs.k)
+        with computing(self.config.precision, self.policy.device):
+            condition = self.mdp.condition(take(targets.observation, pairs.decision), self._augmentation)
+            log_prob = self.mdp.log_prob(condition, targets.x(pairs), targets.x_next(pairs), pairs.k)
         return chunk_log_prob(log_prob, targets.executed[pairs.decision], self.config.log_prob_reduction)
 
     def _baseline(self, targets: Targets, pairs: Pairs) -> Tensor:

@@ -11,6 +11,7 @@ from dprl.errors import check
 from dprl.mdp import ExplorationConfig
 from dprl.networks.mlp import Activation
 from dprl.schedules import Anneal, Warmup
+from dprl.training.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class DPPOConfig:
     """(decision, denoising step) pairs per gradient step."""
     micro_batch_size: int | None = None
     """At most so many pairs go through the networks at once; their gradients add up. Default: all of a minibatch."""
+    precision: Precision = "float32"
+    """Of the networks in updates; chains are drawn in float32. tf32 is of GPUs; processors without bfloat16
+    instructions are many times slower with it."""
     learning_rate: float = 3e-4
     """The actor's."""
     critic_learning_rate: float = 1e-3

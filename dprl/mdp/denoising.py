@@ -137,7 +137,7 @@ class DenoisingMDP(PolicyMDP):
                 chain.append(x)
             network = policy.base if pretrained else policy.denoiser_at(t)
             clean = policy.schedule.predict_clean(x, network.denoise(x, next(known)), t, clip)
-            x = steps.noisy[i] * x + steps.clean[i] * clean + made[i]
+            x = _plus(_plus(made[i], steps.noisy[i], x), steps.clean[i], clean)
         log_probs = normal_log_prob(made[-self.tuned_steps :], 0.0, steps.density_std)
         return Chain(
             torch.stack([*chain, x], dim=1), log_probs.transpose(0, 1), policy.action_normalizer.unnormalize(x)
@@ -156,3 +156,10 @@ class DenoisingMDP(PolicyMDP):
         clean = policy.schedule.predict_clean(x, prediction, self._timesteps[k], policy.config.clip_sample)
         step = self.noise.of_pairs(condition, k)
         return Gaussian(step.noisy * x + step.clean * clean, step.density_std)
+
+
+def _plus(total: Tensor, coefficient: float | Tensor, x: Tensor) -> Tensor:
+    """Total + coefficient x, in one kernel."""
+    if isinstance(coefficient, Tensor):
+        return torch.addcmul(total, coefficient, x)
+    return torch.add(total, x, alpha=coefficient)

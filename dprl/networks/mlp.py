@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from dprl.config import validate
-from dprl.networks.denoiser import Denoiser
+from dprl.networks.denoiser import MAX_PREPARED, Denoiser
 from dprl.networks.timestep import TimestepEmbedding, check_time_size
 
 Activation = Literal["relu", "mish"]
@@ -88,8 +88,10 @@ class DenoisingMLP(Denoiser):
         """See `Denoiser.prepare_steps`. The condition adds the same at every step, so it is multiplied once."""
         first = cast("nn.Linear", self.net[0])
         of_time, of_condition = first.weight[:, self.n_numbers :].tensor_split([self.time_size], dim=1)
-        known = linear(condition.flatten(1), of_condition, first.bias)
-        return (known + time for time in linear(self.embed(timesteps), of_time))
+        known, times = linear(condition.flatten(1), of_condition, first.bias), linear(self.embed(timesteps), of_time)
+        if len(condition) * len(timesteps) <= MAX_PREPARED:
+            return iter((known + times[:, None]).unbind(0))
+        return (known + time for time in times)
 
     def denoise(self, noisy_actions: Tensor, prepared: Tensor) -> Tensor:
         """See `Denoiser.denoise`."""

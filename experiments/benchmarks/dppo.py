@@ -40,6 +40,7 @@ from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
 from dprl.rollout import InProcessPool, Rollout
 from dprl.seeding import torch_generator
 from dprl.spec import EnvSpec, FloatArray, resolve
+from dprl.training.precision import Precision
 from dprl.training.progress import ProgressBar
 
 Part = Literal["sampling", "update", "iteration"]
@@ -85,6 +86,8 @@ class DPPOBenchmark:
     """Of an iteration's decisions, for the part `update`."""
     repeats: int = 7
     device: str = "cpu"
+    precision: Precision = "float32"
+    """Of our updates."""
     reference: Path | None = None
     """A checkout of the DPPO authors' code."""
     json: Path | None = None
@@ -127,7 +130,7 @@ class Figure:
 # ------------------------------------------------------------------------------------------------------------- ours
 
 
-def our_agent(task: Task, device: str, *, share: float = 1.0) -> DPPO:
+def our_agent(task: Task, device: str, *, precision: Precision = "float32", share: float = 1.0) -> DPPO:
     """Our DPPO at the task's sizes, in an environment of them."""
     features = Features(task.observation_size, task.action_size)
     network = MLPConfig(task.hidden_size, activation=task.activation)
@@ -139,7 +142,7 @@ def our_agent(task: Task, device: str, *, share: float = 1.0) -> DPPO:
         DPPOConfig(
             tuned_steps=TUNED_STEPS, n_steps=max(1, round(share * task.n_steps)), n_epochs=task.n_epochs,
             batch_size=task.batch_size, learning_rate=1e-4, clip_range=0.01, clip_range_base=0.01,
-            critic_activation="mish", target_kl=None,
+            critic_activation="mish", target_kl=None, precision=precision,
         ),
     )  # fmt: skip
 
@@ -335,7 +338,7 @@ def one_thread_if(small: bool) -> Iterator[None]:
 def update(config: DPPOBenchmark, name: str) -> Iterator[tuple[Figure, Action, Action | None]]:
     """The update alone, on a share of an iteration's decisions."""
     task = TASKS[name]
-    agent = our_agent(task, config.device, share=config.share)
+    agent = our_agent(task, config.device, precision=config.precision, share=config.share)
     rollout = random_rollout(task, agent.config.n_steps)
     theirs = None if config.reference is None else Reference(config.reference, task, config.device)
     samples = rollout.rewards.size * TUNED_STEPS * task.n_epochs
@@ -351,7 +354,7 @@ def update(config: DPPOBenchmark, name: str) -> Iterator[tuple[Figure, Action, A
 def iteration(config: DPPOBenchmark, name: str) -> Iterator[tuple[Figure, Action, Action | None]]:
     """A whole iteration, in the task's environments."""
     task = TASKS[name]
-    agent = our_agent(task, config.device)
+    agent = our_agent(task, config.device, precision=config.precision)
     rollout = random_rollout(task, task.n_steps)
     steps = rollout.rewards.size * task.chunk
     samples = rollout.rewards.size * TUNED_STEPS * task.n_epochs
@@ -439,7 +442,8 @@ def main(config: DPPOBenchmark) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"{config.repeats} repeats on {config.device}, {available_cores()} cores, torch {torch.__version__}; float32"
+        f"{config.repeats} repeats on {config.device}, {available_cores()} cores, torch {torch.__version__}; our updates in "
+        f"{config.precision}, all else in float32"
     )
     if config.json is not None:
         content = {"config": asdict(config), "figures": [asdict(figure) for figure in found]}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dprl.agents import BC, BCConfig, bc
+from dprl.agents import BC, BCConfig
 from dprl.agents.bc import VALIDATION_CHUNKS
 from dprl.data import Episodes, load_dataset, save_dataset
 from dprl.errors import ConfigError, DatasetError
@@ -308,7 +308,7 @@ def test_every_observation_is_learned_from_by_default(kind: str) -> None:
 def test_bfloat16_without_its_instructions_is_warned_of(
     supported: bool, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bc, "_has_bfloat16", lambda: supported)
+    monkeypatch.setattr("dprl.training.precision._has_bfloat16", lambda: supported)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         make(config=replace(BASE, precision=precision))
