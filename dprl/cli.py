@@ -35,6 +35,7 @@ app = tyro.extras.SubcommandApp()
 
 Flat = tyro.conf.arg(name="")
 Out = Annotated[Path, tyro.conf.arg(help="New folder to write; must not exist or be empty.")]
+ExpertOut = Annotated[Path, tyro.conf.arg(help="Folder to write; one that this command left is continued.")]
 Quiet = Annotated[bool, tyro.conf.arg(help="Show no progress bar.")]
 
 
@@ -140,6 +141,15 @@ def _names(what: str) -> list[tuple[str, str]]:
         demos = [(f"dprl demo {experiment.name}", experiment.summary) for experiment in CATALOGUE]
         return demos + [(f"dprl experiment {name}", summary) for name, (_, summary) in STUDIES.items()]
     return [(agent.name, (sys.modules[agent.__module__].__doc__ or "").splitlines()[0]) for agent in (BC, DPPO)]
+
+
+@app.command(name="train-expert")
+def train_expert(config: Annotated[runs.ExpertConfig, Flat], *, out: ExpertOut, quiet: Quiet = False) -> None:
+    """Train an expert with stable-baselines3's PPO, for 'dprl collect'. Interrupted, the same command goes on."""
+    expert, medium = runs.train_expert(config, out, progress_bar=not quiet)
+    for name, seen in (("expert", expert), ("medium", medium)):
+        print(f"{out / name}.zip: return {seen.return_mean:.0f} after {seen.timesteps:,} steps")
+    print(f"Next: dprl collect {config.env} --expert {out / 'medium'}.zip --transitions 200000 --out runs/data")
 
 
 @app.command

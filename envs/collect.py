@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +13,7 @@ from dprl.envs.experts import Expert
 from dprl.errors import check
 from dprl.observations import Observation, images_of, map_parts, state_of, take
 from dprl.seeding import numpy_generator
-from dprl.spec import EnvSpec, FloatArray, build, env_seeds, with_n_obs_steps
+from dprl.spec import ChunkStep, EnvSpec, FloatArray, build, env_seeds, with_n_obs_steps
 from dprl.training.progress import ProgressBar
 
 MAX_ENVS = 20
@@ -31,7 +32,14 @@ class _Episode:
 
 
 def collect_episodes(
-    spec: EnvSpec, expert: Expert, noise: float, n_episodes: int, seed: int, *, progress_bar: bool = False
+    spec: EnvSpec,
+    expert: Expert,
+    noise: float,
+    n_episodes: int,
+    seed: int,
+    *,
+    transitions: int | None = None,
+    progress_bar: bool = False,
 ) -> Episodes:
     """Play one episode in each of `n_episodes` environments and return them, failures included.
 
@@ -42,23 +50,30 @@ def collect_episodes(
             stored as they were executed.
         n_episodes: how many.
         seed: of start states and noise. Episode i depends on `seed` and i alone.
+        transitions: play until there are so many environment steps, in place of `n_episodes`; the last one is whole.
         progress_bar: show one.
     """
     check(n_episodes >= 1, "n_episodes", n_episodes, "must be at least 1")
     spec = with_n_obs_steps(spec, 1)
-    seeds = env_seeds(seed, n_episodes, purpose="demonstrations")
+    seeds: list[int] = []
     episodes: list[_Episode] = []
-    with ProgressBar("collect", n_episodes, shown=progress_bar) as bar:
-        for first in range(0, n_episodes, MAX_ENVS):
-            part = range(first, min(first + MAX_ENVS, n_episodes))
-            episodes += _play(spec, expert, noise, [seeds[i] for i in part], seed, first, bar)
+    count = _count_episodes if transitions is None else _count_steps
+    with ProgressBar("collect", transitions or n_episodes, shown=progress_bar) as bar:
+        while not _enough(episodes, n_episodes, transitions):
+            n = min(MAX_ENVS, n_episodes - len(seeds)) if transitions is None else MAX_ENVS
+            new = env_seeds(seed, n, first=len(seeds), purpose="demonstrations")
+            episodes += _play(spec, expert, noise, new, seed, len(seeds), lambda step: bar.advance(count(step)))
+            seeds += new
+    if transitions is not None:
+        last = int(np.searchsorted(np.cumsum([len(e.actions) for e in episodes]), transitions))
+        episodes, seeds = episodes[: last + 1], seeds[: last + 1]
     observations = _stack([o for e in episodes for o in e.observations[:-1]])
     final_observations = _stack([e.observations[-1] for e in episodes])
     return Episodes(
         observations=_state(observations, int(sum(len(e.actions) for e in episodes))),
         actions=np.concatenate([np.stack(e.actions) for e in episodes]),
         rewards=np.concatenate([np.asarray(e.rewards, np.float32) for e in episodes]),
-        final_observations=_state(final_observations, n_episodes),
+        final_observations=_state(final_observations, len(episodes)),
         ends=np.cumsum([len(e.actions) for e in episodes]),
         terminated=np.array([e.terminated for e in episodes]),
         success=np.array([e.success for e in episodes]),
@@ -67,6 +82,20 @@ def collect_episodes(
         images=images_of(observations),
         final_images=images_of(final_observations),
     )
+
+
+def _enough(episodes: list[_Episode], n_episodes: int, transitions: int | None) -> bool:
+    if transitions is None:
+        return len(episodes) >= n_episodes
+    return sum(len(e.actions) for e in episodes) >= transitions
+
+
+def _count_episodes(step: ChunkStep) -> int:
+    return int(step.ended.sum())
+
+
+def _count_steps(step: ChunkStep) -> int:
+    return len(step.ended)
 
 
 def _stack(observations: list[Observation]) -> Observation:
@@ -82,7 +111,13 @@ def _state(observation: Observation, n: int) -> FloatArray:
 
 
 def _play(
-    spec: EnvSpec, expert: Expert, noise: float, seeds: list[int], seed: int, first: int, bar: ProgressBar
+    spec: EnvSpec,
+    expert: Expert,
+    noise: float,
+    seeds: list[int],
+    seed: int,
+    first: int,
+    on_step: Callable[[ChunkStep], None],
 ) -> list[_Episode]:
     env = build(spec, seeds)
     streams = [numpy_generator(seed, "action noise", first + i) for i in range(len(seeds))]
@@ -105,7 +140,7 @@ def _play(
                 episodes[i].rewards.append(float(step.reward[row]))
                 episodes[i].terminated = bool(step.terminated[row])
                 episodes[i].success = bool(step.success[row])
-            bar.advance(int(step.ended.sum()))
+            on_step(step)
             playing = playing[~step.ended]
     finally:
         env.close()

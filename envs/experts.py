@@ -34,12 +34,18 @@ EXPERTS: dict[str, dict[str, str]] = {
 }
 
 
+SAVED_EXPERT = "dprl.interop.sb3_experts:expert"
+"""Builds the expert in a .zip of stable-baselines3."""
+
+
 def make_expert(name: str, env_id: str) -> Expert:
-    """Build the expert `name` for the environment `env_id`.
+    """Build the expert `name`, or the one that stable-baselines3 saved in the .zip of that name, for `env_id`.
 
     Raises:
         EnvError: no such expert, or it does not know this environment.
     """
+    if name.endswith(".zip"):
+        return cast("Expert", load(SAVED_EXPERT)(name, env_id))
     if name not in EXPERTS:
         raise EnvError(f"unknown expert '{name}'.{did_you_mean(name, EXPERTS)} 'dprl list experts' shows the names.")
     builders = EXPERTS[name]

@@ -58,22 +58,72 @@ FLOW = DiffusionConfig(
 
 
 @dataclass(frozen=True)
+class ExpertConfig:
+    """PPO of stable-baselines3, to have an expert. The numbers suit Gymnasium's MuJoCo tasks on one core."""
+
+    env: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="ENV")]]
+    """Environment, see `dprl list envs`."""
+    minutes: float = 20.0
+    """Of training, evaluations included."""
+    n_envs: int = 16
+    n_steps: int = 256
+    """Per environment and iteration."""
+    batch_size: int = 256
+    n_epochs: int = 10
+    learning_rate: float = 3e-4
+    gamma: float = 0.99
+    gae_lambda: float = 0.95
+    clip_range: float = 0.2
+    hidden_size: int = 64
+    """Width of both layers of policy and value."""
+    log_std: float = -1.0
+    """Logarithm of the action noise that it begins with."""
+    eval_every: int = 100_000
+    """Environment steps between evaluations; each also keeps the policy."""
+    eval_episodes: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = ("n_envs", "n_steps", "batch_size", "n_epochs", "hidden_size", "eval_every", "eval_episodes")
+        validate(self, at_least={**dict.fromkeys(counts, 1), "seed": 0}, above={"minutes": 0, "learning_rate": 0})
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One evaluation of an expert on its way, without exploration noise."""
+
+    timesteps: int
+    minutes: float
+    return_mean: float
+    return_std: float
+    """Over episodes."""
+
+    @property
+    def name(self) -> str:
+        """Of its policy's files."""
+        return f"step-{self.timesteps:010d}"
+
+
+@dataclass(frozen=True)
 class CollectConfig:
     """Play episodes with an expert and write them as a Minari data set."""
 
     env: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="ENV")]]
     """Environment, see `dprl list envs`."""
     expert: str = "scripted"
-    """Who plays, see `dprl list experts`."""
+    """Who plays, see `dprl list experts`; or a model that stable-baselines3 saved, a .zip as `dprl train-expert` leaves
+    it. Open only files that you trust: they hold pickles."""
     noise: float = 0.0
     """Standard deviation of Gaussian noise added to every action, in action units."""
     episodes: int = 60
     """How many to keep."""
+    transitions: int | None = None
+    """Play until there are so many environment steps, however many episodes that takes. D4RL's sets have a million."""
     seed: int = 0
     options: EnvOptions = field(default_factory=EnvOptions)
 
     def __post_init__(self) -> None:
-        validate(self, at_least={"noise": 0, "episodes": 1, "seed": 0})
+        validate(self, at_least={"noise": 0, "episodes": 1, "transitions": 1, "seed": 0})
 
 
 # The command line's names for the policies. What is chosen inside one of them (its network) is chosen by its name.
@@ -183,6 +233,16 @@ KINDS: dict[str, type[PretrainConfig] | type[FinetuneConfig]] = {
 }
 
 
+def train_expert(config: ExpertConfig, out: Path, *, progress_bar: bool = True) -> tuple[Seen, Seen]:
+    """Train an expert in `out`, or go on with what is there; return how it and its `medium` forerunner did."""
+    from dprl.interop import sb3_experts
+
+    resolve(config.env)
+    if not (out / sb3_experts.RETURNS_FILE).exists():
+        RunFolder.require_free(out)
+    return sb3_experts.train_expert(config, out, progress_bar=progress_bar)
+
+
 def collect(config: CollectConfig, out: Path, *, progress_bar: bool = True) -> Episodes:
     """Play `config.episodes` episodes and write them to the new folder `out`."""
     RunFolder.require_free(out)
@@ -191,7 +251,15 @@ def collect(config: CollectConfig, out: Path, *, progress_bar: bool = True) -> E
     if spec.cameras:
         require_pillow()
     expert = make_expert(config.expert, config.env)
-    data = collect_episodes(spec, expert, config.noise, config.episodes, config.seed, progress_bar=progress_bar)
+    data = collect_episodes(
+        spec,
+        expert,
+        config.noise,
+        config.episodes,
+        config.seed,
+        transitions=config.transitions,
+        progress_bar=progress_bar,
+    )
     save_dataset(data, out, spec, description=f"{config.expert} expert, action noise {config.noise}")
     return data
 

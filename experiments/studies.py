@@ -1,7 +1,8 @@
 """Studies: many trainings and evaluations, each done once, then a table and a figure.
 
-A study is a list of cells. A cell trains one policy and evaluates it in some ways; its result is a JSON file, and a
-cell whose file exists is not run again. So an interrupted study goes on where it was, inside a training too.
+A study is a list of cells. A cell trains one policy, or fine-tunes that of another cell, and evaluates it in some ways;
+its result is a JSON file, and a cell whose file exists is not run again. So an interrupted study goes on where it was,
+inside a training too.
 
     OUT/study.json      says that this is a study's folder
     OUT/data/           demonstrations, one folder for each task and seed
@@ -15,6 +16,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -24,6 +26,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -37,11 +40,11 @@ from dprl import checkpoint
 from dprl.config import to_json
 from dprl.errors import CheckpointError, DprlError, check
 from dprl.experiments import plots, runs
-from dprl.experiments.runs import CollectConfig, PretrainConfig
+from dprl.experiments.runs import CollectConfig, FinetuneConfig, PretrainConfig
 from dprl.policy import InferenceConfig, Policy
-from dprl.rollout import evaluate
+from dprl.rollout import Evaluation, evaluate
 from dprl.rollout.collector import one_thread
-from dprl.rollout.evaluation import record, wilson
+from dprl.rollout.evaluation import Z95, record, wilson
 from dprl.rollout.recording import Trajectory
 from dprl.spec import resolve
 from dprl.training.loop import InterruptedRunError
@@ -78,6 +81,21 @@ class Cell:
     collect: CollectConfig
     pretrain: PretrainConfig
     looks: tuple[Look, ...] = (Look("default"),)
+    base: str | None = None
+    """The cell whose policy is fine-tuned, if this is a fine-tuning; it is run before. `collect` and `pretrain` are its
+    own."""
+    finetune: FinetuneConfig | None = None
+    """How; its `policy` is filled in."""
+
+    @property
+    def training(self) -> PretrainConfig | FinetuneConfig:
+        """What is run."""
+        return self.finetune or self.pretrain
+
+
+def tuned(base: Cell, name: str, finetune: FinetuneConfig) -> Cell:
+    """Return the cell that fine-tunes the policy of `base`, and is evaluated as it is."""
+    return replace(base, name=name, base=base.name, finetune=replace(finetune, seed=base.pretrain.seed))
 
 
 @dataclass(frozen=True)
@@ -91,9 +109,9 @@ class StudyConfig:
     episodes: int = 100
     """Held-out episodes of each evaluation."""
     scale: float = 1.0
-    """Multiplies the gradient steps; 0.01 shows that all runs."""
+    """Multiplies gradient and environment steps; 0.01 shows that all runs."""
     jobs: int = 1
-    """Cells at a time, each on a thread of its own."""
+    """Cells at a time, each on a thread of its own; a fine-tuning that is alone has every core."""
 
     def __post_init__(self) -> None:
         check(self.episodes >= 1, "episodes", self.episodes, "must be at least 1")
@@ -111,6 +129,7 @@ class Outcome:
     cell: str
     look: str
     success: float
+    """NaN where the environment reports none."""
     episodes: int
     latency_ms: float
     train_s: float
@@ -118,6 +137,11 @@ class Outcome:
     parameters: int
     made_with: str
     """Versions, machine and trainings at a time."""
+    return_mean: float = math.nan
+    return_error: float = math.nan
+    """Its standard error over the episodes."""
+    timesteps: int = 0
+    """Environment steps of a fine-tuning, gradient steps of a pretraining."""
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -142,13 +166,14 @@ def run_cells(cells: Sequence[Cell], config: StudyConfig, *, progress_bar: bool 
     for collect in dict.fromkeys(cell.collect for cell in todo):
         folder = _data_folder(config, collect)
         if not folder.exists():
-            runs.collect(collect, folder, progress_bar=progress_bar)
+            runs.collect(_with_expert(collect, config), folder, progress_bar=progress_bar)
     failures: list[str] = []
     with ProgressBar("cells", len(cells), len(cells) - len(todo), shown=progress_bar) as bar:
         try:
-            for failure in (_one_by_one if config.jobs == 1 else _side_by_side)(todo, config, bar):
-                failures += [failure] if failure else []
-                bar.advance(1)
+            for stage in ([c for c in todo if c.base is None], [c for c in todo if c.base is not None]):
+                for failure in (_one_by_one if config.jobs == 1 else _side_by_side)(stage, config, bar):
+                    failures += [failure] if failure else []
+                    bar.advance(1)
         except (InterruptedRunError, KeyboardInterrupt) as error:
             signum = error.signum if isinstance(error, InterruptedRunError) else signal.SIGINT
             raise InterruptedRunError(signum, "the same command goes on from there") from error
@@ -187,13 +212,26 @@ def _scaled(cell: Cell, config: StudyConfig) -> Cell:
     """The cell with its data's folder and as many gradient steps as the study's scale makes of them."""
     steps = max(1, round(cell.pretrain.steps * config.scale))
     data = str(_data_folder(config, cell.collect).resolve())
-    return replace(cell, pretrain=replace(cell.pretrain, data=data, steps=steps))
+    cell = replace(cell, pretrain=replace(cell.pretrain, data=data, steps=steps))
+    if cell.finetune is None or cell.base is None:
+        return cell
+    timesteps = max(1, round(cell.finetune.total_timesteps * config.scale))
+    policy = str((config.out / "runs" / cell.base).resolve())
+    return replace(cell, finetune=replace(cell.finetune, policy=policy, total_timesteps=timesteps))
+
+
+def _with_expert(collect: CollectConfig, config: StudyConfig) -> CollectConfig:
+    """Find an expert that the study trained, which is named by its file within the study's folder."""
+    trained = collect.expert.endswith(".zip")
+    return replace(collect, expert=str(config.out / collect.expert)) if trained else collect
 
 
 def _settings(cell: Cell) -> Any:
-    """What a cell's result depends on, as it reads in JSON; not where the data lie."""
+    """What a cell's result depends on, as it reads in JSON; not where data and policies lie."""
     data = to_json(cell)
     del data["pretrain"]["data"]
+    if data["finetune"] is not None:
+        del data["finetune"]["policy"]
     return json.loads(json.dumps(data))
 
 
@@ -208,7 +246,8 @@ def _require_same(cell: Cell, config: StudyConfig) -> None:
             raise CheckpointError(f"'{file}' is damaged: it has no settings. {REMEDY}")
     elif (run / RUN_FILE).exists():
         _, _, trained = RunFolder.open(run)
-        stored = ours | {"pretrain": {key: trained.get(key) for key in ours["pretrain"]}}
+        stage = "pretrain" if cell.finetune is None else "finetune"
+        stored = ours | {stage: {key: trained.get(key) for key in ours[stage]}}
     else:
         return
     differing = _differences(stored, ours)
@@ -292,7 +331,7 @@ def _follow_parent() -> None:
 def _run_cell(cell: Cell, config: StudyConfig) -> str | None:
     """Run a cell; return what went wrong, if anything did."""
     try:
-        with one_thread():
+        with nullcontext() if cell.finetune is not None and config.jobs == 1 else one_thread():
             _train_and_look(cell, config)
     except InterruptedRunError:
         raise
@@ -302,9 +341,8 @@ def _run_cell(cell: Cell, config: StudyConfig) -> str | None:
 
 
 def _train_and_look(cell: Cell, config: StudyConfig) -> None:
-    pretrain = cell.pretrain
     folder = policy_folder(config, cell)
-    run = runs.run_or_resume(pretrain, folder, progress_bar=False)
+    run = runs.run_or_resume(cell.training, folder, progress_bar=False)
     spec = resolve(cell.collect.env, cell.collect.options)
     looks = {}
     for look in cell.looks:
@@ -313,26 +351,33 @@ def _train_and_look(cell: Cell, config: StudyConfig) -> None:
             policy.set_n_action_steps(look.n_action_steps)
         if look.blind:
             _blindfold(policy)
-        seed = HELD_OUT + pretrain.seed
+        seed = HELD_OUT + cell.pretrain.seed
         result = evaluate(policy, spec, look.episodes, seed, inference=look.inference)
         if look.keep_paths:
             _save_paths(config, cell, look, record(policy, spec, look.episodes, seed, inference=look.inference))
-        assert result.success_rate is not None
-        looks[look.name] = vars(
-            Outcome(
-                cell.name,
-                look.name,
-                result.success_rate,
-                look.episodes,
-                result.policy_latency_ms_p50,
-                60 * runs.minutes_of(run),
-                sum(p.numel() for p in policy.parameters()),
-                made_with(config),
-            )
-        )
+        looks[look.name] = vars(_outcome(cell, look, config, run, policy, result))
     file = _result_file(config, cell)
     file.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(file, {"settings": _settings(cell), "looks": looks})
+
+
+def _outcome(
+    cell: Cell, look: Look, config: StudyConfig, run: RunFolder, policy: Policy, result: Evaluation
+) -> Outcome:
+    low, high = result.return_ci95 or (math.nan, math.nan)
+    return Outcome(
+        cell=cell.name,
+        look=look.name,
+        success=math.nan if result.success_rate is None else result.success_rate,
+        episodes=look.episodes,
+        latency_ms=result.policy_latency_ms_p50,
+        train_s=60 * runs.minutes_of(run),
+        parameters=sum(p.numel() for p in policy.parameters()),
+        made_with=made_with(config),
+        return_mean=result.return_mean,
+        return_error=(high - low) / (2 * Z95),
+        timesteps=runs.last_timesteps(run),
+    )
 
 
 def _blindfold(policy: Policy) -> None:

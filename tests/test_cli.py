@@ -145,7 +145,7 @@ ERRORS = {
         "decides at every step",
     ),
     "a network beyond all memory": (f"{PRETRAIN} mse --policy.hidden-size 40000000", "allocate", "smaller network"),
-    "not a diffusion policy to tune": (f"finetune gmm --env {PENDULUM} --out new", "gmm policy", "diffusion"),
+    "more than one step of a mixture": (f"finetune gmm --env {PENDULUM} --out new", "tuned_steps = 10", "must be 1"),
     "dpmsolver to tune": (
         f"{FINETUNE} --dppo.solver.solver dpmsolver++",
         "solver = 'dpmsolver++'",

@@ -442,8 +442,8 @@ def main(config: DPPOBenchmark) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"{config.repeats} repeats on {config.device}, {available_cores()} cores, torch {torch.__version__}; our updates in "
-        f"{config.precision}, all else in float32"
+        f"{config.repeats} repeats on {config.device}, {available_cores()} cores, torch {torch.__version__}; our "
+        f"updates in {config.precision}, all else in float32"
     )
     if config.json is not None:
         content = {"config": asdict(config), "figures": [asdict(figure) for figure in found]}

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dprl.agents import BCConfig, DPPOConfig
 from dprl.config import from_json, to_json
 from dprl.data import load_dataset, save_dataset
-from dprl.errors import CheckpointError, ConfigError, DatasetError, DprlError, EnvError
+from dprl.errors import ConfigError, DatasetError, DprlError, EnvError
 from dprl.experiments import plots, runs
 from dprl.experiments.runs import FLOW, CollectConfig, FinetuneConfig, PretrainConfig
 from dprl.log import read_metrics
@@ -164,12 +165,29 @@ def test_evaluations_beside_fine_tuning_change_nothing_else(data: Path, tmp_path
     assert evaluated[1] == evaluated[0]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "diffusion"])
-def test_only_a_diffusion_policy_is_fine_tuned(kind: str, data: Path, tmp_path: Path) -> None:
+DENSITIES = ("gaussian", "gmm", "lstm_gmm")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("diffusion", *DENSITIES)])
+def test_a_policy_without_a_density_is_not_fine_tuned(kind: str, data: Path, tmp_path: Path) -> None:
     run = runs.pretrain(config_of(kind, data, steps=1), tmp_path / "cloned", progress_bar=False)
-    with pytest.raises(CheckpointError, match=f"describes a {kind} policy, not one of type diffusion"):
+    with pytest.raises(ConfigError, match=r"must be a DiffusionPolicy, or a Gaussian or a mixture"):
         runs.finetune(FinetuneConfig(str(run.path), ENV, n_envs=2), tmp_path / "tuned", progress_bar=False)
     assert not (tmp_path / "tuned").exists()
+
+
+@pytest.mark.parametrize("kind", DENSITIES)
+def test_a_density_is_fine_tuned_as_one_step(kind: str, data: Path, tmp_path: Path) -> None:
+    run = runs.pretrain(config_of(kind, data, steps=1), tmp_path / "cloned", progress_bar=False)
+    config = FinetuneConfig(str(run.path), ENV, n_envs=2, total_timesteps=1, eval_every=0)
+    with pytest.raises(ConfigError, match=r"tuned_steps = 10: must be 1: a \w+ policy does not denoise"):
+        runs.finetune(config, tmp_path / "tuned", progress_bar=False)
+    assert not (tmp_path / "tuned").exists()
+    config = replace(config, dppo=DPPOConfig(tuned_steps=1, n_steps=4, n_epochs=1, batch_size=4))
+    runs.finetune(config, tmp_path / "tuned", progress_bar=False)
+    before, after = (Policy.from_pretrained(tmp_path / name) for name in ("cloned", "tuned"))
+    assert type(before) is type(after)
+    assert any(not torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True))
 
 
 def test_the_flow_of_the_command_line_is_one(data: Path, tmp_path: Path) -> None:

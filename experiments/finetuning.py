@@ -1,0 +1,152 @@
+"""Studies of fine-tuning: what DPPO makes of cloned policies, and plain PPO of Gaussian ones cloned from the same data.
+
+Every task has a size for two cores and, where arXiv:2409.00588 has it, the paper's (`--paper`). The demonstrations are
+of scripted experts or of policies that stable-baselines3 has trained, which a study does first where it needs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from dprl.agents import BCConfig, DPPOConfig
+from dprl.config import to_json
+from dprl.experiments import curves, runs
+from dprl.experiments.runs import CollectConfig, ExpertConfig, FinetuneConfig, PolicyChoice, PretrainConfig
+from dprl.experiments.studies import (
+    Cell,
+    Look,
+    Outcome,
+    StudyConfig,
+    grouped,
+    policy_folder,
+    require_ready,
+    run_cells,
+    tuned,
+    write_table,
+)
+from dprl.errors import check
+from dprl.networks import MLPConfig
+from dprl.policy import DiffusionConfig, GaussianConfig
+from dprl.schedules import Warmup
+
+DPPO, PPO = "DPPO", "Gaussian PPO"
+MEDIUM = "experts/{env}/medium.zip"
+"""Within a study's folder."""
+PAPER_STEPS = 1_000_000
+"""Environment steps of a D4RL data set."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """From demonstrations to a fine-tuned policy. Seeds and folders are filled in."""
+
+    collect: CollectConfig
+    pretrain: PretrainConfig
+    """Of a diffusion policy; the Gaussian one is cloned in as many steps."""
+    finetune: FinetuneConfig
+
+
+def metaworld(task: str, noise: float, total_timesteps: int) -> Recipe:
+    """Meta-World, from a scripted expert disturbed by `noise`."""
+    env = f"metaworld/{task}-v3"
+    return Recipe(
+        CollectConfig(env, noise=noise, episodes=100),
+        PretrainConfig("", DiffusionConfig(num_train_timesteps=10)),
+        FinetuneConfig("", env, total_timesteps, eval_every=10, eval_episodes=100),
+    )
+
+
+def gym(env: str, total_timesteps: int) -> Recipe:
+    """Gymnasium's MuJoCo, from a policy of a third of an expert's return."""
+    return Recipe(
+        CollectConfig(env, expert=MEDIUM.format(env=env), noise=0.1, transitions=200_000),
+        PretrainConfig("", DiffusionConfig(num_train_timesteps=10), steps=10_000),
+        FinetuneConfig("", env, total_timesteps, n_envs=32, eval_every=10, eval_episodes=100),
+    )
+
+
+def paper_gym(env: str) -> Recipe:
+    """The same at the paper's size: D4RL's amount of data, 72 million environment steps."""
+    network = DiffusionConfig(num_train_timesteps=20, denoiser=MLPConfig(hidden_size=512))
+    dppo = DPPOConfig(
+        tuned_steps=10, n_steps=500, n_epochs=5, batch_size=50_000, learning_rate=1e-4, lr_schedule=Warmup(10),
+        clip_range=0.01, clip_range_base=0.01, critic_activation="mish",
+    )  # fmt: skip
+    return Recipe(
+        CollectConfig(env, expert=MEDIUM.format(env=env), noise=0.1, transitions=PAPER_STEPS),
+        PretrainConfig("", network, steps=200 * PAPER_STEPS // 128, bc=BCConfig(batch_size=128)),
+        FinetuneConfig("", env, 900 * 40 * 500 * 4, n_envs=40, dppo=dppo, eval_every=10, eval_episodes=100),
+    )
+
+
+GYM = {"hopper": "Hopper-v5", "walker2d": "Walker2d-v5", "halfcheetah": "HalfCheetah-v5"}
+SMALL = {
+    "push": metaworld("push", 0.5, 500_000),
+    "pick-place": metaworld("pick-place", 0.5, 500_000),
+    **{name: gym(env, 1_000_000) for name, env in GYM.items()},
+}
+PAPER = {name: paper_gym(env) for name, env in GYM.items()}
+GROUPS = {"metaworld": ("push", "pick-place"), "gym": tuple(GYM), **{name: (name,) for name in SMALL}}
+
+
+def recipe_of(task: str, config: StudyConfig) -> Recipe:
+    """Return how `task` is done.
+
+    Raises:
+        ConfigError: the paper does not have it.
+    """
+    if not config.paper:
+        return SMALL[task]
+    check(task in PAPER, "paper", True, f"the paper has no '{task}'; it has {', '.join(PAPER)}")
+    return PAPER[task]
+
+
+def cells(tasks: Sequence[str], config: StudyConfig) -> list[Cell]:
+    """Cloning and fine-tuning, of both kinds of policy, on every task and seed."""
+    found = []
+    for seed in config.seeds:
+        for task in tasks:
+            recipe = recipe_of(task, config)
+            for name, cloned, finetune in ((DPPO, *_dppo(recipe)), (PPO, *_ppo(recipe))):
+                label = f"{task}.{name.lower().replace(' ', '-')}"
+                base = Cell(
+                    f"{label}.cloned.seed{seed}",
+                    replace(recipe.collect, seed=seed),
+                    replace(recipe.pretrain, policy=cloned, seed=seed),
+                    (Look("default", episodes=config.episodes),),
+                )
+                found += [base, tuned(base, f"{label}.tuned.seed{seed}", finetune)]
+    return found
+
+
+def _dppo(recipe: Recipe) -> tuple[PolicyChoice, FinetuneConfig]:
+    return recipe.pretrain.policy, recipe.finetune
+
+
+def _ppo(recipe: Recipe) -> tuple[PolicyChoice, FinetuneConfig]:
+    """A Gaussian policy of the same chunks and width: as many gradient steps, each on as many decisions."""
+    diffusion, dppo = recipe.pretrain.policy, recipe.finetune.dppo
+    assert isinstance(diffusion, DiffusionConfig)
+    assert isinstance(diffusion.denoiser, MLPConfig)
+    cloned = GaussianConfig(
+        horizon=diffusion.horizon, n_action_steps=diffusion.n_action_steps, hidden_size=diffusion.denoiser.hidden_size
+    )
+    alone = replace(dppo, tuned_steps=1, batch_size=max(1, dppo.batch_size // dppo.tuned_steps))
+    return cloned, replace(recipe.finetune, dppo=alone)
+
+
+def run(name: str, config: StudyConfig, *, progress_bar: bool = True) -> Path:
+    """Run the study of a group of tasks; write ``NAME.md``, ``.csv`` and ``.png`` and return the first."""
+    tasks = GROUPS[name]
+    todo = cells(tasks, config)
+    require_ready(config)
+    for env in dict.fromkeys(cell.collect.env for cell in todo if cell.collect.expert.endswith(".zip")):
+        train_expert(env, config, progress_bar=progress_bar)
+    outcomes = run_cells(todo, config, progress_bar=progress_bar)
+    by_group = grouped(outcomes, lambda o: o.cell.rsplit(".", 1)[0])
+    return by_group and Path()
