@@ -18,7 +18,7 @@ packages = [
 extras = {
     "envs": ["gymnasium[mujoco]>=1.0,<2", "mujoco>=3.3.0,<3.9", "metaworld>=3.1", "h5py>=3.10", "pillow>=10",
              'envpool>=1.2; sys_platform == "linux"'],
-    "plots": ["matplotlib>=3.8", "pillow>=10"],
+    "plots": ["matplotlib>=3.8", "pillow>=10", "scipy>=1.11"],
     "tensorboard": ["tensorboard>=2.16"],
     "pusht": ["gym-pusht>=0.1.8"],
     "ray": ["ray>=2.60,<2.61", "pyarrow<26"],

@@ -114,7 +114,7 @@ class DPPO(OnPolicyAgent):
                     if config.target_kl is not None and kl > config.target_kl:
                         break
         self.iteration += 1
-        return metrics | figures.metrics(self.name) | batch.episode_metrics()
+        return metrics | figures.metrics(self.name) | batch.episode_metrics() | {"time/inference_s": batch.inference_s}
 
     def _update_critic(self, targets: Targets, decisions: Tensor, pairs: Pairs, figures: UpdateFigures) -> None:
         """One gradient step. V(s) is of the state only, so each decision counts once, not once per denoising step."""
@@ -206,6 +206,7 @@ class DPPO(OnPolicyAgent):
         return targets, {
             "dppo/value_mean": float(value.mean()),
             "dppo/explained_variance": explained_variance(value, returns),
+            "dppo/entropy": -float(log_probs.mean()),  # of one number, estimated from what was drawn
             "dppo/reward_std": self._reward_scaler.std,
         }
 

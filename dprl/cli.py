@@ -20,7 +20,7 @@ from dprl.agents import BC, DPPO
 from dprl.config import to_json
 from dprl.diffusion.solvers import SolverName
 from dprl.doctor import examine
-from dprl.errors import DprlError, check
+from dprl.errors import DprlError, check, did_you_mean
 from dprl.experiments import demo as demo_module
 from dprl.experiments import runs
 from dprl.experiments.catalogue import CATALOGUE, STUDIES, find
@@ -73,9 +73,7 @@ def demo(
 
 @app.command
 def experiment(
-    name: tyro.conf.Positional[
-        Literal["multimodal", "imitation", "horizons", "solvers", "vision", "vision-metaworld", "score-field"]
-    ],
+    name: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="NAME")]],
     config: Annotated[StudyConfig, Flat],
     *,
     quiet: Quiet = False,
@@ -87,6 +85,8 @@ def experiment(
         config: How much of it.
         quiet: Show no progress bar.
     """
+    known = f"must be one of {', '.join(STUDIES)}.{did_you_mean(name, STUDIES)}"
+    check(name in STUDIES, "experiment", name, known)
     run, _ = STUDIES[name]
     table = load(run)(config, progress_bar=not quiet)
     print(f"\n{table.read_text(encoding='utf-8')}\nTable and figure are in {config.out}.")

@@ -68,6 +68,19 @@ STUDIES = {
         "dprl.experiments.vision:run_metaworld",
         "the same for Push through a rendered camera; slow without a GPU, see --scale",
     ),
+    "finetune-metaworld": (
+        "dprl.experiments.finetuning:on_metaworld",
+        "DPPO, and PPO of Gaussian policies, on Meta-World from noisy demonstrations",
+    ),
+    "finetune-gym": (
+        "dprl.experiments.finetuning:on_gym",
+        "the same on Hopper, Walker2d and HalfCheetah from a medium expert, whom stable-baselines3 trains first",
+    ),
+    **{
+        name: (f"dprl.experiments.finetuning:{name}", f"finetune-gym on {name} alone; --paper: the paper's size")
+        for name in ("hopper", "walker2d", "halfcheetah")
+    },
+    "ablations": ("dprl.experiments.ablations:run", "what each of DPPO's choices does, on one Meta-World task"),
     "score-field": ("dprl.experiments.score_field:run", "what a denoiser learns of a 2-D distribution, drawn"),
 }
 

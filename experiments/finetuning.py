@@ -6,6 +6,7 @@ of scripted experts or of policies that stable-baselines3 has trained, which a s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from dprl.agents import BCConfig, DPPOConfig
-from dprl.config import to_json
-from dprl.experiments import curves, runs
+from dprl.errors import check
+from dprl.experiments import plots, runs
 from dprl.experiments.runs import CollectConfig, ExpertConfig, FinetuneConfig, PolicyChoice, PretrainConfig
 from dprl.experiments.studies import (
     Cell,
@@ -23,18 +24,20 @@ from dprl.experiments.studies import (
     Outcome,
     StudyConfig,
     grouped,
-    policy_folder,
+    mean_interval,
     require_ready,
     run_cells,
+    shown,
     tuned,
     write_table,
 )
-from dprl.errors import check
 from dprl.networks import MLPConfig
 from dprl.policy import DiffusionConfig, GaussianConfig
+from dprl.rollout.evaluation import Z95
 from dprl.schedules import Warmup
 
-DPPO, PPO = "DPPO", "Gaussian PPO"
+DPPO, PPO = "dppo", "ppo"
+NAMES = {DPPO: "DPPO", PPO: "PPO, Gaussian"}
 MEDIUM = "experts/{env}/medium.zip"
 """Within a study's folder."""
 PAPER_STEPS = 1_000_000
@@ -91,7 +94,11 @@ SMALL = {
     **{name: gym(env, 1_000_000) for name, env in GYM.items()},
 }
 PAPER = {name: paper_gym(env) for name, env in GYM.items()}
-GROUPS = {"metaworld": ("push", "pick-place"), "gym": tuple(GYM), **{name: (name,) for name in SMALL}}
+GROUPS = {
+    "finetune-metaworld": ("push", "pick-place"),
+    "finetune-gym": tuple(GYM),
+    **{name: (name,) for name in GYM},
+}
 
 
 def recipe_of(task: str, config: StudyConfig) -> Recipe:
@@ -113,14 +120,13 @@ def cells(tasks: Sequence[str], config: StudyConfig) -> list[Cell]:
         for task in tasks:
             recipe = recipe_of(task, config)
             for name, cloned, finetune in ((DPPO, *_dppo(recipe)), (PPO, *_ppo(recipe))):
-                label = f"{task}.{name.lower().replace(' ', '-')}"
                 base = Cell(
-                    f"{label}.cloned.seed{seed}",
+                    f"{task}.{name}.cloned.seed{seed}",
                     replace(recipe.collect, seed=seed),
                     replace(recipe.pretrain, policy=cloned, seed=seed),
                     (Look("default", episodes=config.episodes),),
                 )
-                found += [base, tuned(base, f"{label}.tuned.seed{seed}", finetune)]
+                found += [base, tuned(base, f"{task}.{name}.tuned.seed{seed}", finetune)]
     return found
 
 
@@ -145,8 +151,86 @@ def run(name: str, config: StudyConfig, *, progress_bar: bool = True) -> Path:
     tasks = GROUPS[name]
     todo = cells(tasks, config)
     require_ready(config)
-    for env in dict.fromkeys(cell.collect.env for cell in todo if cell.collect.expert.endswith(".zip")):
+    experts = [
         train_expert(env, config, progress_bar=progress_bar)
+        for env in dict.fromkeys(cell.collect.env for cell in todo if cell.collect.expert.endswith(".zip"))
+    ]
     outcomes = run_cells(todo, config, progress_bar=progress_bar)
-    by_group = grouped(outcomes, lambda o: o.cell.rsplit(".", 1)[0])
-    return by_group and Path()
+    cloned, fine_tuned = ([o for o in outcomes if stage in o.cell.split(".")] for stage in ("cloned", "tuned"))
+    rows, panels = [], dict[str, dict[str, list[Path]]]()
+    for (label, before), after in zip(
+        grouped(cloned, label_of).items(), grouped(fine_tuned, label_of).values(), strict=True
+    ):
+        task, policy = label.split(".")
+        rows.append(
+            [
+                task,
+                NAMES[policy],
+                score(before),
+                score(after),
+                f"{mean_score(after) / mean_score(before):.2f}" if mean_score(before) else "",
+                ", ".join(f"{score_of(o):{'.2f' if has_success(o) else ',.0f'}}" for o in after),
+                f"{np.mean([o.timesteps for o in after]):,.0f}",
+                f"{np.mean([o.train_s for o in after]) / 60:.1f}",
+            ]
+        )
+        folders = [config.out / "runs" / o.cell for o in after]
+        panels.setdefault(task, {})[NAMES[policy]] = folders
+    plots.over_seeds(panels, config.out / f"{name}.png")
+    columns = ["task", "method", "cloned", "fine-tuned", "ratio", "each seed", "environment steps", "minutes"]
+    return write_table(config, name, "Fine-tuning", columns, rows, [*experts, _setting(config)], outcomes)
+
+
+def train_expert(env: str, config: StudyConfig, *, progress_bar: bool = True) -> str:
+    """Train what demonstrates `env`, or go on with it; return how it did, in words."""
+    minutes = ExpertConfig.minutes * min(config.scale, 1.0)
+    folder = config.out / Path(MEDIUM.format(env=env)).parent
+    expert, medium = runs.train_expert(ExpertConfig(env, minutes), folder, progress_bar=progress_bar)
+    return (
+        f"The expert of {env}, the best policy of {minutes:g} minutes of PPO (stable-baselines3), has a return of "
+        f"{expert.return_mean:,.0f} after {expert.timesteps:,} steps; the `medium` one that demonstrates, "
+        f"{medium.return_mean:,.0f} after {medium.timesteps:,}."
+    )
+
+
+def label_of(outcome: Outcome) -> str:
+    """``hopper.dppo`` of the cell ``hopper.dppo.tuned.seed0``."""
+    return ".".join(outcome.cell.split(".")[:2])
+
+
+def has_success(outcome: Outcome) -> bool:
+    """Whether its environment reports success."""
+    return not math.isnan(outcome.success)
+
+
+def score_of(outcome: Outcome) -> float:
+    """Success where there is one, else return."""
+    return outcome.success if has_success(outcome) else outcome.return_mean
+
+
+def mean_score(outcomes: Sequence[Outcome]) -> float:
+    """Over seeds."""
+    return float(np.mean([score_of(o) for o in outcomes]))
+
+
+def score(outcomes: Sequence[Outcome]) -> str:
+    """Mean over seeds, with the 95 % interval of all their episodes together."""
+    if has_success(outcomes[0]):
+        return shown(*mean_interval([o.success for o in outcomes], outcomes[0].episodes))
+    mean = mean_score(outcomes)
+    half = Z95 * math.hypot(*(o.return_error for o in outcomes)) / len(outcomes)
+    return f"{mean:,.0f} ({mean - half:,.0f} to {mean + half:,.0f})"
+
+
+def _setting(config: StudyConfig) -> str:
+    return (
+        f"Seeds {', '.join(map(str, config.seeds))}, of demonstrations, cloning and fine-tuning; {config.episodes} "
+        "held-out episodes a policy, which is the best of the evaluations during its fine-tuning, 100 episodes each "
+        "from other starts: the points of the curves, where bands are Student's 95 % intervals of the mean over seeds. "
+        "Gaussian policies are cloned from the same demonstrations in as many gradient steps and fine-tuned with as "
+        "many environment and gradient steps; minutes are of the fine-tuning, its evaluations included."
+    )
+
+
+on_metaworld, on_gym = partial(run, "finetune-metaworld"), partial(run, "finetune-gym")
+hopper, walker2d, halfcheetah = (partial(run, name) for name in GYM)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dprl.envs import metaworld
 from dprl.errors import MissingDependencyError
@@ -17,11 +20,12 @@ if TYPE_CHECKING:
     from dprl.experiments.video import Episode
 
 
+SUCCESS, RETURN = "eval/success_rate", "eval/return_mean"
 # What `training_curves` draws: one plot each, with its counterpart of the evaluations.
 CURVES = {
-    "bc/loss": "eval/success_rate",
-    "rollout/success_rate": "eval/success_rate",
-    "rollout/return_mean": "eval/return_mean",
+    "bc/loss": SUCCESS,
+    "rollout/success_rate": SUCCESS,
+    "rollout/return_mean": RETURN,
 }
 
 
@@ -100,6 +104,54 @@ def learning_curve(run: Path, file: Path, *, before: Evaluation, after: Evaluati
     axes[1].legend(fontsize=8, loc="lower right")
     figure.suptitle(f"{after.env}: {before.success_rate:.2f} before, {after.success_rate:.2f} after", fontsize=11)
     figure.savefig(file, dpi=120)
+
+
+def over_seeds(panels: Mapping[str, Mapping[str, Sequence[Path]]], file: Path, *, n_columns: int | None = None) -> None:
+    """Draw the evaluations of runs against environment steps: the mean over seeds, its 95 % interval, every seed thin.
+
+    Args:
+        panels: title -> what is compared in it -> the runs of its seeds.
+        file: the PNG to write.
+        n_columns: panels side by side. Default: all.
+    """
+    n_columns = n_columns or len(panels)
+    n_rows = math.ceil(len(panels) / n_columns)
+    figure = new_figure(figsize=(4.2 * n_columns, 3.4 * n_rows))
+    axes = figure.subplots(n_rows, n_columns, squeeze=False).flat
+    for axis, (title, compared) in zip(axes, panels.items(), strict=False):
+        for i, (name, folders) in enumerate(compared.items()):
+            steps, scores, metric = _evaluations(folders)
+            axis.plot(steps.T, scores.T, color=f"C{i}", lw=0.6, alpha=0.5)
+            axis.plot(steps.mean(0), scores.mean(0), "o-", color=f"C{i}", ms=3, label=name)
+            if len(folders) > 1:
+                low, high = mean_ci95(scores)
+                bounds = (0, 1) if metric == SUCCESS else (-np.inf, np.inf)
+                axis.fill_between(steps.mean(0), *np.clip((low, high), *bounds), color=f"C{i}", alpha=0.15, lw=0)
+            axis.set_ylabel(metric.removeprefix("eval/").replace("_", " "))
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("environment steps")
+        axis.locator_params(axis="x", nbins=5)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
+def mean_ci95(scores: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Student's 95 % interval of the mean over seeds: (seeds, points) -> (2, points)."""
+    from scipy.stats import t
+
+    n = len(scores)
+    half = t.ppf(0.975, n - 1) * scores.std(0, ddof=1) / np.sqrt(n)
+    return np.stack([scores.mean(0) - half, scores.mean(0) + half])
+
+
+def _evaluations(folders: Sequence[Path]) -> tuple[npt.NDArray[Any], npt.NDArray[Any], str]:
+    """Timesteps and scores (runs, points) of the evaluations that all runs have, and what they are."""
+    rows = [{row["iteration"]: row for row in read_metrics(folder) if RETURN in row} for folder in folders]
+    common = sorted(set.intersection(*(set(own) for own in rows)))
+    metric = SUCCESS if all(SUCCESS in row for own in rows for row in own.values()) else RETURN
+    steps, scores = ([[own[i][key] for i in common] for own in rows] for key in ("timesteps", metric))
+    return np.array(steps), np.array(scores), metric
 
 
 def trajectories(episodes: dict[str, list[Episode]], file: Path) -> None:

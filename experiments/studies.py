@@ -110,6 +110,8 @@ class StudyConfig:
     """Held-out episodes of each evaluation."""
     scale: float = 1.0
     """Multiplies gradient and environment steps; 0.01 shows that all runs."""
+    paper: bool = False
+    """Where a study has it, the paper's size, for machines with many cores or a GPU."""
     jobs: int = 1
     """Cells at a time, each on a thread of its own; a fine-tuning that is alone has every core."""
 
@@ -445,6 +447,7 @@ def provenance(name: str, config: StudyConfig, outcomes: Sequence[Outcome] = ())
     """Return which command made a table, on what: of outcomes, what each was made with."""
     command = f"dprl experiment {name} --seeds {' '.join(map(str, config.seeds))}"
     command += f" --episodes {config.episodes}" if outcomes else ""
+    command += " --paper" if config.paper else ""
     command += "" if config.scale == 1 else f" --scale {config.scale:g}"
     command += " --out FOLDER"
     if not outcomes:

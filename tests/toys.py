@@ -1,5 +1,6 @@
 """Small worlds whose answers are known."""
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,12 @@ from dprl.data import Episodes
 from dprl.envs.chunked import ChunkedEnv, SimulatorStep
 from dprl.networks import MLPConfig
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
+from dprl.rollout import Rollout
 from dprl.seeding import numpy_generator
 from dprl.spec import EnvSpec, FloatArray, IntArray, build, env_seeds
 
+ARRAYS = [field for field in fields(Rollout) if field.compare]
+"""What rollouts are compared by: all but how long they took."""
 SPEED = 0.1
 TOLERANCE = 0.05
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -101,18 +102,18 @@ class Collector:
         """Decide what the latest observations call for."""
         observation = self.observation
         noise = self._noise.draw(actor.noise_shape, self.indices, self._episodes, self._steps)
+        start = time.perf_counter()
         with one_thread():
             # in memory of their own: strides and neighbours decide which of torch's kernels, and so how it rounds
             chains = [
                 actor.sample(to_tensors(take(observation, rows)), noise=torch.from_numpy(noise[:, rows].copy()))
                 for rows in self._slices
             ]
-        return Decision(
-            observation,
-            torch.cat([chain.steps for chain in chains]).cpu().numpy(),
-            torch.cat([chain.log_probs for chain in chains]).cpu().numpy(),
-            torch.cat([chain.actions for chain in chains])[:, : actor.n_action_steps].cpu().numpy(),
+        steps, log_probs, actions = (
+            torch.cat([getattr(chain, name) for chain in chains]).cpu().numpy()
+            for name in ("steps", "log_probs", "actions")
         )
+        return Decision(observation, steps, log_probs, actions[:, : actor.n_action_steps], time.perf_counter() - start)
 
     def collect(self, actor: Actor, n_steps: int) -> Rollout:
         """See `RolloutPool.collect`."""
@@ -163,6 +164,8 @@ class Decision(NamedTuple):
     """(N, K', H, A)."""
     actions: FloatArray
     """(N, E, A), to be executed."""
+    seconds: float
+    """How long it took."""
 
 
 class Record:
@@ -197,6 +200,7 @@ class Record:
             episode_returns=np.stack([s.episode_return for s in steps]),
             episode_lengths=np.stack([s.episode_length for s in steps]),
             environments=self._environments,
+            inference_s=sum(d.seconds for d in decisions),
         )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
@@ -79,6 +79,8 @@ class Rollout:
     """Environment steps of the episode up to and including the decision."""
     environments: IntArray
     """(N,) their indices; fewer than the pool has, where a worker was lost whose episodes cannot be replayed."""
+    inference_s: float = field(default=0.0, compare=False)
+    """Seconds in which the policy was asked, not the environments; of several workers the longest."""
 
     @property
     def ended(self) -> BoolArray:
@@ -106,7 +108,8 @@ class Rollout:
             axis = 0 if name == "environments" else 1
             return map_parts(lambda *arrays: np.concatenate(arrays, axis=axis), *(getattr(p, name) for p in parts))
 
-        return Rollout(**{f.name: join(f.name) for f in fields(Rollout)})
+        arrays = {f.name: join(f.name) for f in fields(Rollout) if f.compare}
+        return Rollout(**arrays, inference_s=max(part.inference_s for part in parts))
 
 
 class RolloutPool(ABC):

@@ -157,10 +157,15 @@ def _iterate(agent: Agent[Any]) -> dict[str, float]:
             raise DprlError(
                 f"{name} = {value} at timestep {agent.timesteps}: training diverged; lower the learning rate"
             )
+    collect_s, total_s = collected - start, end - start
+    inference_s = metrics.get("time/inference_s", 0.0)
     return metrics | {
-        "time/collect_s": collected - start,
+        "time/collect_s": collect_s,
         "time/update_s": end - collected,
-        "time/timesteps_per_s": (agent.timesteps - before) / (end - start),
+        "time/timesteps_per_s": (agent.timesteps - before) / total_s,
+        "time/rollout_share": (collect_s - inference_s) / total_s,
+        "time/inference_share": inference_s / total_s,
+        "time/update_share": (end - collected) / total_s,
     }
 
 

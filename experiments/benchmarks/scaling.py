@@ -314,7 +314,7 @@ def _median(call: Callable[[], Any], repeats: int) -> float:
 def _bytes(reply: Reply) -> int:
     sizes: list[int] = []
     for value in (*vars(reply.result).values(), *vars(_state(reply)).values()):
-        map_parts(lambda array: sizes.append(array.nbytes), value)
+        map_parts(lambda array: sizes.append(np.asarray(array).nbytes), value)
     return sum(sizes)
 
 

@@ -92,7 +92,8 @@ def test_every_episode_that_ends_counts_whenever_it_began() -> None:
     assert metrics["rollout/episodes"] == ended.sum()
     first_ends = [int(np.flatnonzero(ended[:, i])[0]) for i in range(4)]
     later = Rollout(**{
-        name: array if name == "environments" else array[min(first_ends) :] for name, array in vars(rollout).items()
+        name: array if name in ("environments", "inference_s") else array[min(first_ends) :]
+        for name, array in vars(rollout).items()
     })  # fmt: skip
     assert later.episode_metrics()["rollout/episodes"] == ended[min(first_ends) :].sum() == ended.sum()
     lengths = rollout.episode_lengths[ended]

@@ -23,7 +23,7 @@ from dprl.rollout import InProcessPool, Rollout, as_pool, evaluate
 from dprl.seeding import numpy_generator
 from dprl.spec import EnvOptions, EnvSpec, EnvState, build, env_seeds, resolve
 from tests.rollout.faulty import FAULTS, Fault, faulty_spec, plant
-from tests.toys import toy_policy
+from tests.toys import ARRAYS, toy_policy
 
 N_ENVS, SLICE, SEED, DECISIONS = 8, 2, 5, 12
 SEEDS = env_seeds(SEED, N_ENVS)
@@ -77,7 +77,7 @@ def random_fault(kind: str, rollouts: list[Rollout], number: int, times: int = 1
 
 def assert_same(rollouts: list[Rollout], expected: list[Rollout]) -> None:
     for rollout, undisturbed in zip(rollouts, expected, strict=True):
-        for field in fields(Rollout):
+        for field in ARRAYS:
             np.testing.assert_array_equal(getattr(rollout, field.name), getattr(undisturbed, field.name), field.name)
 
 
@@ -132,7 +132,7 @@ def test_too_many_failures_stop_with_all_that_is_known(make, cluster, actor, und
 
 
 def first_decisions(rollout: Rollout, n: int) -> Rollout:
-    whole = {field.name: getattr(rollout, field.name) for field in fields(Rollout)}
+    whole = {field.name: getattr(rollout, field.name) for field in ARRAYS}
     return Rollout(**{name: array if name == "environments" else array[:n] for name, array in whole.items()})
 
 

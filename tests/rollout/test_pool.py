@@ -25,7 +25,7 @@ from dprl.rollout.collector import Share
 from dprl.rollout.pool import checked_slice_size
 from dprl.seeding import EpisodeNoise
 from dprl.spec import ChunkStep, EnvOptions, EnvSpec, EnvState, FloatArray, build, env_seeds, resolve, with_n_obs_steps
-from tests.toys import reach_spec
+from tests.toys import ARRAYS, reach_spec
 
 pytest.importorskip("envpool")
 
@@ -103,7 +103,7 @@ def on_ray(ray, spec, actor) -> Callable[[int], Collected]:
 
 
 def assert_same(one: Rollout, other: Rollout) -> None:
-    for field in fields(Rollout):
+    for field in ARRAYS:
         map_parts(np.testing.assert_array_equal, getattr(one, field.name), getattr(other, field.name))
 
 
@@ -114,7 +114,7 @@ def assert_same_state(one: EnvState, other: EnvState) -> None:
 
 def test_shapes(reference, spec):
     rollout, rows = reference.first, (DECISIONS, N_ENVS)
-    shapes = {field.name: getattr(rollout, field.name).shape for field in fields(Rollout)}
+    shapes = {field.name: getattr(rollout, field.name).shape for field in ARRAYS}
     assert shapes.pop("observations") == (*rows, 2, spec.observation_size)
     assert shapes.pop("final_observations") == (*rows, 2, spec.observation_size)
     assert shapes.pop("log_probs") == (*rows, TUNED, HORIZON, spec.action_size)
@@ -385,7 +385,7 @@ def test_ray_gives_the_same_rollouts(reference, on_ray, num_workers):
 
 def test_rollouts_from_ray_may_be_changed_like_those_in_process(reference, on_ray):
     for collected in (reference, on_ray(1), on_ray(4)):
-        frozen = [f.name for f in fields(Rollout) if not getattr(collected.first, f.name).flags.writeable]
+        frozen = [f.name for f in ARRAYS if not getattr(collected.first, f.name).flags.writeable]
         assert frozen == []
 
 
