@@ -113,7 +113,7 @@ def recipe_of(task: str, config: StudyConfig) -> Recipe:
     return PAPER[task]
 
 
-def cells(tasks: Sequence[str], config: StudyConfig) -> list[Cell]:
+def cells_of(tasks: Sequence[str], config: StudyConfig) -> list[Cell]:
     """Cloning and fine-tuning, of both kinds of policy, on every task and seed."""
     found = []
     for seed in config.seeds:
@@ -149,7 +149,7 @@ def _ppo(recipe: Recipe) -> tuple[PolicyChoice, FinetuneConfig]:
 def run(name: str, config: StudyConfig, *, progress_bar: bool = True) -> Path:
     """Run the study of a group of tasks; write ``NAME.md``, ``.csv`` and ``.png`` and return the first."""
     tasks = GROUPS[name]
-    todo = cells(tasks, config)
+    todo = cells_of(tasks, config)
     require_ready(config)
     experts = [
         train_expert(env, config, progress_bar=progress_bar)

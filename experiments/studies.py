@@ -41,6 +41,7 @@ from dprl.config import to_json
 from dprl.errors import CheckpointError, DprlError, check
 from dprl.experiments import plots, runs
 from dprl.experiments.runs import CollectConfig, FinetuneConfig, PretrainConfig
+from dprl.log import read_metrics
 from dprl.policy import InferenceConfig, Policy
 from dprl.rollout import Evaluation, evaluate
 from dprl.rollout.collector import one_thread
@@ -143,7 +144,7 @@ class Outcome:
     return_error: float = math.nan
     """Its standard error over the episodes."""
     timesteps: int = 0
-    """Environment steps of a fine-tuning, gradient steps of a pretraining."""
+    """Environment steps of a fine-tuning, gradient steps of a pretraining; 0 where its log was lost."""
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -367,6 +368,7 @@ def _outcome(
     cell: Cell, look: Look, config: StudyConfig, run: RunFolder, policy: Policy, result: Evaluation
 ) -> Outcome:
     low, high = result.return_ci95 or (math.nan, math.nan)
+    rows = read_metrics(run.path)
     return Outcome(
         cell=cell.name,
         look=look.name,
@@ -378,7 +380,7 @@ def _outcome(
         made_with=made_with(config),
         return_mean=result.return_mean,
         return_error=(high - low) / (2 * Z95),
-        timesteps=runs.last_timesteps(run),
+        timesteps=int(rows[-1]["timesteps"]) if rows else 0,
     )
 
 

@@ -92,7 +92,7 @@ def test_fine_tuning_scales_with_the_study(tmp_path: Path) -> None:
 
 
 def of_group(name: str, *, paper: bool = False) -> list[Cell]:
-    return finetuning.cells(finetuning.GROUPS[name], StudyConfig(Path("unused"), seeds=(0, 1), paper=paper))
+    return finetuning.cells_of(finetuning.GROUPS[name], StudyConfig(Path("unused"), seeds=(0, 1), paper=paper))
 
 
 GROUPS = [*((name, False) for name in finetuning.GROUPS), *((name, True) for name in finetuning.PAPER)]
@@ -172,7 +172,7 @@ def test_a_group_writes_table_and_curves(name: str, tmp_path: Path, monkeypatch:
     config = StudyConfig(tmp_path, seeds=(0, 1))
     studies.require_ready(config)
     is_gym = name != "finetune-metaworld"
-    invented = invent(finetuning.cells(finetuning.GROUPS[name], config), tmp_path, success=not is_gym)
+    invented = invent(finetuning.cells_of(finetuning.GROUPS[name], config), tmp_path, success=not is_gym)
     trained = []
 
     def train_expert(expert: runs.ExpertConfig, out: Path, *, progress_bar: bool) -> tuple[Seen, Seen]:
