@@ -14,11 +14,13 @@ from dprl.agents.objective import chunk_log_prob, clip_ranges, normalized_advant
 from dprl.agents.targets import Pairs, Targets
 from dprl.diffusion import SolverConfig
 from dprl.errors import ConfigError, EnvError
+from dprl.log import read_metrics
 from dprl.mdp import DenoisingMDP, ExplorationConfig
 from dprl.networks import MLPConfig, TransformerConfig, UNetConfig
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Features, MSEPolicy
 from dprl.rollout import InProcessPool
 from dprl.spec import EnvOptions
+from dprl.training import LoopConfig, RunFolder, train
 from dprl.training.figures import UpdateFigures
 from tests.mdp.test_denoising import record_timesteps
 from tests.toys import PaysForEver, make_toy, reach_spec, toy_policy
@@ -297,3 +299,19 @@ def test_another_history_than_the_policys_is_refused() -> None:
 def test_small_minibatches_stay_finite(batch_size: int) -> None:
     config = replace(SMALL, tuned_steps=1, batch_size=batch_size)
     assert math.isfinite(agent(config).update(agent(config).collect())["dppo/policy_loss"])
+
+
+def test_shares_of_time_are_logged(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", "finetune", {})
+    train(agent(), LoopConfig(1), run=run, progress_bar=False)
+    last = read_metrics(run.path)[-1]
+    shares = [last[f"time/{part}_share"] for part in ("rollout", "inference", "update")]
+    assert sum(shares) == pytest.approx(1)
+    assert min(shares) > 0
+
+
+def test_the_entropy_is_that_of_the_steps_gaussians() -> None:
+    dppo = agent(replace(SMALL, n_steps=200, n_epochs=1))
+    metrics = dppo.update(dppo.collect())
+    expected = float(dppo.mdp.noise.density_std.log().mean()) + 0.5 * math.log(2 * math.pi * math.e)
+    assert metrics["dppo/entropy"] == pytest.approx(expected, abs=0.02)

@@ -1,6 +1,6 @@
 """What went wrong in earlier code of DPPO, and must not here. What other files test is not repeated:
 
-truncation, the reward scale and its variance (tests/test_returns.py, test_dppo.py), one tuned step and all of them
+traces across resets, the reward scale and its variance (tests/test_returns.py), one tuned step and all of them
 (test_dppo.py, tests/mdp), the density that is sampled (tests/mdp), learning rates that climb (tests/test_schedules.py),
 evaluations that disturb training and runs that cannot go on (tests/training/test_resume.py).
 """
@@ -63,6 +63,19 @@ def test_what_belongs_to_denoising_steps_is_looked_up_on_the_learners_device() -
         assert table.shape == (3,)
         assert table.device == dppo.policy.device
     assert dppo._discounts.tolist() == pytest.approx([1, 0.99, 0.99**2])
+
+
+def test_an_episode_that_was_cut_is_worth_what_its_own_last_observation_is() -> None:
+    dppo = agent(n_steps=60, gae_lambda=0.0, normalize_returns=False)
+    rollout = dppo.collect()
+    cut = rollout.truncated[:-1]
+    assert cut.any()
+    assert (rollout.final_observations[:-1][cut] != rollout.observations[1:][cut]).any(), "the next episode's differs"
+    led_to = torch.as_tensor(rollout.final_observations).flatten(0, 1)
+    with torch.no_grad():
+        expected = rollout.rewards + 0.99 * dppo.critic(led_to).view(60, 4).numpy() * ~rollout.terminated
+    targets, _ = dppo._prepare(rollout)
+    np.testing.assert_allclose(targets.returns.view(60, 4), expected, atol=1e-6)
 
 
 def test_a_critic_of_state_and_action_is_as_residual_as_that_of_the_state() -> None:

@@ -49,6 +49,17 @@ def test_episodes_are_consistent():
     assert episodes.seeds.tolist() == env_seeds(1, 3, purpose="demonstrations")
 
 
+@pytest.mark.parametrize(("transitions", "episodes"), [(1, 1), (24, 3), (25, 4), (165, 21)])
+def test_transitions_are_played_in_whole_episodes_that_are_the_same(transitions: int, episodes: int):
+    spec = resolve(REACH, EnvOptions(max_episode_steps=8, reward="dense"))
+    data = collect_episodes(spec, make_expert("scripted", REACH), 0.5, 1, 1, transitions=transitions)
+    assert data.n_episodes == episodes
+    assert data.ends[-1] >= transitions > data.ends[-1] - 8
+    assert data.seeds.tolist() == env_seeds(1, episodes, purpose="demonstrations")
+    few = play(min(episodes, 3))
+    assert_prefix(few, data)
+
+
 def test_episodes_are_what_the_environment_does():
     episodes = play(2)
     env = build(resolve(REACH, EnvOptions(max_episode_steps=8, reward="dense")), episodes.seeds.tolist())
