@@ -286,6 +286,14 @@ def test_chunks_for_another_number_of_environments_are_refused(spec, chunks):
         pool.step_chunk(chunks[0])  # and nothing has happened
 
 
+def test_an_evaluation_leaves_the_environments_where_they_are(reference, spec, actor):
+    with in_process(spec) as pool:
+        assert_same(pool.collect(actor, DECISIONS), reference.first)
+        pool.evaluate(actor.policy, 3, 11)
+        assert_same_state(pool.state(), reference.state)
+        assert_same(pool.collect(actor, DECISIONS), reference.second)
+
+
 @pytest.mark.parametrize("episodes", [3, pytest.param(60, marks=pytest.mark.full)])
 def test_ray_evaluates_as_one_process_does(episodes, ray, spec, actor):
     """Whatever the number of workers, and without touching the pool's own environments."""
