@@ -25,6 +25,7 @@ from dprl.agents.objective import chunk_log_prob, clip_ranges, normalized_advant
 from dprl.agents.on_policy import OnPolicyAgent
 from dprl.agents.restraint import Restraint
 from dprl.agents.targets import Pairs, Targets, epoch
+from dprl.cores import at_most_threads, available_cores
 from dprl.errors import check
 from dprl.observations import Observation, TensorObservation, batch_size, map_parts, take
 from dprl.policy import Policy
@@ -105,7 +106,7 @@ class DPPO(OnPolicyAgent):
         actor_learns = self.iteration >= config.critic_warmup
         self._value_learner.set_rate(config.lr_schedule.at(self.iteration))
         self._actor_learner.set_rate(config.lr_schedule.at(max(0, self.iteration - config.critic_warmup)))
-        with multiplying(config.precision):
+        with multiplying(config.precision), at_most_threads(available_cores()):
             for decisions, pairs in self._minibatches(len(targets.returns)):
                 self._update_critic(targets, decisions, pairs, figures)
                 figures.gradient_steps += 1

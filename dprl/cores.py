@@ -1,11 +1,14 @@
-"""How many cores there are to use."""
+"""How many cores there are to use, and how many threads use them."""
 
 from __future__ import annotations
 
 import math
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+
+import torch
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -14,6 +17,22 @@ def available_cores() -> int:
     """Return those of this process's affinity, and of a container no more than its quota: a node may have many more."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(cores, _quota())))
+
+
+@contextmanager
+def at_most_threads(n: int) -> Iterator[None]:
+    """Let torch compute on at most `n` threads, and on no more than it was to use anyway."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(n, threads))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def one_thread() -> AbstractContextManager[None]:
+    """Run torch on one thread: small batches are faster so, and the result does not depend on the machine's cores."""
+    return at_most_threads(1)
 
 
 def _quota() -> float:

@@ -38,13 +38,13 @@ import torch
 import dprl
 from dprl import checkpoint
 from dprl.config import to_json
+from dprl.cores import one_thread
 from dprl.errors import CheckpointError, DprlError, check
 from dprl.experiments import plots, runs
 from dprl.experiments.runs import CollectConfig, FinetuneConfig, PretrainConfig
 from dprl.log import read_metrics
 from dprl.policy import InferenceConfig, Policy
 from dprl.rollout import Evaluation, evaluate
-from dprl.rollout.collector import one_thread
 from dprl.rollout.evaluation import Z95, record, wilson
 from dprl.rollout.recording import Trajectory
 from dprl.spec import resolve

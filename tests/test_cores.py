@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 from dprl import cores
 
@@ -27,3 +28,18 @@ def test_a_containers_quota_counts(files, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(cores, "CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     assert cores.available_cores() == expected
+
+
+def test_threads_are_never_more_than_allowed_and_are_given_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for asked, used in ((2, 2), (3, 3), (8, 3)):
+            with cores.at_most_threads(asked):
+                assert torch.get_num_threads() == used
+                with cores.one_thread():
+                    assert torch.get_num_threads() == 1
+                assert torch.get_num_threads() == used
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

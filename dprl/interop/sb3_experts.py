@@ -21,10 +21,10 @@ import numpy.typing as npt
 from torch import nn
 
 from dprl import checkpoint
+from dprl.cores import one_thread
 from dprl.errors import EnvError, MissingDependencyError
 from dprl.experiments.runs import ExpertConfig, Seen
 from dprl.interop.sb3 import ChunkedVecEnv
-from dprl.rollout.collector import one_thread
 from dprl.seeding import derive_seed
 from dprl.spec import EnvSpec, FloatArray, build, env_seeds, resolve
 from dprl.training.progress import ProgressBar

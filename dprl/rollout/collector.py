@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from dprl.cores import one_thread
 from dprl.errors import EnvActionError, EnvError, LocatedEnvError, check, check_count
 from dprl.observations import Observation, map_parts, take, to_tensors
 from dprl.rollout.pool import Actor, Rollout
@@ -202,14 +203,3 @@ class Record:
             environments=self._environments,
             inference_s=sum(d.seconds for d in decisions),
         )
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch on one thread: small batches are faster so, and the result does not depend on the machine's cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from dprl.cores import one_thread
 from dprl.errors import EnvFaultError, LocatedEnvError, check, check_count
 from dprl.observations import put, take, to_tensors
 from dprl.policy import InferenceConfig, Policy, RecedingHorizon
-from dprl.rollout.collector import one_thread
 from dprl.rollout.pool import MAX_SLICE, checked_slice_size, require_fit
 from dprl.rollout.recording import Recorder, Trajectory
 from dprl.seeding import torch_generator

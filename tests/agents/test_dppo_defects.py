@@ -16,6 +16,7 @@ from dprl.agents import DPPO, DPPOConfig
 from dprl.errors import ConfigError
 from dprl.mdp import ExplorationConfig
 from dprl.networks.mlp import ResidualBlock
+from dprl.returns import RunningReturnStd
 from dprl.rollout import Rollout
 from tests.toys import make_toy, reach_spec, toy_policy
 
@@ -63,6 +64,17 @@ def test_what_belongs_to_denoising_steps_is_looked_up_on_the_learners_device() -
         assert table.shape == (3,)
         assert table.device == dppo.policy.device
     assert dppo._discounts.tolist() == pytest.approx([1, 0.99, 0.99**2])
+
+
+@pytest.mark.parametrize(("gamma", "per", "discount"), [(0.5, "decision", 0.5), (0.5, "step", 0.25)])
+def test_rewards_are_scaled_by_returns_of_the_same_discount(gamma: float, per: str, discount: float) -> None:
+    dppo = agent(gamma=gamma, gamma_per=per, n_steps=60)
+    rollout = dppo.collect()
+    metrics = dppo.update(rollout)
+    scaler = RunningReturnStd(4, discount)
+    scaler(torch.as_tensor(rollout.rewards), torch.as_tensor(rollout.ended))
+    assert metrics["dppo/reward_std"] == pytest.approx(scaler.std)
+    assert scaler.std != 1
 
 
 def test_an_episode_that_was_cut_is_worth_what_its_own_last_observation_is() -> None:
@@ -122,3 +134,15 @@ def test_a_floor_may_be_a_whole_number(floor: float) -> None:
 def test_a_floor_of_nothing_is_refused_and_not_a_crash() -> None:
     with pytest.raises(ConfigError, match="min_sampling_std = 0: must be above 0"):
         ExplorationConfig(0)
+
+
+def test_updates_use_the_cores_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as many threads as a node has, of which a container may use few."""
+    dppo, used = agent(), []
+    rollout = dppo.collect()
+    monkeypatch.setattr("dprl.agents.dppo.available_cores", lambda: 1)
+    monkeypatch.setattr(dppo, "_update_critic", lambda *_: used.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    dppo.update(rollout)
+    assert set(used) == {1}
+    assert torch.get_num_threads() == before
