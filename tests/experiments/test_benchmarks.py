@@ -2,12 +2,13 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from dprl.errors import ConfigError
-from dprl.experiments.benchmarks import rollout, sampling, training
+from dprl.experiments.benchmarks import dppo, rollout, sampling, training
 from dprl.networks import MLPConfig
 from dprl.policy import DiffusionConfig
 
@@ -66,3 +67,93 @@ def test_rollout(tmp_path, capsys):
 def test_rollout_refuses(changes, message):
     with pytest.raises(ConfigError, match=message):
         rollout.RolloutBenchmark(**changes)
+
+
+TINY = dppo.Task(11, 3, 2, 3, 20, 1, "relu", env="Hopper-v5", hidden_size=8)
+# What the driver asks of the authors' code, with nothing in it: the test is of the driver.
+REFERENCE = {
+    "diffusion/mlp_diffusion.py": """
+import torch
+class DiffusionMLP(torch.nn.Linear):
+    def __init__(self, action_dim, horizon_steps, cond_dim, time_dim, mlp_dims, activation_type, residual_style):
+        super().__init__(cond_dim, action_dim * horizon_steps)
+""",
+    "common/critic.py": """
+import torch
+class CriticObs(torch.nn.Linear):
+    def __init__(self, cond_dim, mlp_dims, activation_type, residual_style):
+        super().__init__(cond_dim, 1)
+    def forward(self, cond):
+        return super().forward(cond["state"].flatten(1))
+""",
+    "diffusion/diffusion_ppo.py": """
+import types, torch
+class PPODiffusion(torch.nn.Module):
+    def __init__(self, actor, critic, ft_denoising_steps, horizon_steps, action_dim, **rest):
+        super().__init__()
+        self.actor_ft, self.critic, self.shape, self.k = actor, critic, (horizon_steps, action_dim), ft_denoising_steps
+        self.asked = []
+    def forward(self, cond, deterministic, return_chain):
+        self.asked.append(len(cond["state"]))
+        return types.SimpleNamespace(trajectories=self.actor_ft(cond["state"]).view(-1, *self.shape))
+    def get_logprobs(self, cond, chains):
+        return torch.zeros(len(chains) * self.k, *self.shape)
+    def loss(self, cond, before, after, step, *rest, use_bc_loss, reward_horizon):
+        assert before.shape == after.shape == (len(step), *self.shape)
+        self.asked.append(("pairs", len(step)))
+        return self.actor_ft(cond["state"]).mean(), 0, self.critic(cond).mean()
+""",
+}
+
+
+@pytest.fixture
+def reference(tmp_path, monkeypatch):
+    for name, source in REFERENCE.items():
+        file = tmp_path / "theirs/model" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        (file.parent / "__init__.py").touch()
+        file.write_text(source)
+    yield tmp_path / "theirs"
+    for name in [name for name in sys.modules if name.split(".")[0] == "model"]:
+        del sys.modules[name]
+
+
+def test_dppo_against_a_reference(reference, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dppo, "TASKS", {"tiny": TINY})
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    file = tmp_path / "figures.json"
+    dppo.main(dppo.DPPOBenchmark(tasks=("tiny",), batches=(1, 3), share=1.0, repeats=2, reference=reference, json=file))
+    figures = json.loads(file.read_text())["figures"]
+    assert [f["what"] for f in figures] == ["sampling, batch 1", "sampling, batch 3", "update", "iteration"]
+    assert all(len(f["ours_s"]) == len(f["theirs_s"]) == 2 and f["floor_s"] > 0 for f in figures)
+    samples, steps = 3 * 2 * dppo.TUNED_STEPS, 3 * 2 * 4
+    assert [f["amount"] for f in figures] == [10, 30, samples, steps]
+    printed = capsys.readouterr().out
+    assert "decisions" in printed
+    assert "stored" not in printed
+
+
+def test_dppo_without_a_reference_shows_stored_ratios_as_such(monkeypatch, capsys):
+    monkeypatch.setattr(dppo, "TASKS", {"hopper": TINY})
+    dppo.main(dppo.DPPOBenchmark(tasks=("hopper",), parts=("sampling",), batches=(1,), repeats=1))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"{dppo.STORED['hopper', 'sampling, batch 1']:.2f} (stored)" in printed
+    assert "stored ratios were measured on" in printed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"repeats": 0}, "repeats = 0"),
+        ({"share": 0.0}, "share = 0.0"),
+        ({"share": 1.5}, "share = 1.5: must be at most 1"),
+        ({"tasks": ("hoper",)}, "tasks = 'hoper': must be of hopper, can"),
+        ({"batches": (0,)}, "batches = 0"),
+        ({"device": "cuda:77"}, "device = 'cuda:77'"),
+        ({"precision": "tf32"}, "precision = 'tf32'"),
+        ({"reference": Path("nowhere")}, "must be a checkout of DPPO"),
+    ],
+)
+def test_bad_settings_of_dppo_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        dppo.DPPOBenchmark(**changes)
