@@ -11,8 +11,11 @@ which the first E are executed, A action size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,12 +24,13 @@ from torch import Tensor, nn
 from dprl import checkpoint
 from dprl.agents.critic import Critic
 from dprl.agents.dppo_config import DPPOConfig
-from dprl.agents.objective import chunk_log_prob, clip_ranges, normalized_advantage, policy_loss, value_loss
+from dprl.agents.objective import chunk_log_prob, clip_bounds, normalized_advantage, policy_loss, value_loss
 from dprl.agents.on_policy import OnPolicyAgent
 from dprl.agents.restraint import Restraint
 from dprl.agents.targets import Pairs, Targets, epoch
 from dprl.cores import at_most_threads, available_cores
 from dprl.errors import check
+from dprl.mdp import ActionMDP
 from dprl.observations import Observation, TensorObservation, batch_size, map_parts, take
 from dprl.policy import Policy
 from dprl.returns import RunningReturnStd, explained_variance, gae
@@ -76,6 +80,8 @@ class DPPO(OnPolicyAgent):
         n_pairs = self.pool.n_envs * config.n_steps * config.tuned_steps
         check(n_pairs >= 2, "n_envs * n_steps * tuned_steps", n_pairs, "advantages of one pair cannot be normalised")
         check_precision(config.precision, policy.device)
+        denoises = not isinstance(self.mdp, ActionMDP)
+        check(config.critic == "state" or denoises, "critic", config.critic, "must be state: there is no noisy action")
         self._restraint = Restraint(self.mdp, config, self.generator)
         self.critic, self.baseline = self._critics()
         self._values = nn.ModuleList([self.critic] if self.baseline is None else [self.critic, self.baseline])
@@ -85,7 +91,7 @@ class DPPO(OnPolicyAgent):
         self._reward_scaler = RunningReturnStd(self.pool.n_envs, config.gamma**per_decision)
         self._discounts = (config.denoising_discount ** torch.arange(config.tuned_steps)).to(policy.device)
         numbers = policy.n_action_steps * policy.features.action_size if config.log_prob_reduction == "sum" else 1
-        self._clip_ranges = numbers * clip_ranges(config).to(policy.device)
+        self._clip_bounds = clip_bounds(config, numbers).to(policy.device)
 
     def _critics(self) -> tuple[Critic, Critic | None]:
         """V(s), and where it is asked for the baseline V(s, x_{k+1}, k)."""
@@ -119,36 +125,49 @@ class DPPO(OnPolicyAgent):
 
     def _update_critic(self, targets: Targets, decisions: Tensor, pairs: Pairs, figures: UpdateFigures) -> None:
         """One gradient step. V(s) is of the state only, so each decision counts once, not once per denoising step."""
-        with computing(self.config.precision, self.policy.device):
-            value = self.critic(take(targets.observation, decisions), self._augmentation).float()
-        returns = targets.returns[decisions]
-        loss = value_loss(value, returns, targets.value[decisions], self.config.clip_range_vf)
-        figures.add("value_loss", loss)
-        if self.baseline is not None:
-            baseline_loss = value_loss(self._baseline(targets, pairs), targets.returns[pairs.decision])
-            figures.add("baseline_loss", baseline_loss)
-            loss = loss + baseline_loss
+        config = self.config
         self._value_learner.zero_grad()
-        (self.config.vf_coef * loss).backward()
+        for rows, share in self._parts(len(decisions)):
+            own = decisions[rows]
+            with self._computing():
+                value = self.critic(take(targets.observation, own), self._augmentation).float()
+            loss = value_loss(value, targets.returns[own], targets.value[own], config.clip_range_vf)
+            figures.add("value_loss", loss)
+            (share * config.vf_coef * loss).backward()
+        for rows, share in self._parts(len(pairs.k)) if self.baseline is not None else ():
+            part = pairs.at(rows)
+            loss = value_loss(self._baseline(targets, part), targets.returns[part.decision])
+            figures.add("baseline_loss", loss)
+            (share * config.vf_coef * loss).backward()
         figures.add("critic_grad_norm", self._value_learner.step())
 
     def _update_actor(self, targets: Targets, pairs: Pairs, figures: UpdateFigures) -> Tensor:
         """One gradient step; return the approximate KL."""
         advantage = normalized_advantage(targets.advantage[pairs], self.config.advantage_quantiles)
-        advantage, clip_range = advantage * self._discounts[pairs.k], self._clip_ranges[pairs.k]
+        advantage, bounds = advantage * self._discounts[pairs.k], self._clip_bounds[:, pairs.k]
         log_ratios = []
         self._actor_learner.zero_grad()
-        n = len(pairs.k)
-        for rows in torch.arange(n, device=pairs.k.device).split(self.config.micro_batch_size or n):
-            part = Pairs(pairs.decision[rows], pairs.k[rows])
+        for rows, share in self._parts(len(pairs.k)):
+            part = pairs.at(rows)
             log_ratio = self._log_prob(targets, part) - targets.old_log_prob[part]
-            loss = policy_loss(log_ratio, advantage[rows], clip_range[rows])
+            loss = policy_loss(log_ratio, advantage[rows], bounds[:, rows])
             log_ratios.append(log_ratio.detach())
             figures.add("policy_loss", loss)
-            loss = loss + self._restraint(targets, part, figures)
-            (loss * (len(rows) / n)).backward()
+            with self._computing():
+                loss = loss + self._restraint(targets, part, figures)
+            (share * loss).backward()
         figures.add("actor_grad_norm", self._actor_learner.step())
-        return figures.add_ratio(torch.cat(log_ratios), clip_range, pairs.k)
+        return figures.add_ratio(torch.cat(log_ratios), bounds, pairs.k)
+
+    def _parts(self, n: int) -> Iterator[tuple[slice, float]]:
+        """What of a minibatch goes through the networks at once, in as equal parts as may be, and its share of it."""
+        count = math.ceil(n / (self.config.micro_batch_size or n))
+        edges = [n * i // count for i in range(count + 1)]
+        return ((slice(first, end), (end - first) / n) for first, end in pairwise(edges))
+
+    def _computing(self) -> AbstractContextManager[None]:
+        """For what updates compute: in the precision that was asked for."""
+        return computing(self.config.precision, self.policy.device)
 
     def _minibatches(self, n_decisions: int) -> Iterator[tuple[Tensor, Pairs]]:
         """Minibatches of decisions, for the critic, and of pairs, for the actor."""
@@ -164,7 +183,7 @@ class DPPO(OnPolicyAgent):
 
     def _log_prob(self, targets: Targets, pairs: Pairs) -> Tensor:
         """Log p(x_k | x_{k+1}, obs) of pairs: (B,)."""
-        with computing(self.config.precision, self.policy.device):
+        with self._computing():
             condition = self.mdp.condition(take(targets.observation, pairs.decision), self._augmentation)
             log_prob = self.mdp.log_prob(condition, targets.x(pairs), targets.x_next(pairs), pairs.k)
         return chunk_log_prob(log_prob, targets.executed[pairs.decision], self.config.log_prob_reduction)
@@ -173,8 +192,9 @@ class DPPO(OnPolicyAgent):
         """V(s, x_{k+1}, k) of pairs: (B,)."""
         assert self.baseline is not None
         step = torch.cat([targets.x(pairs).flatten(1), pairs.k[:, None] / self.config.tuned_steps], dim=1)
-        value: Tensor = self.baseline(take(targets.observation, pairs.decision), self._augmentation, step)
-        return value
+        with self._computing():
+            value: Tensor = self.baseline(take(targets.observation, pairs.decision), self._augmentation, step)
+        return value.float()
 
     @torch.no_grad()
     def _prepare(self, rollout: Rollout) -> tuple[Targets, dict[str, float]]:

@@ -21,7 +21,8 @@ class DPPOConfig:
     tuned_steps: int = 10
     """K', how many of the last denoising steps are tuned; 1 for policies that do not denoise."""
     solver: SolverConfig = field(default_factory=SolverConfig)
-    """Whose steps: ddpm, ddim (with eta = 1 it explores most like ddpm) or euler. Default: the policy's own way."""
+    """Whose steps: ddpm, ddim (with eta = 1 it explores most like ddpm) or euler. Default: the policy's own way. A
+    policy whose own way visits other timesteps, which are not tuned, samples so from then on (ddim with eta = 0)."""
     likelihood: Literal["steps", "exact"] = "steps"
     """Of each denoising step; or, as an ablation, of whole chunks, followed through the ODE of ddim or euler. Every
     denoising step is then tuned, and `tuned_steps` is 1."""
@@ -32,7 +33,8 @@ class DPPOConfig:
     batch_size: int = 2_000
     """(decision, denoising step) pairs per gradient step."""
     micro_batch_size: int | None = None
-    """At most so many pairs go through the networks at once; their gradients add up. Default: all of a minibatch."""
+    """At most so many pairs, or decisions, go through the networks at once; their gradients add up. Default: all of a
+    minibatch."""
     precision: Precision = "float32"
     """Of the networks in updates; chains are drawn in float32. tf32 is of GPUs; processors without bfloat16
     instructions are many times slower with it."""
@@ -52,8 +54,8 @@ class DPPOConfig:
     denoising_discount: float = 0.99
     """The advantage of step k is multiplied by this to the power k."""
     log_prob_reduction: Literal["mean", "sum"] = "mean"
-    """Over the numbers of a chunk that were executed. With `sum` the ratio is the true one, and the clip ranges, stated
-    for the mean, are multiplied by how many numbers a chunk has."""
+    """Over the numbers of a chunk that were executed. With `sum` the ratio is the true one, and clipped where the
+    mean's would be: its bounds are 1 ± clip to the power of how many numbers a chunk has."""
     clip_range: float = 0.05
     """PPO's clip at the step that emits the action; of the ratio of mean log-probs."""
     clip_range_base: float = 0.005

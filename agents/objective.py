@@ -21,6 +21,8 @@ from torch import Tensor
 from dprl.agents.dppo_config import DPPOConfig
 
 LOG_PROB_RANGE = (-5.0, 2.0)
+MAX_LOG_RATIO = 20.0
+"""Beyond it a ratio is beyond any clip, and of summed log-probs could be infinite."""
 
 
 def over_chunk(values: Tensor, executed: Tensor | int, reduction: str = "mean") -> Tensor:
@@ -43,6 +45,12 @@ def clip_ranges(config: DPPOConfig) -> Tensor:
     return config.clip_range_base + (config.clip_range - config.clip_range_base) * growth
 
 
+def clip_bounds(config: DPPOConfig, numbers: int) -> Tensor:
+    """Least and largest ratio of each tuned step: (2, K'); of sums of `numbers` log-probs, those of their mean."""
+    clip = clip_ranges(config)
+    return torch.stack([1 - clip, 1 + clip]) ** numbers
+
+
 def normalized_advantage(advantage: Tensor, quantiles: tuple[float, ...] = (0.0, 1.0)) -> Tensor:
     """A minibatch's advantages (B,) with mean 0 and standard deviation 1, clipped to their quantiles."""
     advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
@@ -50,10 +58,10 @@ def normalized_advantage(advantage: Tensor, quantiles: tuple[float, ...] = (0.0,
     return advantage if (low, high) == (0, 1) else advantage.clamp(advantage.quantile(low), advantage.quantile(high))
 
 
-def policy_loss(log_ratio: Tensor, advantage: Tensor, clip_range: Tensor) -> Tensor:
-    """PPO's clipped objective on pairs, all (B,): the advantage of step k is γ_d^k times its decision's."""
-    ratio = log_ratio.exp()
-    return -torch.min(advantage * ratio, advantage * ratio.clamp(1 - clip_range, 1 + clip_range)).mean()
+def policy_loss(log_ratio: Tensor, advantage: Tensor, bounds: Tensor) -> Tensor:
+    """PPO's clipped objective on pairs, (B,), bounds (2, B): the advantage of step k is γ_d^k times its decision's."""
+    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+    return -torch.min(advantage * ratio, advantage * ratio.clamp(*bounds)).mean()
 
 
 def value_loss(value: Tensor, returns: Tensor, old_value: Tensor | None = None, clip: float | None = None) -> Tensor:

@@ -21,6 +21,10 @@ class Pairs(NamedTuple):
     decision: Tensor
     k: Tensor
 
+    def at(self, rows: slice) -> Pairs:
+        """Some of them."""
+        return Pairs(self.decision[rows], self.k[rows])
+
 
 class Targets(NamedTuple):
     """A rollout made ready for updates; the rows are its D = T·N decisions, the columns their tuned steps k."""

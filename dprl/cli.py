@@ -24,8 +24,18 @@ from dprl.errors import DprlError, check, did_you_mean
 from dprl.experiments import demo as demo_module
 from dprl.experiments import runs
 from dprl.experiments.catalogue import CATALOGUE, STUDIES, find
+from dprl.experiments.finetuning import GROUPS
 from dprl.experiments.studies import StudyConfig
-from dprl.policy import DiffusionConfig, InferenceConfig, Policy, RecedingHorizon, find_policy
+from dprl.policy import (
+    DiffusionConfig,
+    GaussianConfig,
+    GMMConfig,
+    InferenceConfig,
+    LSTMGMMConfig,
+    Policy,
+    RecedingHorizon,
+    find_policy,
+)
 from dprl.rollout import evaluate as evaluate_policy
 from dprl.rollout.pool import require_fit
 from dprl.spec import EnvOptions, load, resolve
@@ -73,7 +83,7 @@ def demo(
 
 @app.command
 def experiment(
-    name: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="NAME")]],
+    name: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="NAME", help=f"Which: {', '.join(STUDIES)}.")]],
     config: Annotated[StudyConfig, Flat],
     *,
     quiet: Quiet = False,
@@ -81,12 +91,13 @@ def experiment(
     """Run one of the catalogue's comparisons: many trainings, a table and a figure. Interrupted, it goes on.
 
     Args:
-        name: Which, see 'dprl list experiments'.
+        name: See 'dprl list experiments'.
         config: How much of it.
         quiet: Show no progress bar.
     """
     known = f"must be one of {', '.join(STUDIES)}.{did_you_mean(name, STUDIES)}"
     check(name in STUDIES, "experiment", name, known)
+    check(not config.paper or name in GROUPS, "paper", True, f"'{name}' has one size: leave it out")
     run, _ = STUDIES[name]
     table = load(run)(config, progress_bar=not quiet)
     print(f"\n{table.read_text(encoding='utf-8')}\nTable and figure are in {config.out}.")
@@ -157,9 +168,10 @@ def collect(config: Annotated[runs.CollectConfig, Flat], *, out: Out, quiet: Qui
     """Play episodes with an expert and write them as a Minari data set."""
     data = runs.collect(config, out, progress_bar=not quiet)
     low, high = runs.wilson_of(data)
+    success = f"success {data.success_rate:.2f} ({low:.2f} to {high:.2f}), " if resolve(config.env).has_success else ""
     print(
-        f"{data.n_episodes} episodes, {data.ends[-1]:,} steps, success {data.success_rate:.2f} "
-        f"({low:.2f} to {high:.2f}) in {out}. Next: dprl pretrain {out} --out runs/pretrain"
+        f"{data.n_episodes} episodes, {data.ends[-1]:,} steps, {success}mean return "
+        f"{data.rewards.sum() / data.n_episodes:,.1f} in {out}. Next: dprl pretrain {out} --out runs/pretrain"
     )
 
 
@@ -169,8 +181,10 @@ def pretrain(config: Annotated[runs.PretrainConfig, Flat], *, out: Out, quiet: Q
     runs.pretrain(config, out, progress_bar=not quiet)
     features = Policy.from_pretrained(out).features
     env = features.env_id or "ENV"
-    tunable = isinstance(config.policy, DiffusionConfig) and not features.cameras
-    then = f"finetune {out} --env {env} --out runs/finetune" if tunable else f"evaluate {out} --env {env}"
+    then = f"evaluate {out} --env {env}"
+    if isinstance(config.policy, DiffusionConfig | GaussianConfig | GMMConfig | LSTMGMMConfig):
+        steps = "" if isinstance(config.policy, DiffusionConfig) else " --dppo.tuned-steps 1"
+        then = f"finetune {out} --env {env}{steps} --out runs/finetune"
     print(f"The policy is in {out}. Next: dprl {then}")
 
 

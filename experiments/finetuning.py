@@ -25,14 +25,14 @@ from dprl.experiments.studies import (
     StudyConfig,
     grouped,
     mean_interval,
-    require_ready,
+    require_ready_for,
     run_cells,
     shown,
     tuned,
     write_table,
 )
 from dprl.networks import MLPConfig
-from dprl.policy import DiffusionConfig, GaussianConfig
+from dprl.policy import DiffusionConfig, GaussianConfig, InferenceConfig
 from dprl.rollout.evaluation import Z95
 from dprl.schedules import Warmup
 
@@ -40,6 +40,8 @@ DPPO, PPO = "dppo", "ppo"
 NAMES = {DPPO: "DPPO", PPO: "PPO, Gaussian"}
 MEDIUM = "experts/{env}/medium.zip"
 """Within a study's folder."""
+MEAN = InferenceConfig(temperature=0.0)
+"""Gaussian policies are evaluated at their mean, as in the authors' code."""
 PAPER_STEPS = 1_000_000
 """Environment steps of a D4RL data set."""
 
@@ -91,12 +93,14 @@ def paper_gym(env: str) -> Recipe:
 
 GYM = {"hopper": "Hopper-v5", "walker2d": "Walker2d-v5", "halfcheetah": "HalfCheetah-v5"}
 SMALL = {
-    "push": metaworld("push", 0.5, 500_000),
-    "pick-place": metaworld("pick-place", 0.5, 500_000),
+    "push": metaworld("push", 0.5, 650_000),
+    "pick-place": metaworld("pick-place", 0.5, 650_000),
+    "bin-picking": metaworld("bin-picking", 0.5, 500_000),
+    "box-close": metaworld("box-close", 0.5, 500_000),
     "hopper": gym("Hopper-v5", 500_000),
     "walker2d": gym("Walker2d-v5", 500_000),
-    # A chunk of six joints has twice as many numbers as Hopper's, so that the mean's clip is twice as wide. Episodes are
-    # all of one length: shorter rollouts would each see but a part of them.
+    # A chunk of six joints has twice as many numbers as Hopper's, so that the mean's clip is twice as wide.
+    # Episodes are all of one length: shorter rollouts would each see but a part of them.
     "halfcheetah": gym(
         "HalfCheetah-v5",
         1_000_000,
@@ -108,7 +112,7 @@ SMALL = {
 }
 PAPER = {name: paper_gym(env) for name, env in GYM.items()}
 GROUPS = {
-    "finetune-metaworld": ("push", "pick-place"),
+    "finetune-metaworld": ("push", "pick-place", "bin-picking", "box-close"),
     "finetune-gym": tuple(GYM),
     **{name: (name,) for name in GYM},
 }
@@ -137,7 +141,7 @@ def cells_of(tasks: Sequence[str], config: StudyConfig) -> list[Cell]:
                     f"{task}.{name}.cloned.seed{seed}",
                     replace(recipe.collect, seed=seed),
                     replace(recipe.pretrain, policy=cloned, seed=seed),
-                    (Look("default", episodes=config.episodes),),
+                    (Look("default", finetune.inference, episodes=config.episodes),),
                 )
                 found += [base, tuned(base, f"{task}.{name}.tuned.seed{seed}", finetune)]
     return found
@@ -153,17 +157,21 @@ def _ppo(recipe: Recipe) -> tuple[PolicyChoice, FinetuneConfig]:
     assert isinstance(diffusion, DiffusionConfig)
     assert isinstance(diffusion.denoiser, MLPConfig)
     cloned = GaussianConfig(
-        horizon=diffusion.horizon, n_action_steps=diffusion.n_action_steps, hidden_size=diffusion.denoiser.hidden_size
+        horizon=diffusion.horizon,
+        n_action_steps=diffusion.n_action_steps,
+        hidden_size=diffusion.denoiser.hidden_size,
+        n_blocks=diffusion.denoiser.n_blocks,
+        activation=diffusion.denoiser.activation,
     )
     alone = replace(dppo, tuned_steps=1, batch_size=max(1, dppo.batch_size // dppo.tuned_steps))
-    return cloned, replace(recipe.finetune, dppo=alone)
+    return cloned, replace(recipe.finetune, dppo=alone, inference=MEAN)
 
 
 def run(name: str, config: StudyConfig, *, progress_bar: bool = True) -> Path:
     """Run the study of a group of tasks; write ``NAME.md``, ``.csv`` and ``.png`` and return the first."""
     tasks = GROUPS[name]
     todo = cells_of(tasks, config)
-    require_ready(config)
+    require_ready_for(todo, config)
     experts = [
         train_expert(env, config, progress_bar=progress_bar)
         for env in dict.fromkeys(cell.collect.env for cell in todo if cell.collect.expert.endswith(".zip"))

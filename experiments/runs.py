@@ -15,6 +15,7 @@ import torch
 import tyro
 from tyro.conf import AvoidSubcommands
 
+from dprl import checkpoint
 from dprl.agents import BC, DPPO, BCConfig, DPPOConfig
 from dprl.config import from_json, to_json, validate
 from dprl.data import Episodes, load_dataset, save_dataset
@@ -84,8 +85,16 @@ class ExpertConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        counts = ("n_envs", "n_steps", "batch_size", "n_epochs", "hidden_size", "eval_every", "eval_episodes")
-        validate(self, at_least={**dict.fromkeys(counts, 1), "seed": 0}, above={"minutes": 0, "learning_rate": 0})
+        counts = ("n_envs", "n_steps", "n_epochs", "hidden_size", "eval_every", "eval_episodes")
+        validate(
+            self,
+            at_least={**dict.fromkeys(counts, 1), "batch_size": 2, "seed": 0},
+            above={"minutes": 0, "learning_rate": 0, "clip_range": 0},
+        )
+        for name in ("gamma", "gae_lambda"):
+            check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be from 0 to 1")
+        pairs = self.n_envs * self.n_steps
+        check(pairs >= 2, "n_envs * n_steps", pairs, "must be at least 2")
 
 
 @dataclass(frozen=True)
@@ -234,11 +243,23 @@ KINDS: dict[str, type[PretrainConfig] | type[FinetuneConfig]] = {
 
 
 def train_expert(config: ExpertConfig, out: Path, *, progress_bar: bool = True) -> tuple[Seen, Seen]:
-    """Train an expert in `out`, or go on with what is there; return how it and its `medium` forerunner did."""
+    """Train an expert in `out`, or go on with what is there; return how it and its `medium` forerunner did.
+
+    Raises:
+        ConfigError: what is there was begun with other settings; only `minutes` may differ.
+    """
     from dprl.interop import sb3_experts
 
     resolve(config.env)
-    if not (out / sb3_experts.RETURNS_FILE).exists():
+    settings = out / sb3_experts.SETTINGS_FILE
+    if settings.exists():
+        begun = from_json(ExpertConfig, checkpoint.read_json(settings), str(settings))
+        for name, value in to_json(replace(begun, minutes=config.minutes)).items():
+            own = getattr(config, name)
+            check(
+                value == own, name, own, f"must be {value!r}, as in '{out}', which is begun: or choose another folder"
+            )
+    else:
         RunFolder.require_free(out)
     return sb3_experts.train_expert(config, out, progress_bar=progress_bar)
 
@@ -280,8 +301,9 @@ def finetune(config: FinetuneConfig, out: Path, *, progress_bar: bool = True) ->
     config = replace(config, policy=str(Path(config.policy).resolve()))
     prepared = _prepare_finetune(config, find_policy(Path(config.policy)))
     with _pool(config, prepared.spec, shown=progress_bar) as pool, _scoring(config, prepared, pool) as score:
+        agent = DPPO(prepared.policy, pool, config.dppo, seed=config.seed)
         run = RunFolder.create(out, "finetune", to_json(config))
-        _finetune(config, run, prepared, pool, score, resume=False, progress_bar=progress_bar)
+        _finetune(config, run, agent, score, resume=False, progress_bar=progress_bar)
     return run
 
 
@@ -305,7 +327,8 @@ def resume(path: Path, *, data: Path | None = None, progress_bar: bool = True) -
             return run
         prepared = _prepare_finetune(config, run.last or find_policy(Path(config.policy)))
         with _pool(config, prepared.spec, shown=progress_bar) as pool, _scoring(config, prepared, pool) as score:
-            _finetune(config, run, prepared, pool, score, resume=started, progress_bar=progress_bar)
+            agent = DPPO(prepared.policy, pool, config.dppo, seed=config.seed)
+            _finetune(config, run, agent, score, resume=started, progress_bar=progress_bar)
     return run
 
 
@@ -419,15 +442,14 @@ def _prepare_finetune(config: FinetuneConfig, folder: Path) -> _Finetuning:
 def _finetune(
     config: FinetuneConfig,
     run: RunFolder,
-    prepared: _Finetuning,
-    pool: RolloutPool,
+    agent: DPPO,
     score: Evaluate,
     *,
     resume: bool,
     progress_bar: bool,
 ) -> None:
     train(
-        DPPO(prepared.policy, pool, config.dppo, seed=config.seed),
+        agent,
         LoopConfig(config.total_timesteps, config.eval_every, config.checkpoint_every),
         run=run,
         evaluate=score,

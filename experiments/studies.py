@@ -161,10 +161,7 @@ def run_cells(cells: Sequence[Cell], config: StudyConfig, *, progress_bar: bool 
         DprlError: some cells failed, say by diverging; the others were run to their end all the same.
         InterruptedRunError: on SIGINT or SIGTERM, with what was trained so far saved.
     """
-    cells = [_scaled(cell, config) for cell in cells]
-    require_ready(config)
-    for cell in cells:
-        _require_same(cell, config)
+    cells = require_ready_for(cells, config)
     todo = [cell for cell in cells if not _is_done(cell, config)]
     for collect in dict.fromkeys(cell.collect for cell in todo):
         folder = _data_folder(config, collect)
@@ -184,6 +181,15 @@ def run_cells(cells: Sequence[Cell], config: StudyConfig, *, progress_bar: bool 
         others = "every other has its result in" if len(failures) < len(cells) else "see"
         raise DprlError("\n".join([f"{len(failures)} of {len(cells)} cells failed; {others} {config.out}", *failures]))
     return [outcome for cell in cells for outcome in _outcomes(cell, config)]
+
+
+def require_ready_for(cells: Sequence[Cell], config: StudyConfig) -> list[Cell]:
+    """Return the cells as they are run, having checked all that can be before anything is."""
+    cells = [_scaled(cell, config) for cell in cells]
+    require_ready(config)
+    for cell in cells:
+        _require_same(cell, config)
+    return cells
 
 
 def require_ready(config: StudyConfig) -> None:

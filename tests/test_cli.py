@@ -151,6 +151,7 @@ ERRORS = {
         "solver = 'dpmsolver++'",
         "ddpm, ddim or euler",
     ),
+    "no paper's size": ("experiment ablations --paper --out new", "paper = True", "'ablations' has one size"),
     "unknown study": ("experiment imitatoin --out new", "imitatoin", "imitation"),
     "no seeds": ("experiment multimodal --out new --seeds", "seeds"),
     "no episodes (experiment)": ("experiment multimodal --out new --quiet --scale 0.0001 --episodes 0", "episodes = 0"),

@@ -2,6 +2,7 @@
 
     OUT/expert.zip, expert_vecnormalize.pkl     the best policy that was seen
     OUT/medium.zip, medium_vecnormalize.pkl     the one nearest a third of its return
+    OUT/expert.json                             the settings
     OUT/returns.json                            every evaluation on the way
     OUT/checkpoints/                            the policies of these evaluations
 
@@ -21,8 +22,9 @@ import numpy.typing as npt
 from torch import nn
 
 from dprl import checkpoint
+from dprl.config import to_json
 from dprl.cores import one_thread
-from dprl.errors import EnvError, MissingDependencyError
+from dprl.errors import EnvError, MissingDependencyError, check
 from dprl.experiments.runs import ExpertConfig, Seen
 from dprl.interop.sb3 import ChunkedVecEnv
 from dprl.seeding import derive_seed
@@ -40,7 +42,7 @@ try:
 except ImportError as error:
     raise MissingDependencyError("stable-baselines3", "sb3", "an expert of stable-baselines3") from error
 
-RETURNS_FILE = "returns.json"
+RETURNS_FILE, SETTINGS_FILE = "returns.json", "expert.json"
 MEDIUM_SHARE = 1 / 3
 """Of the best return: what a `medium` policy reaches."""
 ENDLESS = 10**12
@@ -54,7 +56,9 @@ def train_expert(config: ExpertConfig, out: Path, *, progress_bar: bool = True) 
     is as good as one that never stopped, but not the same.
     """
     spec, checkpoints = resolve(config.env), out / "checkpoints"
+    check(not spec.cameras, "env", config.env, "must be seen by its state: PPO's networks here see no images")
     checkpoints.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(out / SETTINGS_FILE, to_json(config))
     seen = [Seen(**row) for row in checkpoint.read_json(out / RETURNS_FILE)] if (out / RETURNS_FILE).exists() else []
     if not seen or seen[-1].minutes < config.minutes:
         env, eval_env = _environments(spec, config, "expert"), _environments(spec, config, "expert evaluations")
@@ -73,7 +77,9 @@ def choose(out: Path, seen: list[Seen]) -> tuple[Seen, Seen]:
     """Copy the best policy to ``expert`` and the one before it nearest a third of its return to ``medium``."""
     best = max(seen, key=lambda row: row.return_mean)
     earlier = [row for row in seen if row.timesteps <= best.timesteps]
-    medium = min(earlier, key=lambda row: abs(row.return_mean - MEDIUM_SHARE * best.return_mean))
+    start = min(0.0, seen[0].return_mean)  # where returns are negative, a third of the way
+    aim = start + MEDIUM_SHARE * (best.return_mean - start)
+    medium = min(earlier, key=lambda row: abs(row.return_mean - aim))
     for name, row in (("expert", best), ("medium", medium)):
         for source, target in zip(_files(out / "checkpoints" / row.name), _files(out / name), strict=True):
             shutil.copyfile(source, target)
@@ -122,9 +128,11 @@ def _load(file: Path) -> BaseAlgorithm:
         data = None
     if not data or "policy_class" not in data:
         raise EnvError(f"'{file}' holds no model of stable-baselines3")
-    algorithm = data["policy_class"].__module__.split(".")[1]
-    kinds: dict[str, type[BaseAlgorithm]] = {"sac": SAC, "td3": TD3}
-    return kinds.get(algorithm, PPO).load(file, device="cpu")
+    algorithm = data["policy_class"].__module__.removeprefix("stable_baselines3.").split(".")[0]
+    kinds: dict[str, type[BaseAlgorithm]] = {"sac": SAC, "td3": TD3, "common": PPO}
+    if algorithm not in kinds:
+        raise EnvError(f"'{file}' holds a policy of a class of its own, {data['policy_class']}: write an expert for it")
+    return kinds[algorithm].load(file, device="cpu")
 
 
 def expert(path: str, env_id: str) -> SB3Expert:

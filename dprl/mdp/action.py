@@ -76,13 +76,13 @@ class ActionMDP(PolicyMDP):
         """(2, H, A): the chunk's draws, and one whose first number picks the mode."""
         return 2, self.policy.config.horizon, self.policy.features.action_size
 
-    @torch.no_grad()
     def condition(
         self, obs: TensorObservation, generator: torch.Generator | None = None, *, pretrained: bool = False
     ) -> Tensor:
         """See `PolicyMDP.condition`."""
         return (self._pretrained if pretrained else self.policy).condition(obs, generator)
 
+    @torch.no_grad()
     def chain(
         self, condition: Tensor, draws: Tensor, *, frozen: Tensor | None = None, pretrained: bool = False
     ) -> Chain:
@@ -105,7 +105,7 @@ class ActionMDP(PolicyMDP):
         A mixture's does not fall apart into numbers: each of the executed actions' gets the same share of it.
         """
         log_weight, mean, std = self.policy.mixture(condition)
-        log_prob = normal_log_prob(x_next[:, None], mean, std.clamp(min=self.exploration.min_log_prob_std))
+        log_prob = normal_log_prob(x_next[:, None], mean, std.clamp(min=self._density_floor))
         if log_weight.shape[1] == 1:
             return log_prob[:, 0]
         executed = log_prob[:, :, : self.n_action_steps]
@@ -121,4 +121,8 @@ class ActionMDP(PolicyMDP):
         log_weight, mean, std = (self._pretrained if pretrained else self.policy).mixture(condition)
         if log_weight.shape[1] != 1:
             raise ConfigError(f"a {self.policy.name} policy is a mixture: no divergence of it has a closed form")
-        return Gaussian(mean[:, 0], std[:, 0].clamp(min=self.exploration.min_log_prob_std))
+        return Gaussian(mean[:, 0], std[:, 0].clamp(min=self._density_floor))
+
+    @property
+    def _density_floor(self) -> Tensor:
+        return self._floor.clamp(min=self.exploration.min_log_prob_std)

@@ -7,6 +7,7 @@ normalised.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, Self
@@ -30,7 +31,7 @@ class ExplorationConfig:
     min_sampling_std: float = 0.1
     """Floor of every step's standard deviation while sampling, frozen steps included; normalised units."""
     min_log_prob_std: float = 0.1
-    """Floor of the standard deviation in the density."""
+    """Floor of the standard deviation in the density, where that of sampling is not higher."""
     noise_clip: float = 3.0
     """Noise draws of the denoising steps are clamped to this many standard deviations."""
     anneal: Anneal = field(default_factory=Anneal)
@@ -72,6 +73,8 @@ class PolicyMDP(ABC):
     """K'."""
     is_gaussian = True
     """Whether a step draws from one Gaussian, see `gaussian`."""
+    is_replayable = True
+    """Whether chains can be recorded, see `Replayed`."""
 
     @property
     @abstractmethod
@@ -84,12 +87,12 @@ class PolicyMDP(ABC):
         return self.policy.n_action_steps
 
     @cached_property
-    def _replayed(self) -> Replayed:
+    def _make(self) -> Callable[..., tuple[Tensor, ...]]:
         def make(condition: Tensor, frozen: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             chain = self.chain(condition, draws, frozen=frozen)
             return chain.steps, chain.log_probs, chain.actions
 
-        return Replayed(make)
+        return Replayed(make) if self.is_replayable else make
 
     @abstractmethod
     def trainable(self) -> nn.Module:
@@ -149,7 +152,7 @@ class PolicyMDP(ABC):
         draws = self.policy.drawn((n_draws, batch_size(obs), *chunk), noise, generator)
         if pretrained:
             return self.chain(self.condition(obs, pretrained=True), draws, pretrained=True)
-        return Chain(*self._replayed(*self.conditions(obs), draws))
+        return Chain(*self._make(*self.conditions(obs), draws))
 
     @abstractmethod
     def log_prob(self, condition: Tensor, x: Tensor, x_next: Tensor, k: Tensor) -> Tensor:

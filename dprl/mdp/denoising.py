@@ -11,6 +11,7 @@ normalised.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn.functional import embedding
 from dprl.diffusion import SolverConfig, normal_log_prob, posterior_steps, solver_steps
 from dprl.errors import check
 from dprl.mdp.base import Chain, ExplorationConfig, Gaussian, PolicyMDP
-from dprl.mdp.noise import step_noise
+from dprl.mdp.noise import FlooredNoise, step_noise
 from dprl.observations import TensorObservation
 from dprl.policy import DiffusionPolicy
 
@@ -46,6 +47,8 @@ class DenoisingMDP(PolicyMDP):
             tuned_steps: K'.
             exploration: how it explores.
             solver: whose steps they are; default: the policy's own way. Only where a step depends on nothing but x.
+                If the policy's own way visits other timesteps, which are not tuned, this becomes its own way (ddim's
+                with eta 0).
             seed: of the initial weights of learned noise.
 
         Raises:
@@ -67,6 +70,9 @@ class DenoisingMDP(PolicyMDP):
         already = sum(step.timestep < policy.tuned_below for step in grid)
         check(agrees, "tuned_steps", tuned_steps, f"must be {already}: this policy is already tuned in its last steps")
         policy.tune_below(below)
+        visited = {step.timestep for step in grid}
+        if any(step.timestep not in visited for step in solver_steps(schedule, policy.config.sampling)):
+            policy.set_sampling(replace(solver, eta=0.0), policy.config.clip_sample)  # it knows no other steps so well
         self.policy = policy
         self.tuned_steps = tuned_steps
         self.exploration = exploration
@@ -100,8 +106,7 @@ class DenoisingMDP(PolicyMDP):
             return self
         copied = type(self)(copy.deepcopy(self.policy).cpu(), self.tuned_steps, self.exploration, self.solver)
         copied.noise.load_state_dict(self.noise.state_dict())
-        copied.noise.floor.copy_(self.noise.floor)
-        copied.noise.std.copy_(self.noise.std)
+        copied.noise.set_floor(float(self.noise.floor))
         return copied
 
     def condition(
@@ -126,7 +131,7 @@ class DenoisingMDP(PolicyMDP):
         """See `PolicyMDP.chain`; draws (K+1, B, H, A)."""
         policy, clip = self.policy, self.policy.config.clip_sample
         x, z = draws[0], draws[1:].clamp(-self.exploration.noise_clip, self.exploration.noise_clip)
-        steps = self.noise.of_chain(condition)
+        steps = (FlooredNoise.of_chain if pretrained else type(self.noise).of_chain)(self.noise, condition)
         made, chain = steps.std * z, []
         timesteps = [step.timestep for step in self._grid]
         known = policy.prepare_steps(
@@ -154,7 +159,7 @@ class DenoisingMDP(PolicyMDP):
         assert network is not None
         prediction = network.denoise(x, network.prepare(embedding(k, network.embed(self._timesteps)), condition))
         clean = policy.schedule.predict_clean(x, prediction, self._timesteps[k], policy.config.clip_sample)
-        step = self.noise.of_pairs(condition, k)
+        step = (FlooredNoise.of_pairs if pretrained else type(self.noise).of_pairs)(self.noise, condition, k)
         return Gaussian(step.noisy * x + step.clean * clean, step.density_std)
 
 

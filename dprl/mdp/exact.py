@@ -36,19 +36,23 @@ class ExactMDP(PolicyMDP):
     policy: DiffusionPolicy
     tuned_steps = 1
     is_gaussian = False
+    is_replayable = False
 
     def __init__(
         self, policy: DiffusionPolicy, exploration: ExplorationConfig, solver: SolverConfig | None = None
     ) -> None:
         """Give `policy` a trainable copy of its network for all of its steps, if it has none yet.
 
+        From then on the policy samples so, and without clamping its predictions: a clamped chunk would have no density.
+
         Raises:
             ConfigError: the solver draws noise, the chunk is too large, or noise is to be learned.
         """
         schedule = policy.schedule.config
-        solver = (solver or SolverConfig("euler" if schedule.is_flow else "ddim")).over(
-            policy.config.sampling, schedule
-        )
+        own = policy.config.sampling
+        if (solver or SolverConfig()) == SolverConfig() and own.solver not in ("ddim", "euler"):
+            solver = SolverConfig("euler" if schedule.is_flow else "ddim", own.num_inference_steps)
+        solver = (solver or SolverConfig()).over(own, schedule)
         grid = solver_steps(schedule, solver)
         ode = not any(step.std or step.previous for step in grid)
         check(ode, "solver", solver.solver, "draws noise or looks back: the density is followed through ddim or euler")
@@ -60,6 +64,7 @@ class ExactMDP(PolicyMDP):
         known = schedule.prediction_type != "sample"
         check(known, "prediction_type", schedule.prediction_type, "says nothing of the noise in a clean chunk")
         policy.tune_below(schedule.num_train_timesteps)
+        policy.set_sampling(solver, clip_sample=None)
         self.policy, self.exploration, self.solver = policy, exploration, solver
         self._steps = grid
         signal, noise = (table.tolist() for table in schedule.levels())

@@ -42,6 +42,7 @@ class FlooredNoise(nn.Module):
     """The solver's own standard deviations, with floors."""
 
     floor: Tensor
+    density_floor: Tensor
     table: Tensor
     solver_std: Tensor
     std: Tensor
@@ -50,21 +51,27 @@ class FlooredNoise(nn.Module):
     def __init__(self, grid: Sequence[Step], tuned_steps: int, exploration: ExplorationConfig) -> None:
         super().__init__()
         self.n, self.exploration = tuned_steps, exploration
-        self.density_floor = exploration.min_log_prob_std
-        self.register_buffer("floor", torch.tensor(exploration.min_sampling_std), persistent=False)
         self.noisy, self.clean = [step.noisy for step in grid], [step.clean for step in grid]
         std = torch.tensor([step.std for step in grid]).view(-1, 1, 1, 1)
-        density_std = std[-tuned_steps:].clamp(min=self.density_floor)
-        self.register_buffer("solver_std", std, persistent=False)
-        self.register_buffer("std", std.clamp(min=self.floor), persistent=False)
-        self.register_buffer("density_std", density_std, persistent=False)
-        by_k = [[s.noisy, s.clean, max(s.std, self.density_floor)] for s in reversed(grid)]
-        self.register_buffer("table", torch.tensor(by_k)[..., None, None], persistent=False)
+        by_k = [[s.noisy, s.clean] for s in reversed(grid)]
+        for name, value in (
+            ("solver_std", std), ("std", std.clone()), ("density_std", std[-tuned_steps:].clone()),
+            ("floor", torch.zeros(())), ("density_floor", torch.zeros(())),
+            ("table", torch.tensor(by_k)[..., None, None]),
+        ):  # fmt: skip
+            self.register_buffer(name, value, persistent=False)
+        self.set_floor(exploration.min_sampling_std)
 
     def begin_iteration(self, iteration: int) -> None:
-        """Set the floor of sampling that the schedule has in this iteration."""
-        self.floor.fill_(self.exploration.anneal.at(iteration, self.exploration.min_sampling_std))
+        """Set the floors that the schedule has in this iteration."""
+        self.set_floor(self.exploration.anneal.at(iteration, self.exploration.min_sampling_std))
+
+    def set_floor(self, floor: float) -> None:
+        """Draw with at least this standard deviation; the density's floor is no lower."""
+        self.floor.fill_(floor)
+        self.density_floor.fill_(max(floor, self.exploration.min_log_prob_std))
         self.std.copy_(self.solver_std.clamp(min=self.floor))
+        self.density_std.copy_(self.solver_std[-self.n :].clamp(min=self.density_floor))
 
     def of_chain(self, condition: Tensor) -> ChainSteps:
         """Return all steps, for conditions (B, O, F)."""
@@ -72,8 +79,8 @@ class FlooredNoise(nn.Module):
 
     def of_pairs(self, condition: Tensor, k: Tensor) -> PairSteps:
         """Return steps k (B,), for conditions (B, O, F)."""
-        noisy, clean, std = self.table[k].unbind(1)
-        return PairSteps(noisy, clean, std)
+        noisy, clean = self.table[k].unbind(1)
+        return PairSteps(noisy, clean, self.density_std.flatten().flip(0)[k].view(-1, 1, 1))
 
 
 class LearnedStd(FlooredNoise):
@@ -118,6 +125,12 @@ class LearnedEta(FlooredNoise):
         s, n = signal[visited], noise[visited]
         s_next, n_next = torch.cat([s[1:], torch.ones(1)]), torch.cat([n[1:], torch.zeros(1)])
         largest = n_next / n * (1 - (s / s_next) ** 2).sqrt()  # σ at η = 1
+        reach = float(largest[-tuned_steps:].max()) * exploration.learned.highest
+        for name in ("min_sampling_std", "min_log_prob_std"):
+            floor = getattr(exploration, name)
+            check(
+                floor < reach, f"exploration.{name}", floor, f"must be below {reach:.3f}, which no learned eta exceeds"
+            )
         by_k = torch.stack([s, n, s_next, n_next, largest], dim=1).flip(0)[:tuned_steps]
         self.register_buffer("levels", by_k.float()[..., None, None], persistent=False)
 

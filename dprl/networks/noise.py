@@ -30,8 +30,8 @@ class LearnedNoiseConfig:
     `eta`: DDIM's η, which scales the solver's own (arXiv:2409.00588, appendix)."""
     low: float = 0.1
     """Least std, in normalised units, or least η."""
-    high: float = 0.24
-    """Largest std or η; of η at most 1."""
+    high: float | None = None
+    """Largest std or η. Default: 0.24 for a std, 1 for η, which cannot be larger."""
     start: float = 0.5
     """Where between the two it begins, in (0, 1)."""
     per_state: bool = True
@@ -43,12 +43,17 @@ class LearnedNoiseConfig:
 
     def __post_init__(self) -> None:
         validate(self, at_least={"hidden_size": 1}, above={"low": 0})
-        check(self.low < self.high, "high", self.high, f"must be above low, which is {self.low}")
+        check(self.low < self.highest, "high", self.highest, f"must be above low, which is {self.low}")
         check(0 < self.start < 1, "start", self.start, "must be between 0 and 1")
         if self.what == "std":
             check(self.low >= LEAST_STD, "low", self.low, f"of a std must be at least {LEAST_STD}")
         if self.what == "eta":
-            check(self.high <= 1, "high", self.high, "of eta must be at most 1")
+            check(self.highest <= 1, "high", self.highest, "of eta must be at most 1")
+
+    @property
+    def highest(self) -> float:
+        """`high`, or its default."""
+        return self.high if self.high is not None else (1.0 if self.what == "eta" else 0.24)
 
 
 class Bounded(nn.Module):
@@ -56,7 +61,7 @@ class Bounded(nn.Module):
 
     def __init__(self, n_inputs: int, n_outputs: int, config: LearnedNoiseConfig) -> None:
         super().__init__()
-        self.low, self.high, hidden = config.low, config.high, config.hidden_size
+        self.low, self.high, hidden = config.low, config.highest, config.hidden_size
         last = nn.Linear(hidden, n_outputs)
         nn.init.zeros_(last.weight)
         nn.init.constant_(last.bias, math.log(config.start / (1 - config.start)))

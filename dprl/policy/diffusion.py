@@ -102,6 +102,14 @@ class DiffusionPolicy(Policy):
             config = replace(config, denoiser=denoiser)
         return super().for_dataset(data, config, seed=seed)
 
+    def set_sampling(self, sampling: SolverConfig, clip_sample: float | None) -> None:
+        """Sample so from now on, where nothing else is asked for.
+
+        Raises:
+            ConfigError: the schedule does not have such steps.
+        """
+        self.config = replace(self.config, sampling=sampling, clip_sample=clip_sample)
+
     def denoiser_at(self, timestep: int) -> Denoiser:
         """Return the network that the training timestep belongs to."""
         return self.tuned if self.tuned is not None and timestep < self.tuned_below else self.base

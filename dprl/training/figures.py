@@ -19,14 +19,14 @@ class UpdateFigures:
         self._means.setdefault(name, []).append(value.detach())
 
     @torch.no_grad()
-    def add_ratio(self, log_ratio: Tensor, clip_range: Tensor, k: Tensor) -> Tensor:
-        """Take in log-ratios of pairs, their clip ranges and denoising steps, all (B,); return the approximate KL.
+    def add_ratio(self, log_ratio: Tensor, bounds: Tensor, k: Tensor) -> Tensor:
+        """Take in log-ratios of pairs (B,), clip bounds (2, B) and denoising steps (B,); return the approximate KL.
 
         The KL is estimated by E[(ρ - 1) - log ρ] (J. Schulman, Approximating KL divergence, 2020: k3).
         """
         ratio = log_ratio.exp()
         kl = (ratio - 1) - log_ratio
-        clipped = (ratio - 1).abs() > clip_range
+        clipped = (ratio < bounds[0]) | (ratio > bounds[1])
         self._by_step.index_add_(1, k, torch.stack([torch.ones_like(kl), clipped.to(kl.dtype), kl]))
         for name, value in (("approx_kl", kl), ("clip_fraction", clipped.to(kl.dtype)), ("ratio_mean", ratio)):
             self.add(name, value.mean())

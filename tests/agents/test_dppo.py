@@ -133,7 +133,7 @@ def test_clip_grows_from_base_to_full(tuned_steps: int) -> None:
 def test_policy_loss_by_hand() -> None:
     """Two pairs, advantages ±1 after normalising (unbiased std): ratios 2 and 1, clip 0.5, discounts 1 and 0.5."""
     unit = 1 / math.sqrt(2)
-    log_ratio, clip = torch.tensor([math.log(2.0), 0.0]), torch.tensor([0.5, 0.5])
+    log_ratio, clip = torch.tensor([math.log(2.0), 0.0]), torch.tensor([[0.5, 0.5], [1.5, 1.5]])
     advantage = normalized_advantage(torch.tensor([3.0, 1.0])) * torch.tensor([1.0, 0.5])
     assert float(policy_loss(log_ratio, advantage, clip)) == pytest.approx(-(1.5 * unit - 0.5 * unit) / 2, rel=1e-5)
     figures = UpdateFigures(2, torch.device("cpu"))
@@ -165,7 +165,7 @@ def test_gradient_of_the_loss_in_float64() -> None:
         del policy.tuned.net[2].weight
         policy.tuned.net[2].weight = value
         new = dppo._log_prob(targets, pairs)
-        return policy_loss(new - old, normalized_advantage(advantage), torch.full((6,), 0.5))
+        return policy_loss(new - old, normalized_advantage(advantage), torch.tensor([[0.5], [1.5]]).expand(2, 6))
 
     policy.tuned.net[2]._parameters.pop("weight")
     policy.tuned.net[2].weight = weight

@@ -88,6 +88,22 @@ def test_the_tuned_encoder_learns_and_the_frozen_one_does_not() -> None:
     }  # fmt: skip
 
 
+def test_a_gaussian_policys_encoder_learns_too() -> None:
+    dppo = agent("gaussian", tuned_steps=1)
+    before = snapshot(dppo.policy.encoder)
+    dppo.update(dppo.collect())
+    assert changed(dppo.policy.encoder, before)
+
+
+def test_no_network_gets_more_than_a_micro_batch_at_once() -> None:
+    dppo = agent(critic="state_action", micro_batch_size=5)
+    rollout, rows = dppo.collect(), []
+    for module in (dppo.critic, dppo.baseline, dppo.policy.tuned_encoder):
+        module.register_forward_hook(lambda _, inputs, output: rows.append(len(output)))
+    dppo.update(rollout)
+    assert 1 < max(rows) <= 5
+
+
 def test_frozen_steps_see_what_they_saw_and_tuned_ones_do_not() -> None:
     dppo = agent()
     obs = dppo._rows(dppo.collect().observations)

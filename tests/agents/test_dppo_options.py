@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from dprl.agents import DPPO, DPPOConfig
-from dprl.agents.objective import chunk_log_prob, clip_ranges, normalized_advantage, over_chunk, value_loss
+from dprl.agents.objective import (
+    chunk_log_prob,
+    clip_bounds,
+    clip_ranges,
+    normalized_advantage,
+    over_chunk,
+    policy_loss,
+    value_loss,
+)
 from dprl.agents.targets import Pairs
 from dprl.diffusion import SolverConfig, normal_kl
 from dprl.errors import ConfigError
@@ -132,7 +140,19 @@ def test_sum_is_the_mean_times_the_numbers_and_so_is_its_clip() -> None:
     mean, total = (chunk_log_prob(log_prob, executed, how) for how in ("mean", "sum"))
     torch.testing.assert_close(total, mean * executed * 3)
     dppo = agent("sum")
-    torch.testing.assert_close(dppo._clip_ranges, 2 * clip_ranges(dppo.config))
+    clip = clip_ranges(dppo.config)
+    torch.testing.assert_close(dppo._clip_bounds, torch.stack([(1 - clip) ** 2, (1 + clip) ** 2]))
+
+
+def test_a_summed_ratio_is_clipped_on_both_sides_however_many_numbers_a_chunk_has() -> None:
+    bounds = clip_bounds(DPPOConfig(tuned_steps=1, clip_range=0.1), 112)
+    for advantage, log_ratio in ((-1.0, -20.0), (1.0, 20.0), (1.0, 1_000.0)):
+        ratio = torch.tensor([log_ratio], requires_grad=True)
+        loss = policy_loss(ratio, torch.tensor([advantage]), bounds)
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert ratio.grad.item() == 0, "too far already"
+    assert torch.isfinite(policy_loss(torch.tensor([1_000.0]), torch.tensor([0.0]), bounds))
 
 
 def test_actions_that_were_not_executed_do_not_count() -> None:
@@ -292,6 +312,7 @@ def test_a_bonus_for_entropy_raises_the_noise() -> None:
         ("default", {"anneal_tuned_steps": Anneal(1.5, 2)}, "anneal_tuned_steps.final = 1.5: must be a whole number"),
         ("learned-eta", {"solver": SolverConfig("ddpm")}, "solver = 'ddpm': has no eta to learn"),
         ("gaussian", {"tuned_steps": 2}, "tuned_steps = 2: must be 1: a gaussian policy does not denoise"),
+        ("gaussian", {"critic": "state_action"}, "critic = 'state_action': must be state: there is no noisy action"),
         ("gmm", {"regularizer": "kl"}, "regularizer = 'kl': must be bc or none: what this"),
     ],
 )

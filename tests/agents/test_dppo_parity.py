@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dprl.agents import DPPOConfig
-from dprl.agents.objective import chunk_log_prob, clip_ranges, normalized_advantage, policy_loss, value_loss
+from dprl.agents.objective import chunk_log_prob, clip_bounds, normalized_advantage, policy_loss, value_loss
 from dprl.diffusion import SolverConfig
 from dprl.interop import dppo
 from dprl.mdp import DenoisingMDP, ExplorationConfig
@@ -152,9 +152,9 @@ def losses(case: Case) -> dict[str, Tensor]:
     log_prob = chunk_log_prob(case.mdp.log_prob(condition, x, x_next, k), executed)
     log_ratio = log_prob - chunk_log_prob(data["old_log_probs"], executed)
     advantage = normalized_advantage(data["advantages"]) * config.denoising_discount**k
-    actor_loss = policy_loss(log_ratio, advantage, clip_ranges(config)[k])
+    actor_loss = policy_loss(log_ratio, advantage, clip_bounds(config, 1)[:, k])
     figures = UpdateFigures(config.tuned_steps, torch.device("cpu"))
-    figures.add_ratio(log_ratio.detach().float(), clip_ranges(config)[k], k)
+    figures.add_ratio(log_ratio.detach().float(), clip_bounds(config, 1)[:, k], k)
     critic_loss = value_loss(case.critic(condition), data["returns"])
     case.policy.zero_grad()
     case.critic.zero_grad()

@@ -134,9 +134,24 @@ def test_ppo_takes_as_many_gradient_steps_on_as_many_decisions(task: str) -> Non
     recipe = finetuning.SMALL[task]
     (_, dppo), (_, ppo) = finetuning._dppo(recipe), finetuning._ppo(recipe)
     assert dppo.dppo.batch_size / dppo.dppo.tuned_steps == ppo.dppo.batch_size
+    assert ppo.inference.temperature == 0
+    ppo = replace(ppo, inference=dppo.inference)
     assert (
         replace(ppo, dppo=replace(ppo.dppo, tuned_steps=dppo.dppo.tuned_steps, batch_size=dppo.dppo.batch_size)) == dppo
     )
+
+
+def test_cells_that_do_not_fit_are_refused_before_an_expert_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = StudyConfig(tmp_path)
+    studies.require_ready(config)
+    first = finetuning.cells_of(("hopper",), config)[0]
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / f"{first.name}.json").write_text(json.dumps({"settings": {"name": "another"}, "looks": {}}))
+    monkeypatch.setattr(runs, "train_expert", lambda *_, **__: pytest.fail("it was trained"))
+    with pytest.raises(ConfigError, match=r"holds 'hopper\.dppo\.cloned\.seed0' with"):
+        finetuning.run("hopper", config, progress_bar=False)
 
 
 def test_the_papers_size_of_what_it_does_not_have_is_refused(tmp_path: Path) -> None:

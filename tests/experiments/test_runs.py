@@ -190,6 +190,14 @@ def test_a_density_is_fine_tuned_as_one_step(kind: str, data: Path, tmp_path: Pa
     assert any(not torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True))
 
 
+def test_what_only_dppo_refuses_leaves_no_run_behind(data: Path, tmp_path: Path) -> None:
+    run = runs.pretrain(config_of("gmm", data, steps=1), tmp_path / "cloned", progress_bar=False)
+    dppo = DPPOConfig(tuned_steps=1, regularizer="kl")
+    with pytest.raises(ConfigError, match="regularizer = 'kl'"):
+        runs.finetune(FinetuneConfig(str(run.path), ENV, n_envs=2, dppo=dppo), tmp_path / "tuned", progress_bar=False)
+    assert not (tmp_path / "tuned").exists()
+
+
 def test_the_flow_of_the_command_line_is_one(data: Path, tmp_path: Path) -> None:
     config = replace(config_of("diffusion", data, steps=1), policy=FLOW)
     policy = Policy.from_pretrained(runs.pretrain(config, tmp_path / "flow", progress_bar=False).path)

@@ -12,8 +12,9 @@ from dprl import checkpoint
 from dprl.cli import main
 from dprl.data import load_dataset
 from dprl.envs.experts import make_expert
-from dprl.errors import EnvError
+from dprl.errors import ConfigError, EnvError
 from dprl.experiments.runs import ExpertConfig, Seen, train_expert
+from dprl.interop import sb3_experts
 from dprl.interop.sb3_experts import RETURNS_FILE, choose
 
 TINY = ExpertConfig("Hopper-v5", minutes=0.02, n_envs=2, n_steps=16, batch_size=16, n_epochs=1, eval_every=32,
@@ -59,6 +60,65 @@ def test_goes_on_where_it_stopped(trained: Path) -> None:
     assert after[: len(before)] == before
     assert after[-1].timesteps > before[-1].timesteps
     assert after[-1].minutes >= before[-1].minutes + 0.01
+
+
+def test_one_that_was_stopped_before_it_was_ever_evaluated_goes_on(tmp_path: Path) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dprl.interop.sb3_experts._Watch._on_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_expert(TINY, tmp_path / "expert", progress_bar=False)
+    train_expert(TINY, tmp_path / "expert", progress_bar=False)
+    assert (tmp_path / "expert/medium.zip").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"env": "Walker2d-v5"}, "env = 'Walker2d-v5': must be 'Hopper-v5', as"),
+        ({"seed": 1}, "seed = 1: must be 0, as"),
+    ],
+)
+def test_other_settings_do_not_go_on_in_a_folder(trained: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train_expert(replace(TINY, **changes), trained, progress_bar=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gamma": 2.0}, "gamma = 2.0: must be from 0 to 1"),
+        ({"clip_range": -1.0}, "clip_range = -1.0: must be above 0"),
+        ({"batch_size": 1}, "batch_size = 1: must be at least 2"),
+        ({"n_envs": 1, "n_steps": 1}, r"n_envs \* n_steps = 1: must be at least 2"),
+        ({"env": "AvoidPixels-v0"}, "env = 'AvoidPixels-v0': must be seen by its state"),
+    ],
+)
+def test_bad_settings_are_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train_expert(replace(TINY, **changes), tmp_path / "expert", progress_bar=False)
+    assert not (tmp_path / "expert").exists()
+
+
+def test_a_third_of_the_way_where_returns_are_negative(tmp_path: Path) -> None:
+    rows = [Seen(step, 0.0, value, 0.0) for step, value in ((1, -1500), (2, -1100), (3, -450), (4, -150))]
+    (tmp_path / "checkpoints").mkdir()
+    for row in rows:
+        for end in (".zip", "_vecnormalize.pkl"):
+            (tmp_path / "checkpoints" / f"{row.name}{end}").write_text("")
+    best, medium = choose(tmp_path, rows)
+    assert (best.timesteps, medium.timesteps) == (4, 2)
+
+
+def test_a_policy_of_a_class_of_its_own_is_named(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own: ...
+
+    Own.__module__ = "mine"
+    monkeypatch.setattr(sb3_experts, "load_from_zip_file", lambda *_, **__: ({"policy_class": Own}, None, None))
+    with pytest.raises(EnvError, match=r"holds a policy of a class of its own, .*Own"):
+        make_expert(str(trained / "expert.zip"), "Hopper-v5")
 
 
 def test_a_finished_training_stays_as_it_is(trained: Path) -> None:

@@ -189,3 +189,22 @@ def test_solvers_that_look_back_are_refused(solver: str) -> None:
 def test_more_tuned_steps_than_the_solver_has_are_refused(tuned: int) -> None:
     with pytest.raises(ConfigError, match=rf"tuned_steps = {tuned}: must be from 1 .* 4"):
         DenoisingMDP(toy_policy(), tuned, ExplorationConfig(), SolverConfig("ddim", 4))
+
+
+@pytest.mark.parametrize(
+    ("own", "tuned", "expected"),
+    [
+        (SolverConfig(), SolverConfig("ddim", 4, 1.0), SolverConfig("ddim", 4)),
+        (SolverConfig("ddim", 2), SolverConfig("ddim", 4, 1.0), SolverConfig("ddim", 2)),
+        (SolverConfig("dpmsolver++", 4), SolverConfig("ddpm"), SolverConfig("dpmsolver++", 4)),
+        (SolverConfig("ddim", 4), SolverConfig(), SolverConfig("ddim", 4)),
+        (SolverConfig(), SolverConfig(), SolverConfig()),
+    ],
+)
+def test_a_tuned_policy_samples_by_steps_that_were_tuned(
+    own: SolverConfig, tuned: SolverConfig, expected: SolverConfig
+) -> None:
+    """Its own way stays where it visits no others."""
+    policy = make_policy(replace(DIFFUSION, sampling=own))
+    DenoisingMDP(policy, 3 if tuned.solver != "ddpm" else 8, ExplorationConfig(), tuned)
+    assert policy.config.sampling == expected

@@ -65,6 +65,19 @@ def test_the_density_of_gaussian_data_is_theirs(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_is_trained_is_what_the_policy_does(kind: str) -> None:
+    settings, solver = KINDS[kind]
+    config = DiffusionConfig(horizon=2, num_train_timesteps=10, denoiser=MLPConfig(hidden_size=16), **settings)
+    policy = DiffusionPolicy(Features(2, 1), config)
+    shaken(policy.base)
+    mdp = ExactMDP(policy, ExplorationConfig(), SolverConfig())
+    assert (policy.config.sampling.solver, policy.config.clip_sample) == (solver, None)
+    obs, noise = torch.randn(5, 1, 2), 2 * torch.randn(1, 5, 2, 1)
+    acts, trained = policy.sample(obs, noise=noise), mdp.sample(obs, noise=noise).actions
+    torch.testing.assert_close(acts, trained, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_chunks_are_drawn_from_it(kind: str) -> None:
     mdp = make(kind, 200)
     know_the_data(mdp)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dprl.diffusion import SolverConfig
+from dprl.diffusion import SolverConfig, normal_kl
 from dprl.errors import ConfigError
 from dprl.mdp import DenoisingMDP, ExplorationConfig
 from dprl.networks.noise import LearnedNoiseConfig
@@ -112,6 +112,37 @@ def test_a_floor_can_be_annealed() -> None:
         rest = mdp.sample(torch.zeros(1, 1, 2), noise=torch.zeros_like(noise)).steps[:, -1]
         spread.append(float((mdp.sample(torch.zeros(1, 1, 2), noise=noise).steps[:, -1] - rest).max()))
     assert spread == pytest.approx([0.5, 0.3, 0.1, 0.1], abs=1e-6)
+
+
+def test_the_densitys_floor_is_never_below_that_of_sampling() -> None:
+    mdp = DenoisingMDP(make_policy(DIFFUSION), 3, ExplorationConfig(0.5, 0.2, anneal=Anneal(0.1, 4)))
+    for iteration, floor in ((0, 0.5), (2, 0.3), (4, 0.2), (9, 0.2)):
+        mdp.begin_iteration(iteration)
+        obs, k = torch.zeros(1, 1, 2), torch.tensor([0])
+        std = mdp.gaussian(mdp.condition(obs), torch.zeros(1, 2, 1), k).std
+        assert float(std) == pytest.approx(floor)
+        chain = mdp.sample(obs, noise=torch.zeros(9, 1, 2, 1))
+        assert float(chain.log_probs[0, -1].max()) == pytest.approx(-math.log(floor) - 0.5 * math.log(2 * math.pi))
+
+
+@pytest.mark.parametrize("kind", ["ddpm-std", "ddim-eta"])
+def test_the_pretrained_policys_noise_is_not_the_learned_one(kind: str) -> None:
+    """Else nothing would hold learned noise near it."""
+    mdp = make(kind)
+    condition, x, k = torch.zeros(3, 1, 2), torch.ones(3, 2, 1), torch.tensor([0, 1, 2])
+    gaussian = mdp.gaussian(condition, x, k)
+    pretrained = mdp.gaussian(condition, x, k, pretrained=True)
+    parameters = list(mdp.noise.parameters())
+    divergence = normal_kl(*gaussian, *(value.detach() for value in pretrained)).mean()
+    assert any(g.abs().sum() > 0 for g in torch.autograd.grad(divergence, parameters, retain_graph=True))
+    expected = mdp.noise.solver_std[-3:].flip(0).clamp(min=mdp.exploration.min_log_prob_std)
+    torch.testing.assert_close(pretrained.std, expected.view(-1, 1, 1))
+
+
+def test_an_eta_that_no_floor_lets_through_is_refused() -> None:
+    high = ExplorationConfig(0.02, 0.9, learned=LearnedNoiseConfig("eta"))
+    with pytest.raises(ConfigError, match=r"exploration\.min_log_prob_std = 0\.9: must be below 0\.\d+, which no"):
+        DenoisingMDP(make_policy(DIFFUSION), 3, high, SolverConfig("ddim", 4, 1.0))
 
 
 def test_what_the_policy_was_can_still_be_drawn() -> None:
