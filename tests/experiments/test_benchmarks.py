@@ -137,7 +137,8 @@ def test_dppo_without_a_reference_shows_stored_ratios_as_such(monkeypatch, capsy
     monkeypatch.setattr(dppo, "TASKS", {"hopper": TINY})
     dppo.main(dppo.DPPOBenchmark(tasks=("hopper",), parts=("sampling",), batches=(1,), repeats=1))
     printed = " ".join(capsys.readouterr().out.split())
-    assert f"{dppo.STORED['hopper', 'sampling, batch 1']:.2f} (stored)" in printed
+    assert f"{dppo.STORED['hopper', 'sampling, batch 1']:.2f}" in printed
+    assert "(stored)" in printed
     assert "stored ratios were measured on" in printed
 
 
