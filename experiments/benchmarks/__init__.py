@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import tyro
 
-from dprl.errors import DprlError
+from dprl.errors import DprlError, check
 
 Config = TypeVar("Config")
+
+
+def check_reference(path: Path | None) -> None:
+    """Raise ConfigError unless `path` is None or a checkout of the DPPO authors' code."""
+    code = path is None or (path / "model/diffusion/diffusion_ppo.py").is_file()
+    check(code, "reference", str(path), "must be a checkout of DPPO, with model/diffusion/diffusion_ppo.py")
 
 
 def command(main: Callable[[Config], object], config_class: type[Config]) -> None:

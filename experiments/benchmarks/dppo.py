@@ -32,7 +32,7 @@ from dprl.agents import DPPO, DPPOConfig
 from dprl.config import validate
 from dprl.cores import available_cores
 from dprl.errors import check
-from dprl.experiments.benchmarks import command
+from dprl.experiments.benchmarks import check_reference, command
 from dprl.experiments.runs import check_device
 from dprl.networks import MLPConfig
 from dprl.networks.mlp import Activation, DenoisingMLP
@@ -116,10 +116,7 @@ class DPPOBenchmark:
             check(batch >= 1, "batches", batch, "must be at least 1")
         check_device(self.device)
         check_precision(self.precision, torch.device(self.device))
-        code = self.reference is None or (self.reference / "model/diffusion/diffusion_ppo.py").is_file()
-        check(
-            code, "reference", str(self.reference), "must be a checkout of DPPO, with model/diffusion/diffusion_ppo.py"
-        )
+        check_reference(self.reference)
 
 
 @dataclass(frozen=True)

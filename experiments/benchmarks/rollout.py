@@ -34,7 +34,7 @@ from dprl.config import validate
 from dprl.cores import available_cores
 from dprl.envs.gymnasium import make_single
 from dprl.errors import check
-from dprl.experiments.benchmarks import command
+from dprl.experiments.benchmarks import check_reference, command
 from dprl.experiments.runs import check_device
 from dprl.mdp import Chain, DenoisingMDP, ExplorationConfig
 from dprl.networks import MLPConfig
@@ -81,10 +81,7 @@ class RolloutBenchmark:
             fits = workers >= 1 and most % workers == 0 and self.n_envs % most == 0
             check(fits, "workers", workers, f"must divide the largest, {most}, and that the {self.n_envs} environments")
         check_device(self.device)
-        code = self.reference is None or (self.reference / "model/diffusion/diffusion_ppo.py").is_file()
-        check(
-            code, "reference", str(self.reference), "must be a checkout of DPPO, with model/diffusion/diffusion_ppo.py"
-        )
+        check_reference(self.reference)
 
 
 @dataclass(frozen=True)
