@@ -12,7 +12,7 @@ which the first E are executed, A action size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import pairwise
@@ -92,6 +92,8 @@ class DPPO(OnPolicyAgent):
         self._discounts = (config.denoising_discount ** torch.arange(config.tuned_steps)).to(policy.device)
         numbers = policy.n_action_steps * policy.features.action_size if config.log_prob_reduction == "sum" else 1
         self._clip_bounds = clip_bounds(config, numbers).to(policy.device)
+        self._log_prob_of: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = self.mdp.log_prob
+        self._compiled = False
 
     def _critics(self) -> tuple[Critic, Critic | None]:
         """V(s), and where it is asked for the baseline V(s, x_{k+1}, k)."""
@@ -103,6 +105,20 @@ class DPPO(OnPolicyAgent):
             nets = [Critic(policy, size, config.critic_hidden_size, config.critic_activation) for size in sizes]
         critic, *baseline = (net.to(policy.device) for net in nets)
         return critic, baseline[0] if baseline else None
+
+    def collect(self) -> Rollout:
+        """See `OnPolicyAgent.collect`."""
+        after = self.config.compile_after
+        if after is not None and self.iteration >= after:
+            self.compile()
+        return super().collect()
+
+    def compile(self) -> None:
+        """Let torch.compile make chains and updates faster from now on; see `DPPOConfig.compile_after`."""
+        if not self._compiled:
+            self.mdp.compile()
+            self._log_prob_of = torch.compile(self._log_prob_of, dynamic=False)
+            self._compiled = True
 
     def update(self, batch: Rollout) -> dict[str, float]:
         """Improve actor and critic on one rollout; return metrics."""
@@ -185,7 +201,7 @@ class DPPO(OnPolicyAgent):
         """Log p(x_k | x_{k+1}, obs) of pairs: (B,)."""
         with self._computing():
             condition = self.mdp.condition(take(targets.observation, pairs.decision), self._augmentation)
-            log_prob = self.mdp.log_prob(condition, targets.x(pairs), targets.x_next(pairs), pairs.k)
+            log_prob = self._log_prob_of(condition, targets.x(pairs), targets.x_next(pairs), pairs.k)
         return chunk_log_prob(log_prob, targets.executed[pairs.decision], self.config.log_prob_reduction)
 
     def _baseline(self, targets: Targets, pairs: Pairs) -> Tensor:

@@ -38,6 +38,9 @@ class DPPOConfig:
     precision: Precision = "float32"
     """Of the networks in updates; chains are drawn in float32. tf32 is of GPUs; processors without bfloat16
     instructions are many times slower with it."""
+    compile_after: int | None = None
+    """Iterations after which torch.compile makes chains and updates faster; compiling takes a minute, which short runs
+    so do not pay. What Ray's workers draw is not compiled. Default: never."""
     learning_rate: float = 3e-4
     """The actor's."""
     critic_learning_rate: float = 1e-3
@@ -101,6 +104,10 @@ class DPPOConfig:
         check(self.clip_range_rate <= 50, "clip_range_rate", self.clip_range_rate, "must be at most 50")
         for name in ("gamma", "gae_lambda", "denoising_discount"):
             check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be from 0 to 1")
+        after = self.compile_after
+        check(after is None or after >= 0, "compile_after", after, "must be at least 0, or None")
+        steps = after is None or self.likelihood == "steps"
+        check(steps, "compile_after", after, "must be None: an exact likelihood is not compiled")
         for name in ("max_grad_norm", "clip_range_vf", "target_kl"):
             value = getattr(self, name)
             check(value is None or value > 0, name, value, "must be above 0, or None")

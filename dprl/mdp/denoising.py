@@ -22,6 +22,7 @@ from dprl.diffusion import SolverConfig, normal_log_prob, posterior_steps, solve
 from dprl.errors import check
 from dprl.mdp.base import Chain, ExplorationConfig, Gaussian, PolicyMDP
 from dprl.mdp.noise import FlooredNoise, step_noise
+from dprl.networks.mlp import DenoisingMLP
 from dprl.observations import TensorObservation
 from dprl.policy import DiffusionPolicy
 
@@ -100,6 +101,15 @@ class DenoisingMDP(PolicyMDP):
         """See `PolicyMDP.begin_iteration`."""
         self.noise.begin_iteration(iteration)
 
+    def compile(self) -> None:
+        """See `PolicyMDP.compile`; of networks larger than an MLP only their own steps, or it would take too long."""
+        if isinstance(self.policy.base, DenoisingMLP):
+            super().compile()
+        elif self.policy.device.type == "cpu":
+            for network in (self.policy.base, self.policy.tuned):
+                assert network is not None
+                network.compile(dynamic=False)
+
     def cpu(self) -> Self:
         """See `PolicyMDP.cpu`."""
         if self.policy.device.type == "cpu":
@@ -132,7 +142,7 @@ class DenoisingMDP(PolicyMDP):
         policy, clip = self.policy, self.policy.config.clip_sample
         x, z = draws[0], draws[1:].clamp(-self.exploration.noise_clip, self.exploration.noise_clip)
         steps = (FlooredNoise.of_chain if pretrained else type(self.noise).of_chain)(self.noise, condition)
-        made, chain = steps.std * z, []
+        made, chain = (steps.std * z).unbind(0), []
         timesteps = [step.timestep for step in self._grid]
         known = policy.prepare_steps(
             timesteps, condition, condition if frozen is None else frozen, pretrained=pretrained
@@ -143,7 +153,7 @@ class DenoisingMDP(PolicyMDP):
             network = policy.base if pretrained else policy.denoiser_at(t)
             clean = policy.schedule.predict_clean(x, network.denoise(x, next(known)), t, clip)
             x = _plus(_plus(made[i], steps.noisy[i], x), steps.clean[i], clean)
-        log_probs = normal_log_prob(made[-self.tuned_steps :], 0.0, steps.density_std)
+        log_probs = normal_log_prob(torch.stack(made[-self.tuned_steps :]), 0.0, steps.density_std)
         return Chain(
             torch.stack([*chain, x], dim=1), log_probs.transpose(0, 1), policy.action_normalizer.unnormalize(x)
         )

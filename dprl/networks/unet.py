@@ -7,12 +7,12 @@ from itertools import pairwise
 from typing import Literal, cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from dprl.config import validate
 from dprl.errors import check
 from dprl.networks.denoiser import Denoiser
+from dprl.networks.mish import Mish, mish
 from dprl.networks.timestep import TimestepEmbedding, check_time_size
 
 
@@ -59,20 +59,20 @@ class ResidualBlock(nn.Module):
         if config.condition_encoder == "linear":  # the Mish before it is the same in every block: see the U-Net
             self.cond_encoder: nn.Module = nn.Linear(condition_size, size)
         else:
-            layers = [nn.Linear(condition_size, size), nn.Mish(), nn.Linear(size, size), nn.Mish()]
+            layers = [nn.Linear(condition_size, size), Mish(), nn.Linear(size, size), Mish()]
             self.cond_encoder = nn.Sequential(*layers, nn.Linear(size, size))
         self.residual_conv = nn.Conv1d(n_inputs, n_outputs, 1) if n_inputs != n_outputs else nn.Identity()
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """(B, n_inputs, L), (B, condition_size) -> (B, n_outputs, L)."""
-        out = F.mish(self.norm1(self.conv1(x)))
+        out = mish(self.norm1(self.conv1(x)))
         film = self.cond_encoder(condition)[..., None]
         if self.scales:
             scale, bias = film.chunk(2, dim=1)
             out = torch.addcmul(bias, scale, out)
         else:
             out = out + film
-        out = F.mish(self.norm2(self.conv2(out)))
+        out = mish(self.norm2(self.conv2(out)))
         return cast("Tensor", out + self.residual_conv(x))
 
 
@@ -127,7 +127,7 @@ class ConditionalUNet1D(Denoiser):
         self.final = nn.Sequential(
             nn.Conv1d(dims[0], dims[0], config.kernel_size, padding=config.kernel_size // 2),
             nn.GroupNorm(config.n_groups, dims[0]),
-            nn.Mish(),
+            Mish(),
             nn.Conv1d(dims[0], action_size, 1),
         )
 
@@ -138,7 +138,7 @@ class ConditionalUNet1D(Denoiser):
     def prepare(self, time: Tensor, condition: Tensor) -> Tensor:
         """[timestep embedding, condition], activated where the blocks expect it: (B, time + O·F)."""
         known = torch.cat([time.expand(len(condition), -1), condition.flatten(1)], dim=1)
-        return F.mish(known) if self.activates else known
+        return mish(known) if self.activates else known
 
     def denoise(self, noisy_actions: Tensor, prepared: Tensor) -> Tensor:
         """See `Denoiser.denoise`."""

@@ -251,7 +251,8 @@ class DiffusionPolicy(Policy):
     ) -> Iterator[Tensor]:
         """Let the networks prepare what is the same at every step, for descending `timesteps`: n tensors (B, ...)."""
         n_base = sum(pretrained or self.denoiser_at(t) is self.base for t in timesteps)
-        grid = _on_device(tuple(timesteps), self.device)
+        known = torch.compiler.is_compiling()  # then it is a constant
+        grid = torch.tensor(timesteps, device=self.device) if known else _on_device(tuple(timesteps), self.device)
         if n_base:
             yield from self.base.prepare_steps(grid[:n_base], base_condition)
         if self.tuned is not None and n_base < len(timesteps):

@@ -102,6 +102,8 @@ class DPPOBenchmark:
     device: str = "cpu"
     precision: Precision = "float32"
     """Of our updates."""
+    compiled: bool = True
+    """Also measure everything with `DPPOConfig.compile_after = 0`; compiling is not timed."""
     reference: Path | None = None
     """A checkout of the DPPO authors' code."""
     json: Path | None = None
@@ -142,14 +144,16 @@ class Figure:
 # ------------------------------------------------------------------------------------------------------------- ours
 
 
-def our_agent(task: Task, device: str, *, precision: Precision = "float32", share: float = 1.0) -> DPPO:
+def our_agent(
+    task: Task, device: str, *, precision: Precision = "float32", share: float = 1.0, compiled: bool = False
+) -> DPPO:
     """Our DPPO at the task's sizes, in an environment of them."""
     features = Features(task.observation_size, task.action_size)
     network = MLPConfig(task.hidden_size, activation=task.activation)
     config = DiffusionConfig(horizon=task.chunk, num_train_timesteps=DENOISING_STEPS, denoiser=network)
     policy = DiffusionPolicy(features, config).to(device)
     env = InProcessPool(_spec(task), task.n_envs, slice_size=task.n_envs)
-    return DPPO(
+    agent = DPPO(
         policy, env,
         DPPOConfig(
             tuned_steps=TUNED_STEPS, n_steps=max(1, round(share * task.n_steps)), n_epochs=task.n_epochs,
@@ -157,6 +161,9 @@ def our_agent(task: Task, device: str, *, precision: Precision = "float32", shar
             critic_activation="mish", target_kl=None, precision=precision,
         ),
     )  # fmt: skip
+    if compiled:
+        agent.compile()
+    return agent
 
 
 def _spec(task: Task) -> EnvSpec:
@@ -317,10 +324,12 @@ def _seconds(action: Action, device: str) -> float:
 
 
 @contextmanager
-def sampling(config: DPPOBenchmark, name: str, batch: int) -> Iterator[tuple[Figure, Action, Action | None]]:
+def sampling(
+    config: DPPOBenchmark, name: str, compiled: bool, batch: int
+) -> Iterator[tuple[Figure, Action, Action | None]]:
     """Decisions, `batch` at once."""
     task = TASKS[name]
-    agent = our_agent(task, config.device, share=0.01)
+    agent = our_agent(task, config.device, share=0.01, compiled=compiled)
     obs = torch.zeros(batch, 1, task.observation_size, device=config.device)
     generator = torch_generator(0, "benchmark", device=config.device)
     theirs = None if config.reference is None else Reference(config.reference, task, config.device)
@@ -328,7 +337,7 @@ def sampling(config: DPPOBenchmark, name: str, batch: int) -> Iterator[tuple[Fig
     rate = multiplying_rate(config.device, task.hidden_size, batch)
     with one_thread_if(batch < 256), agent.pool:
         yield (
-            Figure(name, f"sampling, batch {batch}", "decisions", SAMPLES_AT_ONCE * batch,
+            Figure(name, _named(f"sampling, batch {batch}", compiled), "decisions", SAMPLES_AT_ONCE * batch,
                    floor_s=SAMPLES_AT_ONCE * flops / rate),
             lambda: [agent.mdp.sample(obs, generator=generator) for _ in range(SAMPLES_AT_ONCE)],
             None if theirs is None else lambda: [theirs.decide(obs) for _ in range(SAMPLES_AT_ONCE)],
@@ -347,26 +356,32 @@ def one_thread_if(small: bool) -> Iterator[None]:
 
 
 @contextmanager
-def update(config: DPPOBenchmark, name: str) -> Iterator[tuple[Figure, Action, Action | None]]:
+def update(config: DPPOBenchmark, name: str, compiled: bool) -> Iterator[tuple[Figure, Action, Action | None]]:
     """The update alone, on a share of an iteration's decisions."""
     task = TASKS[name]
-    agent = our_agent(task, config.device, precision=config.precision, share=config.share)
+    agent = our_agent(task, config.device, precision=config.precision, share=config.share, compiled=compiled)
     rollout = random_rollout(task, agent.config.n_steps)
     theirs = None if config.reference is None else Reference(config.reference, task, config.device)
     samples = rollout.rewards.size * TUNED_STEPS * task.n_epochs
     with agent.pool:
         yield (
-            Figure(name, "update", "samples", samples, floor_s=_update_floor(config, agent, task, samples)),
+            Figure(
+                name,
+                _named("update", compiled),
+                "samples",
+                samples,
+                floor_s=_update_floor(config, agent, task, samples),
+            ),
             partial(agent.update, rollout),
             None if theirs is None else partial(theirs.update, rollout),
         )
 
 
 @contextmanager
-def iteration(config: DPPOBenchmark, name: str) -> Iterator[tuple[Figure, Action, Action | None]]:
+def iteration(config: DPPOBenchmark, name: str, compiled: bool) -> Iterator[tuple[Figure, Action, Action | None]]:
     """A whole iteration, in the task's environments."""
     task = TASKS[name]
-    agent = our_agent(task, config.device, precision=config.precision)
+    agent = our_agent(task, config.device, precision=config.precision, compiled=compiled)
     rollout = random_rollout(task, task.n_steps)
     steps = rollout.rewards.size * task.chunk
     samples = rollout.rewards.size * TUNED_STEPS * task.n_epochs
@@ -384,13 +399,17 @@ def iteration(config: DPPOBenchmark, name: str) -> Iterator[tuple[Figure, Action
                 agent.pool.step_chunk(actions)
             floor = time.perf_counter() - start + _update_floor(config, agent, task, samples)
             yield (
-                Figure(name, "iteration", "environment steps", steps, floor_s=floor),
+                Figure(name, _named("iteration", compiled), "environment steps", steps, floor_s=floor),
                 lambda: agent.update(agent.collect()),
                 theirs,
             )
     finally:
         if env is not None:
             env.close()
+
+
+def _named(what: str, compiled: bool) -> str:
+    return f"{what}, compiled" if compiled else what
 
 
 def _network(agent: DPPO) -> nn.Module:
@@ -408,13 +427,14 @@ def _update_floor(config: DPPOBenchmark, agent: DPPO, task: Task, samples: int) 
 def measurements(config: DPPOBenchmark) -> list[Callable[[], Any]]:
     """Return everything to measure."""
     found: list[Callable[[], Any]] = []
+    variants = (False, True) if config.compiled else (False,)
     for name in config.tasks:
         if "sampling" in config.parts:
-            found += [partial(sampling, config, name, batch) for batch in config.batches]
+            found += [partial(sampling, config, name, flag, batch) for batch in config.batches for flag in variants]
         if "update" in config.parts:
-            found.append(partial(update, config, name))
+            found += [partial(update, config, name, flag) for flag in variants]
         if "iteration" in config.parts and TASKS[name].env is not None:
-            found.append(partial(iteration, config, name))
+            found += [partial(iteration, config, name, flag) for flag in variants]
     return found
 
 
@@ -427,7 +447,7 @@ def figures(config: DPPOBenchmark) -> list[Figure]:
                 bar.note(f"{figure.task}, {figure.what}")
                 for action in (ours, theirs):
                     if action is not None and figure.what != "iteration":
-                        action()  # to warm up
+                        action()  # to warm up, and to compile
                 for _ in range(config.repeats):
                     figure.ours_s.append(_seconds(ours, config.device))
                     if theirs is not None:

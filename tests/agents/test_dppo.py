@@ -315,3 +315,40 @@ def test_the_entropy_is_that_of_the_steps_gaussians() -> None:
     metrics = dppo.update(dppo.collect())
     expected = float(dppo.mdp.noise.density_std.log().mean()) + 0.5 * math.log(2 * math.pi * math.e)
     assert metrics["dppo/entropy"] == pytest.approx(expected, abs=0.02)
+
+
+def iterations(dppo: DPPO, n: int) -> list[dict[str, float]]:
+    found = [dppo.update(dppo.collect()) for _ in range(n)]
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in found]
+
+
+def test_what_compiles_later_is_the_same_until_then_and_close_after_and_resumes(tmp_path: Path) -> None:
+    config = replace(SMALL, compile_after=1)
+    plain, compiled = agent(), agent(config)
+    (first, second), (same, close) = iterations(plain, 2), iterations(compiled, 2)
+    assert same == first
+    assert compiled.mdp._make is not plain.mdp._make
+    assert close == pytest.approx(second, rel=1e-3, abs=1e-5)
+    compiled.save(tmp_path / "saved")
+    resumed = DPPO(DiffusionPolicy.from_pretrained(tmp_path / "saved"), make_toy(reach_spec(), 4), config)
+    resumed.load_state(tmp_path / "saved")
+    assert iterations(resumed, 1) == iterations(compiled, 1)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_solver_and_network_compiles(variant: str) -> None:
+    policy_config, solver = VARIANTS[variant]
+    config = replace(SMALL, solver=solver)
+    plain, compiled = (
+        DPPO(
+            DiffusionPolicy(Features(2, 1), policy_config), make_toy(reach_spec(), 4), replace(config, compile_after=a)
+        )
+        for a in (None, 0)
+    )
+    assert iterations(compiled, 1)[0] == pytest.approx(iterations(plain, 1)[0], rel=1e-3, abs=1e-5)
+
+
+def test_an_exact_likelihood_is_not_compiled() -> None:
+    with pytest.raises(ConfigError, match=r"compile_after = 3: must be None: an exact"):
+        DPPOConfig(likelihood="exact", tuned_steps=1, compile_after=3)

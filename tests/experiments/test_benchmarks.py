@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dprl.errors import ConfigError
 from dprl.experiments.benchmarks import dppo, rollout, sampling, training
@@ -121,13 +122,17 @@ def reference(tmp_path, monkeypatch):
 def test_dppo_against_a_reference(reference, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dppo, "TASKS", {"tiny": TINY})
     monkeypatch.setattr(sys, "path", [*sys.path])
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: (compiled.append(function), function)[1])
     file = tmp_path / "figures.json"
     dppo.main(dppo.DPPOBenchmark(tasks=("tiny",), batches=(1, 3), share=1.0, repeats=2, reference=reference, json=file))
     figures = json.loads(file.read_text())["figures"]
-    assert [f["what"] for f in figures] == ["sampling, batch 1", "sampling, batch 3", "update", "iteration"]
+    parts = ["sampling, batch 1", "sampling, batch 3", "update", "iteration"]
+    assert [f["what"] for f in figures] == [name for part in parts for name in (part, f"{part}, compiled")]
+    assert len(compiled) == 2 * len(parts)  # of each the chain and the update
     assert all(len(f["ours_s"]) == len(f["theirs_s"]) == 2 and f["floor_s"] > 0 for f in figures)
     samples, steps = 3 * 2 * dppo.TUNED_STEPS, 3 * 2 * 4
-    assert [f["amount"] for f in figures] == [10, 30, samples, steps]
+    assert [f["amount"] for f in figures] == [10, 10, 30, 30, samples, samples, steps, steps]
     printed = capsys.readouterr().out
     assert "decisions" in printed
     assert "stored" not in printed
@@ -135,7 +140,7 @@ def test_dppo_against_a_reference(reference, tmp_path, monkeypatch, capsys):
 
 def test_dppo_without_a_reference_shows_stored_ratios_as_such(monkeypatch, capsys):
     monkeypatch.setattr(dppo, "TASKS", {"hopper": TINY})
-    dppo.main(dppo.DPPOBenchmark(tasks=("hopper",), parts=("sampling",), batches=(1,), repeats=1))
+    dppo.main(dppo.DPPOBenchmark(tasks=("hopper",), parts=("sampling",), batches=(1,), repeats=1, compiled=False))
     printed = " ".join(capsys.readouterr().out.split())
     assert f"{dppo.STORED['hopper', 'sampling, batch 1']:.2f}" in printed
     assert "(stored)" in printed

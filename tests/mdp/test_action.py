@@ -110,3 +110,15 @@ def test_what_such_a_policy_does_not_have_is_refused(settings, message: str) -> 
 def test_a_policy_without_a_density_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"policy = 'MSEPolicy': must be a DiffusionPolicy, or a Gaussian"):
         mdp_of(MSEPolicy(Features(2, 1)), 1, ExplorationConfig(), SolverConfig())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_it_draws_the_same(kind: str) -> None:
+    mdp, obs = make(kind)
+    plain, compiled = [], []
+    for found in (plain, compiled):
+        chain = mdp.sample(obs[:7], generator=torch.Generator().manual_seed(0))
+        found += [chain.steps, chain.log_probs, chain.actions]
+        mdp.compile()
+    torch.testing.assert_close(compiled, plain)

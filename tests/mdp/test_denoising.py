@@ -1,5 +1,6 @@
 """The density of a denoising step is the sampler's own."""
 
+import copy
 import math
 import re
 from dataclasses import replace
@@ -208,3 +209,19 @@ def test_a_tuned_policy_samples_by_steps_that_were_tuned(
     policy = make_policy(replace(DIFFUSION, sampling=own))
     DenoisingMDP(policy, 3 if tuned.solver != "ddpm" else 8, ExplorationConfig(), tuned)
     assert policy.config.sampling == expected
+
+
+@pytest.mark.full
+def test_a_copy_of_a_compiled_process_has_weights_of_its_own() -> None:
+    mdp = DenoisingMDP(make_policy(DIFFUSION), 3, ExplorationConfig())
+    obs, noise = torch.ones(4, 1, 2), torch.randn(4, *mdp.noise_shape).transpose(0, 1)
+    before = mdp.sample(obs, noise=noise).actions
+    mdp.compile()
+    torch.testing.assert_close(mdp.sample(obs, noise=noise).actions, before)
+    copied = copy.deepcopy(mdp)
+    assert copied.sample(obs, noise=noise).actions.equal(before)
+    with torch.no_grad():
+        for parameter in copied.trainable().parameters():
+            parameter.add_(1.0)
+    assert not copied.sample(obs, noise=noise).actions.allclose(before)
+    torch.testing.assert_close(mdp.sample(obs, noise=noise).actions, before)
