@@ -123,12 +123,16 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's metrics; a last line that was cut short is left out.
+    """Return the rows of a run's metrics, see `read_rows`."""
+    return read_rows(folder / METRICS_FILE)
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file of metrics, none if there is no file; a last line that was cut short is left out.
 
     Raises:
         CheckpointError: another line is damaged.
     """
-    file = folder / METRICS_FILE
     if not file.is_file():
         return []
     lines = file.read_bytes().splitlines()

@@ -17,6 +17,7 @@ from dprl.experiments.studies import (
     Cell,
     Look,
     StudyConfig,
+    curve_file,
     grouped,
     mean_interval,
     run_cells,
@@ -24,7 +25,7 @@ from dprl.experiments.studies import (
     tuned,
     write_table,
 )
-from dprl.log import read_metrics
+from dprl.log import read_rows
 from dprl.policy import DiffusionConfig
 
 TASK, NOISE, DEMONSTRATIONS = "pick-place", 0.5, 100
@@ -123,7 +124,7 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
         for variant in sorted(own, key=lambda v: v.choice == USUAL):
             group = by_label[variant.label]
             before = by_label[f"cloned-{variant.chunk}"]
-            folders = [config.out / "runs" / o.cell for o in group]
+            curves = [curve_file(config, o.cell) for o in group]
             value = usual if variant.choice == USUAL else variant.value
             rows.append(
                 [
@@ -131,19 +132,19 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
                     f"{value} (usual)" if variant.choice == USUAL else value,
                     shown(*mean_interval([o.success for o in before], config.episodes)),
                     shown(*mean_interval([o.success for o in group], config.episodes)),
-                    f"{np.mean([_mean_success(folder) for folder in folders]):.2f}",
+                    f"{np.mean([_mean_success(curve) for curve in curves]):.2f}",
                     f"{np.mean([o.train_s for o in group]) / 60:.1f}",
                 ]
             )
-            panels.setdefault(choice, {})[value] = folders
+            panels.setdefault(choice, {})[value] = curves
     plots.over_seeds(panels, config.out / "ablations.png", n_columns=3)
     columns = ["choice", "value", "cloned", "fine-tuned", "mean over training", "minutes"]
     return write_table(config, "ablations", "Ablations of DPPO", columns, rows, [_setting(config)], outcomes)
 
 
-def _mean_success(folder: Path) -> float:
+def _mean_success(curve: Path) -> float:
     """Success averaged over a run's evaluations: how fast it learned."""
-    return float(np.mean([row[plots.SUCCESS] for row in read_metrics(folder) if plots.SUCCESS in row]))
+    return float(np.mean([row[plots.SUCCESS] for row in read_rows(curve) if plots.SUCCESS in row]))
 
 
 def _setting(config: StudyConfig) -> str:

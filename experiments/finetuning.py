@@ -23,7 +23,9 @@ from dprl.experiments.studies import (
     Look,
     Outcome,
     StudyConfig,
+    curve_file,
     grouped,
+    is_done,
     mean_interval,
     require_ready_for,
     run_cells,
@@ -170,13 +172,10 @@ def _ppo(recipe: Recipe) -> tuple[PolicyChoice, FinetuneConfig]:
 def run(name: str, config: StudyConfig, *, progress_bar: bool = True) -> Path:
     """Run the study of a group of tasks; write ``NAME.md``, ``.csv`` and ``.png`` and return the first."""
     tasks = GROUPS[name]
-    todo = cells_of(tasks, config)
-    require_ready_for(todo, config)
-    experts = [
-        train_expert(env, config, progress_bar=progress_bar)
-        for env in dict.fromkeys(cell.collect.env for cell in todo if cell.collect.expert.endswith(".zip"))
-    ]
-    outcomes = run_cells(todo, config, progress_bar=progress_bar)
+    cells = cells_of(tasks, config)
+    shown_by = grouped([c for c in require_ready_for(cells, config) if c.collect.expert.endswith(".zip")], env_of)
+    experts = [expert_of(env, own, config, progress_bar=progress_bar) for env, own in shown_by.items()]
+    outcomes = run_cells(cells, config, progress_bar=progress_bar)
     cloned, fine_tuned = ([o for o in outcomes if stage in o.cell.split(".")] for stage in ("cloned", "tuned"))
     rows, panels = [], dict[str, dict[str, list[Path]]]()
     for (label, before), after in zip(
@@ -195,23 +194,29 @@ def run(name: str, config: StudyConfig, *, progress_bar: bool = True) -> Path:
                 f"{np.mean([o.train_s for o in after]) / 60:.1f}",
             ]
         )
-        folders = [config.out / "runs" / o.cell for o in after]
-        panels.setdefault(task, {})[NAMES[policy]] = folders
+        panels.setdefault(task, {})[NAMES[policy]] = [curve_file(config, o.cell) for o in after]
     plots.over_seeds(panels, config.out / f"{name}.png")
     columns = ["task", "method", "cloned", "fine-tuned", "ratio", "each seed", "environment steps", "minutes"]
     return write_table(config, name, "Fine-tuning", columns, rows, [*experts, _setting(config)], outcomes)
 
 
-def train_expert(env: str, config: StudyConfig, *, progress_bar: bool = True) -> str:
-    """Train what demonstrates `env`, or go on with it; return how it did, in words."""
+def expert_of(env: str, cells: Sequence[Cell], config: StudyConfig, *, progress_bar: bool = True) -> str:
+    """Train what demonstrates `env` where `cells` still need it, or go on with it; return how it did, in words."""
     minutes = ExpertConfig.minutes * min(config.scale, 1.0)
     folder = config.out / Path(MEDIUM.format(env=env)).parent
-    expert, medium = runs.train_expert(ExpertConfig(env, minutes), folder, progress_bar=progress_bar)
+    train = any(not is_done(cell, config) for cell in cells)
+    found = None if train else runs.trained_expert(folder)
+    expert, medium = found or runs.train_expert(ExpertConfig(env, minutes), folder, progress_bar=progress_bar)
     return (
         f"The expert of {env}, the best policy of {minutes:g} minutes of PPO (stable-baselines3), has a return of "
         f"{expert.return_mean:,.0f} after {expert.timesteps:,} steps; the `medium` one that demonstrates, "
         f"{medium.return_mean:,.0f} after {medium.timesteps:,}."
     )
+
+
+def env_of(cell: Cell) -> str:
+    """What a cell is trained in."""
+    return cell.collect.env
 
 
 def label_of(outcome: Outcome) -> str:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from dprl.envs import metaworld
 from dprl.errors import MissingDependencyError
-from dprl.log import read_metrics
+from dprl.log import read_metrics, read_rows
 from dprl.rollout import Evaluation
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def over_seeds(panels: Mapping[str, Mapping[str, Sequence[Path]]], file: Path, *
     """Draw the evaluations of runs against environment steps: the mean over seeds, its 95 % interval, every seed thin.
 
     Args:
-        panels: title -> what is compared in it -> the runs of its seeds.
+        panels: title -> what is compared in it -> the curves of its seeds, files of metrics' rows.
         file: the PNG to write.
         n_columns: panels side by side. Default: all.
     """
@@ -119,11 +119,11 @@ def over_seeds(panels: Mapping[str, Mapping[str, Sequence[Path]]], file: Path, *
     figure = new_figure(figsize=(4.2 * n_columns, 3.4 * n_rows))
     axes = figure.subplots(n_rows, n_columns, squeeze=False).flat
     for axis, (title, compared) in zip(axes, panels.items(), strict=False):
-        for i, (name, folders) in enumerate(compared.items()):
-            steps, scores, metric = _evaluations(folders)
+        for i, (name, files) in enumerate(compared.items()):
+            steps, scores, metric = _evaluations(files)
             axis.plot(steps.T, scores.T, color=f"C{i}", lw=0.6, alpha=0.5)
             axis.plot(steps.mean(0), scores.mean(0), "o-", color=f"C{i}", ms=3, label=name)
-            if len(folders) > 1:
+            if len(files) > 1:
                 low, high = mean_ci95(scores)
                 bounds = (0, 1) if metric == SUCCESS else (-np.inf, np.inf)
                 axis.fill_between(steps.mean(0), *np.clip((low, high), *bounds), color=f"C{i}", alpha=0.15, lw=0)
@@ -145,9 +145,9 @@ def mean_ci95(scores: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.stack([scores.mean(0) - half, scores.mean(0) + half])
 
 
-def _evaluations(folders: Sequence[Path]) -> tuple[npt.NDArray[Any], npt.NDArray[Any], str]:
+def _evaluations(files: Sequence[Path]) -> tuple[npt.NDArray[Any], npt.NDArray[Any], str]:
     """Timesteps and scores (runs, points) of the evaluations that all runs have, and what they are."""
-    rows = [{row["iteration"]: row for row in read_metrics(folder) if RETURN in row} for folder in folders]
+    rows = [{row["iteration"]: row for row in read_rows(file) if RETURN in row} for file in files]
     common = sorted(set.intersection(*(set(own) for own in rows)))
     metric = SUCCESS if all(SUCCESS in row for own in rows for row in own.values()) else RETURN
     steps, scores = ([[own[i][key] for i in common] for own in rows] for key in ("timesteps", metric))

@@ -264,6 +264,13 @@ def train_expert(config: ExpertConfig, out: Path, *, progress_bar: bool = True) 
     return sb3_experts.train_expert(config, out, progress_bar=progress_bar)
 
 
+def trained_expert(out: Path) -> tuple[Seen, Seen] | None:
+    """Return how the expert that was trained in `out` and its `medium` forerunner did; None if none was."""
+    from dprl.interop import sb3_experts
+
+    return sb3_experts.chosen(out) if (out / sb3_experts.RETURNS_FILE).exists() else None
+
+
 def collect(config: CollectConfig, out: Path, *, progress_bar: bool = True) -> Episodes:
     """Play `config.episodes` episodes and write them to the new folder `out`."""
     RunFolder.require_free(out)

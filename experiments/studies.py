@@ -8,6 +8,7 @@ inside a training too.
     OUT/data/           demonstrations, one folder for each task and seed
     OUT/runs/CELL/      the training
     OUT/cells/CELL.json its evaluations
+    OUT/cells/CELL.jsonl of a fine-tuning, the evaluations on the way
     OUT/NAME.md, .csv, .png
 """
 
@@ -30,7 +31,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -51,6 +52,8 @@ from dprl.spec import resolve
 from dprl.training.loop import InterruptedRunError
 from dprl.training.progress import ProgressBar
 from dprl.training.run import RUN_FILE, RunFolder
+
+Item = TypeVar("Item")
 
 # Evaluations use start states that neither demonstrations nor training of the same seed have.
 HELD_OUT = 2_000_000
@@ -162,7 +165,7 @@ def run_cells(cells: Sequence[Cell], config: StudyConfig, *, progress_bar: bool 
         InterruptedRunError: on SIGINT or SIGTERM, with what was trained so far saved.
     """
     cells = require_ready_for(cells, config)
-    todo = [cell for cell in cells if not _is_done(cell, config)]
+    todo = [cell for cell in cells if not is_done(cell, config)]
     for collect in dict.fromkeys(cell.collect for cell in todo):
         folder = _data_folder(config, collect)
         if not folder.exists():
@@ -217,6 +220,11 @@ def policy_folder(config: StudyConfig, cell: Cell) -> Path:
     return config.out / "runs" / cell.name
 
 
+def curve_file(config: StudyConfig, cell: str) -> Path:
+    """Return the file of the evaluations during a fine-tuning: rows of its metrics."""
+    return config.out / "cells" / f"{cell}.jsonl"
+
+
 def _scaled(cell: Cell, config: StudyConfig) -> Cell:
     """The cell with its data's folder and as many gradient steps as the study's scale makes of them."""
     steps = max(1, round(cell.pretrain.steps * config.scale))
@@ -266,8 +274,10 @@ def _require_same(cell: Cell, config: StudyConfig) -> None:
         _outcomes(cell, config)
 
 
-def _is_done(cell: Cell, config: StudyConfig) -> bool:
+def is_done(cell: Cell, config: StudyConfig) -> bool:
+    """Whether all that is kept of a cell is there."""
     kept = [_paths_file(config, cell, look.name) for look in cell.looks if look.keep_paths]
+    kept += [] if cell.finetune is None else [curve_file(config, cell.name)]
     return all(file.exists() for file in (_result_file(config, cell), *kept))
 
 
@@ -367,7 +377,19 @@ def _train_and_look(cell: Cell, config: StudyConfig) -> None:
         looks[look.name] = vars(_outcome(cell, look, config, run, policy, result))
     file = _result_file(config, cell)
     file.parent.mkdir(parents=True, exist_ok=True)
+    if cell.finetune is not None:
+        _save_curve(run, curve_file(config, cell.name))
     checkpoint.write_json(file, {"settings": _settings(cell), "looks": looks})
+
+
+def _save_curve(run: RunFolder, file: Path) -> None:
+    kept = ("iteration", "timesteps", "time/elapsed_s")
+    rows = [
+        {name: value for name, value in row.items() if name in kept or name.startswith("eval/")}
+        for row in read_metrics(run.path)
+        if plots.RETURN in row
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _outcome(
@@ -482,9 +504,9 @@ def shown(mean: float, low: float, high: float) -> str:
     return f"{mean:.2f} ({low:.2f} to {high:.2f})"
 
 
-def grouped(outcomes: Sequence[Outcome], key: Callable[[Outcome], str]) -> dict[str, list[Outcome]]:
-    """Collect outcomes by `key`, in order of first appearance."""
-    groups: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        groups.setdefault(key(outcome), []).append(outcome)
+def grouped(items: Sequence[Item], key: Callable[[Item], str]) -> dict[str, list[Item]]:
+    """Collect items by `key`, in order of first appearance."""
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return groups

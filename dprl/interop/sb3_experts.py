@@ -75,15 +75,25 @@ def train_expert(config: ExpertConfig, out: Path, *, progress_bar: bool = True) 
 
 def choose(out: Path, seen: list[Seen]) -> tuple[Seen, Seen]:
     """Copy the best policy to ``expert`` and the one before it nearest a third of its return to ``medium``."""
-    best = max(seen, key=lambda row: row.return_mean)
-    earlier = [row for row in seen if row.timesteps <= best.timesteps]
-    start = min(0.0, seen[0].return_mean)  # where returns are negative, a third of the way
-    aim = start + MEDIUM_SHARE * (best.return_mean - start)
-    medium = min(earlier, key=lambda row: abs(row.return_mean - aim))
+    best, medium = best_and_medium(seen)
     for name, row in (("expert", best), ("medium", medium)):
         for source, target in zip(_files(out / "checkpoints" / row.name), _files(out / name), strict=True):
             shutil.copyfile(source, target)
     return best, medium
+
+
+def chosen(out: Path) -> tuple[Seen, Seen]:
+    """Return how the expert and the medium policy of a training in the folder `out` did."""
+    return best_and_medium([Seen(**row) for row in checkpoint.read_json(out / RETURNS_FILE)])
+
+
+def best_and_medium(seen: list[Seen]) -> tuple[Seen, Seen]:
+    """Return the best evaluation, and that before it nearest a third of its return."""
+    best = max(seen, key=lambda row: row.return_mean)
+    earlier = [row for row in seen if row.timesteps <= best.timesteps]
+    start = min(0.0, seen[0].return_mean)  # where returns are negative, a third of the way
+    aim = start + MEDIUM_SHARE * (best.return_mean - start)
+    return best, min(earlier, key=lambda row: abs(row.return_mean - aim))
 
 
 class SB3Expert:

@@ -42,6 +42,21 @@ def test_a_cell_fine_tunes_the_policy_of_another(done: Path) -> None:
     rows = [json.loads(line) for line in (done / "runs/tuned/metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["timesteps"] >= 20
     assert (done / "cells/tuned.json").is_file()
+    curve = [json.loads(line) for line in (done / "cells/tuned.jsonl").read_text().splitlines()]
+    evaluated = [row for row in rows if "eval/return_mean" in row]
+    assert curve
+    assert [(r["timesteps"], r["eval/return_mean"]) for r in curve] == [
+        (r["timesteps"], r["eval/return_mean"]) for r in evaluated
+    ]
+    assert not any(name.startswith("dppo/") for row in curve for name in row)
+
+
+def test_a_lost_curve_is_written_anew(done: Path) -> None:
+    file = done / "cells/tuned.jsonl"
+    before = file.read_text()
+    file.unlink()
+    run_cells([BASE, TUNED], StudyConfig(done), progress_bar=False)
+    assert file.read_text() == before
 
 
 def test_outcomes_tell_of_returns_and_steps(done: Path) -> None:
@@ -163,10 +178,10 @@ def test_the_papers_size_of_what_it_does_not_have_is_refused(tmp_path: Path) -> 
 # ------------------------------------------------------------------------------------------------ what becomes of them
 
 
-def write_curve(folder: Path, scores: list[float], key: str) -> None:
-    folder.mkdir(parents=True)
+def write_curve(file: Path, scores: list[float], key: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
     rows = [{"iteration": i, "timesteps": 100 * i, "eval/return_mean": 9.0, key: s} for i, s in enumerate(scores)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def invent(cells: list[Cell], out: Path, *, success: bool) -> list[Outcome]:
@@ -178,7 +193,7 @@ def invent(cells: list[Cell], out: Path, *, success: bool) -> list[Outcome]:
         )
         if c.base:
             key = "eval/success_rate" if success else "eval/return_mean"
-            write_curve(out / "runs" / c.name, [0.3, 0.6, value], key)
+            write_curve(out / "cells" / f"{c.name}.jsonl", [0.3, 0.6, value], key)
     return found
 
 
@@ -208,6 +223,22 @@ def test_a_group_writes_table_and_curves(name: str, tmp_path: Path, monkeypatch:
             "| 0.31 (0.25 to 0.38) | 0.91 (0.86 to 0.94) | 2.94 | 0.90, 0.92 | 1,000 | 1.0 |" in row for row in rows
         )
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_done_needs_no_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of experts and runs only the figures were kept, as in docs/results."""
+    config = StudyConfig(tmp_path, seeds=(0,))
+    studies.require_ready(config)
+    invented = invent(finetuning.cells_of(("hopper",), config), tmp_path, success=False)
+    expert = tmp_path / "experts/Hopper-v5"
+    expert.mkdir(parents=True)
+    rows = [Seen(1_000, 0.5, 1_000.0, 1.0), Seen(2_000, 1.0, 3_000.0, 1.0)]
+    (expert / "returns.json").write_text(json.dumps([vars(row) for row in rows]))
+    monkeypatch.setattr(finetuning, "run_cells", lambda cells, config, progress_bar: invented)
+    monkeypatch.setattr(finetuning, "is_done", lambda cell, config: True)
+    monkeypatch.setattr(runs, "train_expert", lambda *_, **__: pytest.fail("it was trained"))
+    text = finetuning.run("hopper", config, progress_bar=False).read_text()
+    assert "has a return of 3,000 after 2,000 steps; the `medium` one that demonstrates, 1,000 after 1,000" in text
 
 
 def test_ablations_are_drawn_beside_the_usual_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
