@@ -13,12 +13,12 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -144,16 +144,14 @@ class Figure:
 # ------------------------------------------------------------------------------------------------------------- ours
 
 
-def our_agent(
-    task: Task, device: str, *, precision: Precision = "float32", share: float = 1.0, compiled: bool = False
-) -> DPPO:
+def our_agent(task: Task, device: str, precision: Precision = "float32", share: float = 1.0) -> DPPO:
     """Our DPPO at the task's sizes, in an environment of them."""
     features = Features(task.observation_size, task.action_size)
     network = MLPConfig(task.hidden_size, activation=task.activation)
     config = DiffusionConfig(horizon=task.chunk, num_train_timesteps=DENOISING_STEPS, denoiser=network)
     policy = DiffusionPolicy(features, config).to(device)
     env = InProcessPool(_spec(task), task.n_envs, slice_size=task.n_envs)
-    agent = DPPO(
+    return DPPO(
         policy, env,
         DPPOConfig(
             tuned_steps=TUNED_STEPS, n_steps=max(1, round(share * task.n_steps)), n_epochs=task.n_epochs,
@@ -161,9 +159,6 @@ def our_agent(
             critic_activation="mish", target_kl=None, precision=precision,
         ),
     )  # fmt: skip
-    if compiled:
-        agent.compile()
-    return agent
 
 
 def _spec(task: Task) -> EnvSpec:
@@ -323,25 +318,47 @@ def _seconds(action: Action, device: str) -> float:
 # ------------------------------------------------------------------------------------------------------ measurement
 
 
+class Measured(NamedTuple):
+    """What is to be measured: our ways, of which the second is compiled, and the authors'."""
+
+    figure: Figure
+    ours: Sequence[Action]
+    theirs: Action | None
+
+
 @contextmanager
-def sampling(
-    config: DPPOBenchmark, name: str, compiled: bool, batch: int
-) -> Iterator[tuple[Figure, Action, Action | None]]:
+def our_agents(config: DPPOBenchmark, task: Task, share: float = 1.0) -> Iterator[list[DPPO]]:
+    """One, and one that is compiled where that is asked for."""
+    agents = [our_agent(task, config.device, config.precision, share) for _ in range(1 + config.compiled)]
+    for agent in agents[1:]:
+        agent.compile()
+    try:
+        yield agents
+    finally:
+        for agent in agents:
+            agent.pool.close()
+
+
+@contextmanager
+def sampling(config: DPPOBenchmark, name: str, batch: int) -> Iterator[Measured]:
     """Decisions, `batch` at once."""
     task = TASKS[name]
-    agent = our_agent(task, config.device, share=0.01, compiled=compiled)
     obs = torch.zeros(batch, 1, task.observation_size, device=config.device)
     generator = torch_generator(0, "benchmark", device=config.device)
     theirs = None if config.reference is None else Reference(config.reference, task, config.device)
-    flops = batch * DENOISING_STEPS * products(_network(agent), training=False)
     rate = multiplying_rate(config.device, task.hidden_size, batch)
-    with one_thread_if(batch < 256), agent.pool:
-        yield (
-            Figure(name, _named(f"sampling, batch {batch}", compiled), "decisions", SAMPLES_AT_ONCE * batch,
-                   floor_s=SAMPLES_AT_ONCE * flops / rate),
-            lambda: [agent.mdp.sample(obs, generator=generator) for _ in range(SAMPLES_AT_ONCE)],
+
+    def decide(agent: DPPO) -> None:
+        for _ in range(SAMPLES_AT_ONCE):
+            agent.mdp.sample(obs, generator=generator)
+
+    with one_thread_if(batch < 256), our_agents(config, task, share=0.01) as agents:
+        flops = SAMPLES_AT_ONCE * batch * DENOISING_STEPS * products(_network(agents[0]), training=False)
+        yield Measured(
+            Figure(name, f"sampling, batch {batch}", "decisions", SAMPLES_AT_ONCE * batch, floor_s=flops / rate),
+            [partial(decide, agent) for agent in agents],
             None if theirs is None else lambda: [theirs.decide(obs) for _ in range(SAMPLES_AT_ONCE)],
-        )  # fmt: skip
+        )
 
 
 @contextmanager
@@ -356,32 +373,24 @@ def one_thread_if(small: bool) -> Iterator[None]:
 
 
 @contextmanager
-def update(config: DPPOBenchmark, name: str, compiled: bool) -> Iterator[tuple[Figure, Action, Action | None]]:
+def update(config: DPPOBenchmark, name: str) -> Iterator[Measured]:
     """The update alone, on a share of an iteration's decisions."""
     task = TASKS[name]
-    agent = our_agent(task, config.device, precision=config.precision, share=config.share, compiled=compiled)
-    rollout = random_rollout(task, agent.config.n_steps)
     theirs = None if config.reference is None else Reference(config.reference, task, config.device)
-    samples = rollout.rewards.size * TUNED_STEPS * task.n_epochs
-    with agent.pool:
-        yield (
-            Figure(
-                name,
-                _named("update", compiled),
-                "samples",
-                samples,
-                floor_s=_update_floor(config, agent, task, samples),
-            ),
-            partial(agent.update, rollout),
+    with our_agents(config, task, config.share) as agents:
+        rollout = random_rollout(task, agents[0].config.n_steps)
+        samples = rollout.rewards.size * TUNED_STEPS * task.n_epochs
+        yield Measured(
+            Figure(name, "update", "samples", samples, floor_s=_update_floor(config, agents[0], task, samples)),
+            [partial(agent.update, rollout) for agent in agents],
             None if theirs is None else partial(theirs.update, rollout),
         )
 
 
 @contextmanager
-def iteration(config: DPPOBenchmark, name: str, compiled: bool) -> Iterator[tuple[Figure, Action, Action | None]]:
+def iteration(config: DPPOBenchmark, name: str) -> Iterator[Measured]:
     """A whole iteration, in the task's environments."""
     task = TASKS[name]
-    agent = our_agent(task, config.device, precision=config.precision, compiled=compiled)
     rollout = random_rollout(task, task.n_steps)
     steps = rollout.rewards.size * task.chunk
     samples = rollout.rewards.size * TUNED_STEPS * task.n_epochs
@@ -390,26 +399,27 @@ def iteration(config: DPPOBenchmark, name: str, compiled: bool) -> Iterator[tupl
         reference = Reference(config.reference, task, config.device)
         env = AsyncVectorEnv([partial(gymnasium.make, str(task.env))] * task.n_envs)
         theirs = partial(reference.iteration, env, rollout)
+
+    def iterate(agent: DPPO) -> None:
+        agent.update(agent.collect())
+
     try:
-        with agent.pool:
+        with our_agents(config, task) as agents:
+            first = agents[0]
             actions = np.zeros((task.n_envs, task.chunk, task.action_size), np.float32)
-            agent.pool.reset()
+            first.pool.reset()
             start = time.perf_counter()
             for _ in range(task.n_steps):
-                agent.pool.step_chunk(actions)
-            floor = time.perf_counter() - start + _update_floor(config, agent, task, samples)
-            yield (
-                Figure(name, _named("iteration", compiled), "environment steps", steps, floor_s=floor),
-                lambda: agent.update(agent.collect()),
+                first.pool.step_chunk(actions)
+            floor = time.perf_counter() - start + _update_floor(config, first, task, samples)
+            yield Measured(
+                Figure(name, "iteration", "environment steps", steps, floor_s=floor),
+                [partial(iterate, agent) for agent in agents],
                 theirs,
             )
     finally:
         if env is not None:
             env.close()
-
-
-def _named(what: str, compiled: bool) -> str:
-    return f"{what}, compiled" if compiled else what
 
 
 def _network(agent: DPPO) -> nn.Module:
@@ -427,14 +437,13 @@ def _update_floor(config: DPPOBenchmark, agent: DPPO, task: Task, samples: int) 
 def measurements(config: DPPOBenchmark) -> list[Callable[[], Any]]:
     """Return everything to measure."""
     found: list[Callable[[], Any]] = []
-    variants = (False, True) if config.compiled else (False,)
     for name in config.tasks:
         if "sampling" in config.parts:
-            found += [partial(sampling, config, name, flag, batch) for batch in config.batches for flag in variants]
+            found += [partial(sampling, config, name, batch) for batch in config.batches]
         if "update" in config.parts:
-            found += [partial(update, config, name, flag) for flag in variants]
+            found.append(partial(update, config, name))
         if "iteration" in config.parts and TASKS[name].env is not None:
-            found += [partial(iteration, config, name, flag) for flag in variants]
+            found.append(partial(iteration, config, name))
     return found
 
 
@@ -445,15 +454,21 @@ def figures(config: DPPOBenchmark) -> list[Figure]:
         for opened in all_of_them:
             with opened() as (figure, ours, theirs):
                 bar.note(f"{figure.task}, {figure.what}")
-                for action in (ours, theirs):
-                    if action is not None and figure.what != "iteration":
-                        action()  # to warm up, and to compile
+                if figure.what != "iteration":
+                    for action in (*ours, theirs):
+                        if action is not None:
+                            action()  # to warm up
+                elif config.compiled:
+                    ours[1]()  # compiles
+                own = [replace(figure, what=what, ours_s=[]) for what in (figure.what, f"{figure.what}, compiled")]
+                own = own[: len(ours)]
                 for _ in range(config.repeats):
-                    figure.ours_s.append(_seconds(ours, config.device))
+                    for way, action in zip(own, ours, strict=True):
+                        way.ours_s.append(_seconds(action, config.device))
                     if theirs is not None:
                         figure.theirs_s.append(_seconds(theirs, config.device))
                     bar.advance(1)
-            found.append(figure)
+            found += own  # which share what the authors' code took
     return found
 
 
