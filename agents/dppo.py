@@ -114,7 +114,13 @@ class DPPO(OnPolicyAgent):
         return super().collect()
 
     def compile(self) -> None:
-        """Let torch.compile make chains and updates faster from now on; see `DPPOConfig.compile_after`."""
+        """Let torch.compile make chains and updates faster from now on; see `DPPOConfig.compile_after`.
+
+        Raises:
+            ConfigError: the likelihood is exact.
+        """
+        exact = self.config.likelihood == "exact"
+        check(not exact, "likelihood", self.config.likelihood, "must be 'steps' to be compiled")
         if not self._compiled:
             self.mdp.compile()
             self._log_prob_of = torch.compile(self._log_prob_of, dynamic=False)

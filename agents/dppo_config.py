@@ -39,8 +39,9 @@ class DPPOConfig:
     """Of the networks in updates; chains are drawn in float32. tf32 is of GPUs; processors without bfloat16
     instructions are many times slower with it."""
     compile_after: int | None = None
-    """Iterations after which torch.compile makes chains and updates faster; compiling takes a minute, which short runs
-    so do not pay. What Ray's workers draw is not compiled. Default: never."""
+    """Iterations after which torch.compile makes updates, and on a CPU chains, faster; short runs so do not pay for it.
+    Each size of a batch takes up to a minute once, and torch stops at eight in a process (so leave it out where the
+    tuned steps are annealed). What Ray's workers draw is not compiled. Default: never."""
     learning_rate: float = 3e-4
     """The actor's."""
     critic_learning_rate: float = 1e-3

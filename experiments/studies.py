@@ -389,7 +389,9 @@ def _save_curve(run: RunFolder, file: Path) -> None:
         for row in read_metrics(run.path)
         if plots.RETURN in row
     ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(file)
 
 
 def _outcome(

@@ -102,7 +102,7 @@ class DenoisingMDP(PolicyMDP):
         self.noise.begin_iteration(iteration)
 
     def compile(self) -> None:
-        """See `PolicyMDP.compile`; of networks larger than an MLP only their own steps, or it would take too long."""
+        """See `PolicyMDP.compile`. Networks larger than an MLP are compiled themselves: whole chains take too long."""
         if isinstance(self.policy.base, DenoisingMLP):
             super().compile()
         elif self.policy.device.type == "cpu":

@@ -11,11 +11,11 @@ from torch.nn import functional
 LARGEST_EXPONENT = 20.0
 """Beyond it tanh(softplus(x)) is 1 in float32, and squares of exponentials are still finite."""
 FEWEST = 4_096
-"""Numbers from which it pays."""
+"""Numbers from which it pays. The last bits of a result depend on which side it is."""
 
 
 def mish(x: Tensor) -> Tensor:
-    """As `torch.nn.functional.mish`, of any shape; differentiable as often as one likes."""
+    """As `torch.nn.functional.mish`, of any shape; differentiable as often as one likes, but not by `torch.func`."""
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return functional.mish(x)
     if torch.compiler.is_compiling():

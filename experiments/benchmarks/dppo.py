@@ -452,6 +452,7 @@ def figures(config: DPPOBenchmark) -> list[Figure]:
     found, all_of_them = [], measurements(config)
     with ProgressBar("measure", len(all_of_them) * config.repeats) as bar:
         for opened in all_of_them:
+            torch.compiler.reset()  # torch compiles no more than eight sizes
             with opened() as (figure, ours, theirs):
                 bar.note(f"{figure.task}, {figure.what}")
                 if figure.what != "iteration":

@@ -41,5 +41,8 @@ def test_else_it_is_torchs_own(x):
 
 
 def test_compiled_it_is_the_same():
-    x = torch.linspace(-3, 3, 2 * FEWEST)
-    torch.testing.assert_close(torch.compile(mish, backend="eager", fullgraph=True)(x), functional.mish(x))
+    x = torch.linspace(-80, 80, 2 * FEWEST, requires_grad=True)
+    ours, theirs = torch.compile(mish, backend="eager", fullgraph=True)(x), functional.mish(x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
+    own, other = (torch.autograd.grad(y.sum(), x)[0] for y in (ours, theirs))
+    torch.testing.assert_close(own, other, rtol=1e-5, atol=5e-6)
