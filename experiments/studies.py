@@ -486,7 +486,7 @@ def provenance(name: str, config: StudyConfig, outcomes: Sequence[Outcome] = ())
         return f"`{command}`, {made_with()}."
     return (
         f"`{command}`, {'; '.join(dict.fromkeys(o.made_with for o in outcomes))}; times were taken beside whatever "
-        "else ran. Intervals are Wilson's, of the episodes of all seeds together."
+        "else ran. Intervals are Wilson's (of returns, normal ones), of the episodes of all seeds together."
     )
 
 
