@@ -80,6 +80,10 @@ STUDIES = {
         name: (f"dprl.experiments.finetuning:{name}", f"finetune-gym on {name} alone; --paper: the paper's size")
         for name in ("hopper", "walker2d", "halfcheetah")
     },
+    "avoid": (
+        "dprl.experiments.finetuning:on_avoid",
+        "the same on Avoid-v0, whose clones keep both ways round the disc; --paper: the paper's numbers for D3IL's",
+    ),
     "ablations": ("dprl.experiments.ablations:run", "what each of DPPO's choices does, on one Meta-World task"),
     "score-field": ("dprl.experiments.score_field:run", "what a denoiser learns of a 2-D distribution, drawn"),
 }

@@ -93,6 +93,15 @@ def paper_gym(env: str) -> Recipe:
     )
 
 
+def avoid(pretrain: PretrainConfig, dppo: DPPOConfig) -> Recipe:
+    """A point that passes a disc on either side, as many steps as in the paper, whose task (D3IL's) has six discs."""
+    return Recipe(
+        CollectConfig("Avoid-v0", noise=1.2, episodes=100),
+        pretrain,
+        FinetuneConfig("", "Avoid-v0", 51 * 50 * 25 * 4, n_envs=50, dppo=dppo, eval_every=5, eval_episodes=100),
+    )
+
+
 GYM = {"hopper": "Hopper-v5", "walker2d": "Walker2d-v5", "halfcheetah": "HalfCheetah-v5"}
 SMALL = {
     "push": metaworld("push", 0.5, 650_000),
@@ -111,12 +120,25 @@ SMALL = {
         ),
         eval_every=3,
     ),
+    "avoid": avoid(PretrainConfig("", DiffusionConfig(num_train_timesteps=10)), DPPOConfig(n_steps=25)),
 }
-PAPER = {name: paper_gym(env) for name, env in GYM.items()}
+PAPER = {
+    **{name: paper_gym(env) for name, env in GYM.items()},
+    "avoid": avoid(
+        PretrainConfig(
+            "", DiffusionConfig(num_train_timesteps=20, denoiser=MLPConfig(hidden_size=512)), steps=1_000_000,
+            bc=BCConfig(batch_size=16),
+        ),
+        DPPOConfig(
+            tuned_steps=10, n_steps=25, n_epochs=10, batch_size=6_250, learning_rate=1e-5, denoising_discount=0.95,
+            clip_range=0.1, clip_range_base=0.1, clip_range_rate=1.0, critic_warmup=1, critic_activation="mish",
+        ),
+    ),
+}  # fmt: skip
 GROUPS = {
     "finetune-metaworld": ("push", "pick-place", "bin-picking", "box-close"),
     "finetune-gym": tuple(GYM),
-    **{name: (name,) for name in GYM},
+    **{name: (name,) for name in (*GYM, "avoid")},
 }
 
 
@@ -259,4 +281,4 @@ def _setting(config: StudyConfig) -> str:
 
 
 on_metaworld, on_gym = partial(run, "finetune-metaworld"), partial(run, "finetune-gym")
-hopper, walker2d, halfcheetah = (partial(run, name) for name in GYM)
+hopper, walker2d, halfcheetah, on_avoid = (partial(run, name) for name in (*GYM, "avoid"))
