@@ -87,6 +87,8 @@ class DPPO(OnPolicyAgent):
         self._values = nn.ModuleList([self.critic] if self.baseline is None else [self.critic, self.baseline])
         self._actor_learner = Learner(self.mdp.trainable(), config.learning_rate, config.max_grad_norm)
         self._value_learner = Learner(self._values, config.critic_learning_rate, config.max_grad_norm)
+        bootstraps = config.bootstrap_truncated
+        self._bootstraps = self.pool.spec.reward != "sparse" if bootstraps is None else bootstraps
         per_decision = 1 if config.gamma_per == "decision" else policy.n_action_steps
         self._reward_scaler = RunningReturnStd(self.pool.n_envs, config.gamma**per_decision)
         self._discounts = (config.denoising_discount ** torch.arange(config.tuned_steps)).to(policy.device)
@@ -223,6 +225,7 @@ class DPPO(OnPolicyAgent):
         """Scale rewards and estimate advantages. The log-probs that the ratio starts from come with the rollout."""
         config, device = self.config, self.policy.device
         reward, terminated, ended = map(torch.as_tensor, (rollout.rewards, rollout.terminated, rollout.ended))
+        terminated = terminated if self._bootstraps else ended
         executed = torch.as_tensor(rollout.n_steps)
         if config.normalize_returns:
             reward = self._reward_scaler(reward, ended, torch.as_tensor(rollout.environments))

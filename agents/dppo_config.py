@@ -55,6 +55,9 @@ class DPPOConfig:
     """What `gamma` discounts: each decision, or each environment step that a decision executed; rewards within a chunk
     are summed either way."""
     gae_lambda: float = 0.95
+    bootstrap_truncated: bool | None = None
+    """Whether an episode that its time limit ends is worth what its last observation promises, and not nothing.
+    Default: not with the sparse reward, of which a critic that errs would promise ever more; with any other, yes."""
     denoising_discount: float = 0.99
     """The advantage of step k is multiplied by this to the power k."""
     log_prob_reduction: Literal["mean", "sum"] = "mean"

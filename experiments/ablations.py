@@ -76,6 +76,7 @@ def variants() -> list[Variant]:
     found.append(Variant("critic", "state and noisy action", replace(usual, critic="state_action")))
     ddim = replace(usual, solver=SolverConfig("ddim", 5, eta=1.0), tuned_steps=5, batch_size=1_000)
     found.append(Variant("solver", "ddim, 5 steps", ddim))
+    found.append(Variant("time limits", "bootstrapped", replace(usual, bootstrap_truncated=True)))
     found.append(Variant("precision of updates", "bfloat16", replace(usual, precision="bfloat16")))
     return found
 
@@ -87,6 +88,7 @@ USUAL_VALUES = {
     "executed actions": "4",
     "critic": "state",
     "solver": "ddpm, 10 steps",
+    "time limits": "the end",
     "precision of updates": "float32",
 }
 

@@ -78,7 +78,7 @@ def test_rewards_are_scaled_by_returns_of_the_same_discount(gamma: float, per: s
 
 
 def test_an_episode_that_was_cut_is_worth_what_its_own_last_observation_is() -> None:
-    dppo = agent(n_steps=60, gae_lambda=0.0, normalize_returns=False)
+    dppo = agent(n_steps=60, gae_lambda=0.0, normalize_returns=False, bootstrap_truncated=True)
     rollout = dppo.collect()
     cut = rollout.truncated[:-1]
     assert cut.any()

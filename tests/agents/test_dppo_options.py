@@ -52,6 +52,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gradient-norm": {"max_grad_norm": 0.1},
     "rates": {"lr_schedule": Warmup(2, 5, 0.1)},
     "gamma-per-step": {"gamma_per": "step"},
+    "time-limits": {"bootstrap_truncated": True},
     "quantiles": {"advantage_quantiles": (0.1, 0.9)},
     "value-clip": {"clip_range_vf": 0.1},
     "no-target-kl": {"target_kl": None},
@@ -221,6 +222,27 @@ def test_gamma_per_step_discounts_what_was_executed() -> None:
     alive = ~torch.as_tensor(rollout.terminated).flatten()
     expected = torch.as_tensor(rollout.rewards).flatten() + 0.5**n * following * alive
     torch.testing.assert_close(targets.returns, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("reward", "asked", "bootstraps"),
+    [("sparse", None, False), ("dense", None, True), ("sparse", True, True), ("dense", False, False)],
+)
+def test_a_time_limit_is_the_end_where_success_is_all_that_counts(
+    reward: str, asked: bool | None, bootstraps: bool
+) -> None:
+    config = replace(SMALL, n_steps=60, gae_lambda=0.0, normalize_returns=False, bootstrap_truncated=asked)
+    dppo = DPPO(toy_policy(), make_toy(replace(reach_spec(), reward=reward), 4), config)
+    rollout = dppo.collect()
+    cut = torch.as_tensor(rollout.truncated).flatten()
+    assert cut.any()
+    targets, _ = dppo._prepare(rollout)
+    with torch.no_grad():
+        following = 0.99 * dppo.critic(dppo._rows(rollout.final_observations))
+    beyond = targets.returns - torch.as_tensor(rollout.rewards).flatten()
+    torch.testing.assert_close(beyond[cut], following[cut] if bootstraps else torch.zeros(int(cut.sum())))
+    alive = ~torch.as_tensor(rollout.ended).flatten()
+    torch.testing.assert_close(beyond[alive], following[alive])
 
 
 def test_fewer_steps_are_trained_as_it_goes_on() -> None:
