@@ -106,8 +106,8 @@ GYM = {"hopper": "Hopper-v5", "walker2d": "Walker2d-v5", "halfcheetah": "HalfChe
 SMALL = {
     "push": metaworld("push", 0.5, 650_000),
     "pick-place": metaworld("pick-place", 0.5, 650_000),
-    "bin-picking": metaworld("bin-picking", 0.5, 500_000),
-    "box-close": metaworld("box-close", 0.5, 500_000),
+    "bin-picking": metaworld("bin-picking", 0.5, 600_000),
+    "box-close": metaworld("box-close", 0.5, 600_000),
     "hopper": gym("Hopper-v5", 500_000),
     "walker2d": gym("Walker2d-v5", 500_000),
     # A chunk of six joints has twice as many numbers as Hopper's, so that the mean's clip is twice as wide.
