@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import tyro
 from rich.console import Console
@@ -171,7 +172,7 @@ def collect(config: Annotated[runs.CollectConfig, Flat], *, out: Out, quiet: Qui
     success = f"success {data.success_rate:.2f} ({low:.2f} to {high:.2f}), " if resolve(config.env).has_success else ""
     print(
         f"{data.n_episodes} episodes, {data.ends[-1]:,} steps, {success}mean return "
-        f"{data.rewards.sum() / data.n_episodes:,.1f} in {out}. Next: dprl pretrain {out} --out runs/pretrain"
+        f"{np.sum(data.rewards) / data.n_episodes:,.1f} in {out}. Next: dprl pretrain {out} --out runs/pretrain"
     )
 
 

@@ -19,7 +19,8 @@ from dprl import checkpoint
 from dprl.agents import BC, DPPO, BCConfig, DPPOConfig
 from dprl.config import from_json, to_json, validate
 from dprl.data import Episodes, load_dataset, save_dataset
-from dprl.data.minari import require_h5py, require_pillow
+from dprl.data.images import require_pillow
+from dprl.data.source import require_h5py
 from dprl.diffusion import SolverConfig
 from dprl.envs.collect import collect_episodes
 from dprl.envs.experts import make_expert

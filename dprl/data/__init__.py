@@ -1,6 +1,19 @@
 """Episodes on disk and in memory."""
 
-from dprl.data.episodes import Chunks, Episodes, ImageRows
-from dprl.data.minari import load_dataset, save_dataset
+from dprl.data.episodes import Chunks, Episodes, OnDisk
+from dprl.data.formats.minari import save_dataset
+from dprl.data.load import convert, load_dataset, open_dataset
+from dprl.data.source import DataOptions, Episode, Source
 
-__all__ = ["Chunks", "Episodes", "ImageRows", "load_dataset", "save_dataset"]
+__all__ = [
+    "Chunks",
+    "DataOptions",
+    "Episode",
+    "Episodes",
+    "OnDisk",
+    "Source",
+    "convert",
+    "load_dataset",
+    "open_dataset",
+    "save_dataset",
+]

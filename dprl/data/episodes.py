@@ -5,52 +5,103 @@ Shapes: S steps over all episodes, D observation size, A action size, O observat
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from dprl.data.source import Episode, Pixels
 from dprl.errors import DatasetError, check
 from dprl.observations import IMAGES, STATE, Observation
 from dprl.seeding import numpy_generator
 from dprl.spec import BoolArray, FloatArray, IntArray
 
-Pixels = npt.NDArray[np.uint8]
+ROWS_AT_ONCE = 100_000
+RewardsFrom = Literal["data", "success", "none"]
 
 
 @dataclass(frozen=True)
-class ImageRows:
-    """Some rows of images on disk, read when they are indexed."""
+class OnDisk:
+    """Rows of an array in a .npy file, read when they are indexed; nothing of it stays in memory."""
 
-    array: Pixels
-    """(S', height, width, channels), a `numpy.memmap`."""
-    rows: IntArray
-    """(S,) which of them."""
+    file: Path
+    offset: int
+    """Where the numbers begin, in bytes."""
+    stored: tuple[int, ...]
+    """Shape of the array in the file."""
+    dtype: np.dtype[Any]
+    rows: IntArray | None = None
+    """(S,) which rows of it these are. Default: all."""
+
+    @staticmethod
+    def open(file: Path) -> OnDisk:
+        """Return all rows of `file`."""
+        array = np.load(file, mmap_mode="r")
+        return OnDisk(file, array.offset, array.shape, array.dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(S, height, width, channels)."""
-        return len(self.rows), *self.array.shape[1:]
+        """(S, ...)."""
+        return len(self), *self.stored[1:]
 
     @property
-    def dtype(self) -> np.dtype[np.uint8]:
-        """Always uint8."""
-        return self.array.dtype
+    def ndim(self) -> int:
+        """How many dimensions."""
+        return len(self.stored)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of these rows."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def select(self, rows: IntArray) -> OnDisk:
+        """Return some of these rows, still on disk."""
+        return replace(self, rows=rows if self.rows is None else self.rows[rows])
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.stored[0] if self.rows is None else len(self.rows)
 
-    def __getitem__(self, index: Any) -> Pixels:
-        return np.asarray(self.array[self.rows[index]])
+    def __getitem__(self, index: Any) -> Any:
+        array = np.memmap(self.file, self.dtype, "r", self.offset, self.stored)
+        return np.array(array[index if self.rows is None else self.rows[index]])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         return np.asarray(self[:], dtype)
 
 
-Images = Pixels | ImageRows
-"""(rows, height, width, channels): an array, on disk or not; index it with rows, then `numpy.asarray` it."""
+Numbers = FloatArray | OnDisk
+"""float32 rows, in memory or not; index them, or `numpy.asarray` them."""
+Images = Pixels | OnDisk
+"""(rows, height, width, channels), the same of uint8."""
+
+
+@dataclass(frozen=True)
+class _Frames:
+    """One camera's images of one episode."""
+
+    images: Images
+    final: Images
+    start: int
+    end: int
+    episode: int
+
+    @property
+    def where(self) -> str:
+        """Which episode's."""
+        return f"episode {self.episode}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(height, width, channels)."""
+        return tuple(self.images.shape[1:])
+
+    def read(self) -> Pixels:
+        """See `Frames.read`."""
+        return np.concatenate([self.images[self.start : self.end], self.final[self.episode : self.episode + 1]])
 
 
 @dataclass(frozen=True)
@@ -72,11 +123,11 @@ class Chunks:
 class Episodes:
     """Demonstrations: arrays over the steps of all episodes, one after the other."""
 
-    observations: FloatArray
+    observations: Numbers
     """(S, D) the state that each action saw; D = 0 where there are images alone."""
-    actions: FloatArray
+    actions: Numbers
     """(S, A)."""
-    rewards: FloatArray
+    rewards: Numbers
     """(S,)."""
     final_observations: FloatArray
     """(episodes, D) what the last action of each led to."""
@@ -94,6 +145,10 @@ class Episodes:
     """Camera -> (S, height, width, channels) uint8, what each action saw."""
     final_images: Mapping[str, Images] = field(default_factory=dict)
     """Camera -> (episodes, height, width, channels) uint8, what the last action of each led to."""
+    final_known: BoolArray | None = None
+    """(episodes,) whether that is known; where it is not, the last observation is repeated. None: of all."""
+    rewards_from: RewardsFrom = "data"
+    """`success`: the data have none, and the last step of an episode that succeeded has 1. `none`: all are 0."""
 
     def __post_init__(self) -> None:
         if len(self.ends) == 0:
@@ -123,6 +178,8 @@ class Episodes:
     def _check_ends(self) -> None:
         """Raise DatasetError unless every episode has steps, together all of them, and one of each number."""
         kinds = {"ends": np.integer, "terminated": np.bool_, "success": np.bool_, "seeds": np.integer}
+        if self.final_known is not None:
+            kinds["final_known"] = np.bool_
         for name, kind in kinds.items():
             array = getattr(self, name)
             if not np.issubdtype(array.dtype, kind) or array.shape != (self.n_episodes,):
@@ -136,12 +193,12 @@ class Episodes:
         if self.ends[-1] != len(self.actions):
             raise DatasetError(f"the episodes have {self.ends[-1]} steps, but there are {len(self.actions)} actions")
 
-    def _check_numbers(self, name: str, array: FloatArray, ndim: int, rows: int) -> None:
-        """Raise DatasetError unless `array` is float32, of `rows` rows, and finite."""
+    def _check_numbers(self, name: str, array: Numbers, ndim: int, rows: int) -> None:
+        """Raise DatasetError unless `array` is float32, of `rows` rows, and finite; on disk it was checked before."""
         if array.dtype != np.float32 or array.ndim != ndim or len(array) != rows:
             shape = f"({rows}, {'size' if ndim > 1 else ''})"
             raise DatasetError(f"{name} are {array.dtype} {array.shape}; they must be float32 {shape}")
-        if np.isfinite(array).all():
+        if isinstance(array, OnDisk) or np.isfinite(array).all():
             return
         row = int(np.argwhere(~np.isfinite(array))[0][0])
         if rows != len(self.actions):
@@ -171,6 +228,32 @@ class Episodes:
     def success_rate(self) -> float:
         """Share of the episodes that succeeded."""
         return float(self.success.mean())
+
+    def episodes(self) -> Iterator[Episode]:
+        """Yield them one by one."""
+        for i, (start, end) in enumerate(zip(self.starts.tolist(), self.ends.tolist(), strict=True)):
+            known = self.final_known is None or bool(self.final_known[i])
+            last = self.final_observations[i : i + 1] if known else self.final_observations[:0]
+            yield Episode(
+                f"episode {i}",
+                np.concatenate([self.observations[start:end], last]),
+                self.actions[start:end],
+                self.rewards[start:end],
+                bool(self.terminated[i]),
+                bool(self.success[i]),
+                int(self.seeds[i]),
+                {
+                    camera: _Frames(array, self.final_images[camera], start, end, i)
+                    for camera, array in self.images.items()
+                },
+            )
+
+    def limits(self, name: Literal["observations", "actions"]) -> FloatArray:
+        """Return the least and the largest of each number, (2, D or A); what is on disk is read a part at a time."""
+        array = getattr(self, name)
+        parts = (array[first : first + ROWS_AT_ONCE] for first in range(0, len(array), ROWS_AT_ONCE))
+        low, high = zip(*((part.min(axis=0), part.max(axis=0)) for part in parts), strict=True)
+        return np.stack([np.min(low, axis=0), np.max(high, axis=0)])
 
     def observe(self, rows: Any) -> Observation:
         """Return what the actions `rows` (any index of steps) saw: an array, or a dict where there are images."""
@@ -236,17 +319,19 @@ class Episodes:
             raise DatasetError("no episodes are selected")
         rows = np.concatenate([np.arange(self.starts[i], self.ends[i]) for i in chosen])
         return Episodes(
-            observations=self.observations[rows],
-            actions=self.actions[rows],
-            rewards=self.rewards[rows],
+            observations=_select(self.observations, rows),
+            actions=_select(self.actions, rows),
+            rewards=_select(self.rewards, rows),
             final_observations=self.final_observations[chosen],
             ends=np.cumsum(self.lengths[chosen]),
             terminated=self.terminated[chosen],
             success=self.success[chosen],
             seeds=self.seeds[chosen],
             env_id=self.env_id,
-            images={camera: _select_images(array, rows) for camera, array in self.images.items()},
-            final_images={camera: _select_images(array, chosen) for camera, array in self.final_images.items()},
+            images={camera: _select(array, rows) for camera, array in self.images.items()},
+            final_images={camera: _select(array, chosen) for camera, array in self.final_images.items()},
+            final_known=None if self.final_known is None else self.final_known[chosen],
+            rewards_from=self.rewards_from,
         )
 
     def split(self, validation_share: float, seed: int) -> tuple[Episodes, Episodes | None]:
@@ -271,7 +356,5 @@ class Episodes:
         return self.select(np.sort(order[n_validation:])), self.select(np.sort(order[:n_validation]))
 
 
-def _select_images(images: Images, rows: IntArray) -> Images:
-    if isinstance(images, ImageRows):
-        return ImageRows(images.array, images.rows[rows])
-    return ImageRows(images, rows) if isinstance(images, np.memmap) else images[rows]
+def _select(array: Any, rows: IntArray) -> Any:
+    return array.select(rows) if isinstance(array, OnDisk) else array[rows]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dprl.data.episodes import Chunks, Episodes, ImageRows
+from dprl.data.episodes import Chunks, Episodes, OnDisk
 from dprl.observations import TensorObservation, map_parts
 
 
@@ -35,8 +35,8 @@ WORKERS = 2
 
 
 def fits(data: Episodes, device: torch.device) -> bool:
-    """Whether `device` should hold the data: images on disk stay there, and half of a GPU's memory stays free."""
-    if any(isinstance(images, ImageRows | np.memmap) for images in data.images.values()):
+    """Whether `device` should hold the data: what is on disk stays there, and half of a GPU's memory stays free."""
+    if any(isinstance(array, OnDisk) for array in (data.observations, data.actions, *data.images.values())):
         return False
     if device.type != "cuda":
         return True

@@ -149,8 +149,8 @@ class Policy(nn.Module, ABC):
         cameras = tuple(Camera(name, *images.shape[1:]) for name, images in data.images.items())
         features = Features(data.observations.shape[1], data.actions.shape[1], cameras, data.env_id)
         policy = cls(features, config, seed=seed)
-        policy.observation_normalizer.fit(torch.as_tensor(data.observations))
-        policy.action_normalizer.fit(torch.as_tensor(data.actions))
+        policy.observation_normalizer.fit(torch.as_tensor(data.limits("observations")))
+        policy.action_normalizer.fit(torch.as_tensor(data.limits("actions")))
         policy.fit_actions(data, seed)
         return policy
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -111,7 +112,7 @@ class BeTPolicy(ExplicitMLP):
         rows = data.chunks(self.config.n_obs_steps, horizon, pad_after=horizon - 1).action_rows
         if len(rows) < self.config.n_bins:
             raise DatasetError(f"{len(rows)} chunks of {self.config.horizon} actions make no {self.config.n_bins} bins")
-        chunks = self.action_normalizer.normalize(torch.as_tensor(data.actions)[torch.as_tensor(rows)]).flatten(1)
+        chunks = self.action_normalizer.normalize(torch.as_tensor(np.asarray(data.actions)[rows])).flatten(1)
         self.centers.copy_(kmeans(chunks, self.config.n_bins, torch_generator(seed, "bins")))
 
     def _heads(self, obs: TensorObservation, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dprl.data import Episodes, ImageRows, load_dataset, save_dataset
+from dprl.data import Episodes, OnDisk, load_dataset, save_dataset
 from dprl.errors import DatasetError
 from dprl.spec import Camera, EnvSpec
 
@@ -96,7 +96,8 @@ def test_round_trip(tmp_path, size, memory_map):
     save_dataset(toy_episodes(spec), tmp_path / "new", spec)
     loaded = load_dataset(tmp_path / "new", memory_map=memory_map)
     assert_same(loaded, toy_episodes(spec))
-    assert all(isinstance(array, np.memmap) == memory_map for array in loaded.images.values())
+    for array in (loaded.observations, loaded.actions, loaded.rewards, *loaded.images.values()):
+        assert isinstance(array, OnDisk) == memory_map
 
 
 def test_the_minari_package_reads_it(folder, monkeypatch):
@@ -150,10 +151,10 @@ def test_images_on_disk_stay_there_through_select_and_split(folder):
     loaded, data = load_dataset(folder, memory_map=True), toy_episodes()
     train, validation = loaded.select([2, 0, 1]).split(0.3, seed=1)
     for part in (train, validation):
-        assert all(isinstance(images, ImageRows) for images in part.images.values())
+        assert all(isinstance(images, OnDisk) for images in part.images.values())
         images = part.images["large"]
-        assert isinstance(images, ImageRows)
-        assert images.array.filename == loaded.images["large"].filename
+        assert isinstance(images, OnDisk)
+        assert images.file == loaded.images["large"].file
         expected = data.select([int(seed) - 5 for seed in part.seeds])
         assert_same(part, expected)
         rows = np.array([[1, 0], [0, 1]])
@@ -166,7 +167,7 @@ def test_images_on_disk_stay_there_through_select_and_split(folder):
 
 def test_the_cache_is_made_once(folder, monkeypatch):
     first = load_dataset(folder, memory_map=True)
-    monkeypatch.setattr("dprl.data.minari._decode", None)
+    monkeypatch.setattr("dprl.data.load._fill", None)
     assert_same(load_dataset(folder, memory_map=True), first)
 
 
@@ -186,9 +187,9 @@ def test_the_cache_is_of_the_file_it_was_made_from(folder, with_manifest):
 
 def test_damaged_cache(folder):
     load_dataset(folder, memory_map=True)
-    (file,) = folder.rglob("large.npy")
+    (file,) = folder.rglob("images.large.npy")
     file.write_bytes(file.read_bytes()[:-1])
-    refused(folder, ".images", "is damaged: delete it", memory_map=True)
+    refused(folder, ".cache", "is damaged: delete it", memory_map=True)
     load_dataset(folder)
 
 
@@ -197,7 +198,7 @@ def test_folder_that_cannot_be_written(folder, monkeypatch):
         raise PermissionError("read-only")
 
     monkeypatch.setattr("dprl.checkpoint.publish", deny)
-    refused(folder, "cannot be decoded to", ".images", "memory_map=False", memory_map=True)
+    refused(folder, "cannot be written to", ".cache", "memory_map=False", memory_map=True)
 
 
 def test_a_damaged_image_leaves_no_cache(folder):
@@ -259,7 +260,7 @@ def test_episodes_with_other_cameras_are_refused(folder):
 
     (folder / "manifest.json").write_text("")
     edit(folder, change)
-    refused(folder, "main_data.hdf5': episodes differ in cameras")
+    refused(folder, "main_data.hdf5', episode_2: episodes differ in cameras")
 
 
 def test_parts_that_are_the_same_camera_are_refused(folder):

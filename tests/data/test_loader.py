@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dprl.data import Episodes, load_dataset, minari, save_dataset
-from dprl.data.episodes import ImageRows
+from dprl.data import Episodes, load, load_dataset, save_dataset
+from dprl.data.episodes import OnDisk
 from dprl.data.loader import Batch, ChunkBatches
 from dprl.observations import IMAGES, STATE, Camera, map_parts
 from dprl.policy import Features
@@ -95,7 +95,7 @@ def on_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_images_on_disk_are_read_from_there(on_disk: Path, num_workers: int) -> None:
     data = load_dataset(on_disk, memory_map=True)
-    assert all(isinstance(images, np.memmap) for images in data.images.values())
+    assert all(isinstance(images, OnDisk) for images in data.images.values())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_same(read(data, num_workers=num_workers), read(load_dataset(on_disk)))
@@ -104,7 +104,7 @@ def test_images_on_disk_are_read_from_there(on_disk: Path, num_workers: int) -> 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_selected_episodes_stay_on_disk(on_disk: Path, num_workers: int) -> None:
     mapped = load_dataset(on_disk, memory_map=True).select([2, 0])
-    assert all(isinstance(images, ImageRows) for images in mapped.images.values())
+    assert all(isinstance(images, OnDisk) for images in mapped.images.values())
     picks = torch.tensor([[0, 5, 6, 10]])
     assert_same(read(mapped, picks, num_workers=num_workers), read(load_dataset(on_disk).select([2, 0]), picks))
 
@@ -143,11 +143,12 @@ def test_its_length_is_the_number_of_chunks() -> None:
 
 
 def test_what_does_not_fit_stays_on_disk_and_is_read_by_workers(on_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = sum(images.nbytes for images in load_dataset(on_disk, memory_map=False).images.values())
+    held = load_dataset(on_disk, memory_map=False)
+    size = sum(a.nbytes for a in (held.observations, held.actions, held.rewards, *held.images.values()))
     for memory, workers in ((3 * size, 0), (3 * size - 3, 2)):
-        monkeypatch.setattr(minari, "physical_memory", lambda memory=memory: memory)
+        monkeypatch.setattr(load, "physical_memory", lambda memory=memory: memory)
         data = load_dataset(on_disk)
         batches = ChunkBatches(data, data.chunks(2, 3, pad_after=2), CPU)
         assert batches.num_workers == workers
-        assert all(isinstance(images, np.memmap) == (workers > 0) for images in data.images.values())
+        assert all(isinstance(images, OnDisk) == (workers > 0) for images in data.images.values())
         assert_same(list(batches.read(PICKS)), read(load_dataset(on_disk, memory_map=False)))

@@ -121,7 +121,7 @@ def test_existing_folder_is_not_overwritten(folder):
 
 
 def test_missing_folder(tmp_path):
-    refused(tmp_path / "nothing", "nothing", "main_data.hdf5' is missing")
+    refused(tmp_path / "nothing", "nothing", "holds no data set: it does not exist")
 
 
 def test_flipped_byte_is_found_through_the_manifest(folder):
@@ -215,7 +215,7 @@ def test_array_of_words(folder):
 
 def test_episodes_of_other_sizes(folder):
     replace(folder, "episode_1/observations", np.zeros((5, 3), np.float32))
-    refused(folder, "main_data.hdf5", "differ in observation and action size", "(2, 1), (3, 1)")
+    refused(folder, "main_data.hdf5", "differ in observation and action size", "(3, 1), the first has (2, 1)")
 
 
 def test_dictionary_observations_are_flattened_in_gymnasiums_order(folder):

@@ -1,0 +1,139 @@
+"""Diffusion Policy's replay buffers (arXiv:2303.04137): zarr, a folder or a .zip of one.
+
+    data/action (S, A), data/<part> (S, ...)    all steps one after the other
+    meta/episode_ends (episodes,)               index after each episode's last step
+
+The state is ``state`` where there is one, else all numbers in alphabetical order, unless `keys` says otherwise; images
+(S, height, width, 3), uint8 or floats from 0 to 255, become cameras. There are no rewards, and what the last action of
+an episode led to is not kept.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from dprl.data.source import DataOptions, Episode, Frames, Pixels, Source, leaves, numbers
+from dprl.errors import DatasetError, MissingDependencyError
+from dprl.observations import camera_name
+
+CHANNELS = (1, 3)
+ENDS = "meta/episode_ends"
+
+
+class ReplayBuffer(Source):
+    """One buffer."""
+
+    format: ClassVar[str] = "a zarr replay buffer"
+    takes: ClassVar[tuple[str, ...]] = ("keys",)
+
+    def __init__(self, path: Path, options: DataOptions) -> None:
+        super().__init__(path, options)
+        with self._damage_is_named():
+            self._root = require_zarr().open_group(_store(path), mode="r")
+            self._ends = np.asarray(self._root[ENDS][:]).astype(np.int64)
+            parts = dict(leaves(self._root["data"]))
+        if "action" not in parts:
+            raise DatasetError(f"'{path}': data/action is missing")
+        self._actions = parts.pop("action")
+        steps = int(self._actions.shape[0])
+        if len(self._ends) == 0 or (np.diff(self._ends, prepend=0) < 1).any() or self._ends[-1] != steps:
+            raise DatasetError(f"'{path}': {ENDS} is {self._ends.tolist()[:5]}...; it must rise to the {steps} steps")
+        self._starts = np.concatenate([[0], self._ends[:-1]])
+        self.lengths = (self._ends - self._starts).tolist()
+        images = [name for name, array in parts.items() if array.ndim == 4 and array.shape[3] in CHANNELS]
+        state = [name for name in parts if name not in images]
+        default = (["state"] if "state" in parts else state) + images
+        wanted = default if options.keys is None else list(options.keys)
+        for name in wanted:
+            if name not in parts:
+                raise DatasetError(f"'{path}': there is no '{name}' in data: {', '.join(parts)}")
+            rows = parts[name].shape[0]
+            if rows != steps:
+                raise DatasetError(f"'{path}': data/{name} has {rows} rows, data/action has {steps}")
+        self._state = {name: parts[name] for name in wanted if name not in images}
+        self._images = {name: parts[name] for name in wanted if name in images}
+
+    @staticmethod
+    def detects(path: Path) -> bool:
+        """See `Source.detects`."""
+        if path.is_dir():
+            return (path / ENDS).exists()
+        if not path.is_file() or not zipfile.is_zipfile(path):
+            return False
+        with zipfile.ZipFile(path) as archive:
+            return any(name.startswith(f"{ENDS}/") for name in archive.namelist())
+
+    def read(self, index: int) -> Episode:
+        """See `Source.read`."""
+        rows, steps = slice(int(self._starts[index]), int(self._ends[index])), self.lengths[index]
+        where = f"'{self.path}', episode {index}"
+        with self._damage_is_named(where):
+            actions = numbers(self._actions[rows], "data/action", steps, 2, where)
+            columns = [np.zeros((steps, 0), np.float32)]
+            for name, array in self._state.items():
+                columns.append(numbers(array[rows], f"data/{name}", steps, None, where).reshape(steps, -1))
+        images: dict[str, Frames] = {
+            camera_name(name): _Frames(array, rows, f"{where}: data/{name}") for name, array in self._images.items()
+        }
+        return Episode(
+            where, np.concatenate(columns, axis=1), actions, None, terminated=False, success=None, images=images
+        )
+
+    def close(self) -> None:
+        """See `Source.close`."""
+        self._root.store.close()
+
+    @contextmanager
+    def _damage_is_named(self, where: str = "") -> Iterator[None]:
+        try:
+            yield
+        except (DatasetError, MissingDependencyError):
+            raise
+        except Exception as error:  # zarr and its codecs raise almost any kind
+            raise DatasetError(f"{where or repr(str(self.path))} is damaged or not {self.format}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Frames:
+    """One camera's images of one episode."""
+
+    array: Any
+    rows: slice
+    where: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(height, width, channels)."""
+        return tuple(self.array.shape[1:])
+
+    def read(self) -> Pixels:
+        """See `Frames.read`."""
+        try:
+            frames = np.asarray(self.array[self.rows])
+        except Exception as error:  # zarr and its codecs raise almost any kind
+            raise DatasetError(f"{self.where} cannot be decoded: {error}") from error
+        if frames.dtype == np.uint8:
+            return frames
+        if not (np.isfinite(frames).all() and frames.min() >= 0 and frames.max() <= 255):
+            raise DatasetError(f"{self.where} is {frames.dtype}; images are uint8, or floats from 0 to 255")
+        return frames.round().astype(np.uint8)
+
+
+def _store(path: Path) -> Any:
+    return str(path) if path.is_dir() else require_zarr().storage.ZipStore(path, mode="r")
+
+
+def require_zarr() -> Any:
+    """Return the zarr module, or raise MissingDependencyError."""
+    try:
+        import zarr
+    except ImportError as error:
+        raise MissingDependencyError("zarr", "data", "reading a replay buffer") from error
+    return zarr

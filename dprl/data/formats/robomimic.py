@@ -1,0 +1,93 @@
+"""robomimic's HDF5 files (arXiv:2108.03298).
+
+    data                attributes: env_args, JSON with env_name, type and env_kwargs
+    data/demo_<i>       actions (T, A), rewards, dones (T,), obs/<key> and next_obs/<key> (T, ...)
+    mask/<filter key>   names of demonstrations
+
+The state is robomimic's own choice, pose and gripper of each robot and the object, unless `keys` says otherwise; images
+become cameras, ``agentview_image`` the camera ``agentview``. Rewards that robosuite gives without shaping are 1 in
+success, so an episode with one of them succeeded.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from dprl.data.formats.hdf5 import HDF5Source, chosen_parts, is_image, numbered, state_and_images, top_level
+from dprl.data.source import DataOptions, Episode, leaves, numbers
+from dprl.errors import DatasetError, did_you_mean
+
+ROBOT_PARTS = ("eef_pos", "eef_quat", "gripper_qpos")
+STANDARD = [*(f"robot{i}_{part}" for i in range(2) for part in ROBOT_PARTS), "object"]
+
+
+class Robomimic(HDF5Source):
+    """One file, or those of its episodes that a filter key names."""
+
+    format: ClassVar[str] = "a robomimic file"
+    takes: ClassVar[tuple[str, ...]] = ("filter_key", "keys")
+
+    def __init__(self, path: Path, options: DataOptions) -> None:
+        super().__init__(path, options)
+        with self.damage_is_named():
+            data = self.h5["data"]
+            names = numbered(data, "demo_", path)
+            self._names = names if options.filter_key is None else self._masked(names, options.filter_key)
+            for name in self._names:
+                if "actions" not in data[name]:
+                    raise DatasetError(f"'{path}', {name}: actions is missing")
+            self.lengths = [len(data[name]["actions"]) for name in self._names]
+            env = json.loads(data.attrs["env_args"]) if "env_args" in data.attrs else {}
+            env_name, kwargs = env.get("env_name"), env.get("env_kwargs", {})
+            self.env_id = f"robosuite/{env_name}" if env_name and "robots" in kwargs else env_name
+            self._sparse = not kwargs.get("reward_shaping", False)
+
+    @staticmethod
+    def detects(path: Path) -> bool:
+        """See `Source.detects`."""
+        return "data" in top_level(path)
+
+    def read(self, index: int) -> Episode:
+        """See `Source.read`."""
+        name, steps = self._names[index], self.lengths[index]
+        where = f"'{self.path}', {name}"
+        with self.damage_is_named():
+            demo = self.h5["data"][name]
+            if "obs" not in demo:
+                raise DatasetError(f"{where}: has no observations, but simulator states: extract them first, with "
+                                   "robomimic's dataset_states_to_obs")  # fmt: skip
+            parts = chosen_parts(demo["obs"], self.options.keys, _default(demo["obs"]), where)
+            last = dict(leaves(demo["next_obs"])) if "next_obs" in demo else None
+            observations, images = state_and_images(parts, last, steps, steps, where)
+            actions = numbers(demo["actions"][()], "actions", steps, 2, where)
+            rewards = numbers(demo["rewards"][()], "rewards", steps, 1, where) if "rewards" in demo else None
+            done = bool(np.asarray(demo["dones"])[-1]) if "dones" in demo else False
+        success = done if rewards is None or not self._sparse else bool(rewards.max() > 0)
+        return Episode(where, observations, actions, rewards, terminated=done, success=success, images=images)
+
+    def _masked(self, names: list[str], filter_key: str) -> list[str]:
+        masks = self.h5.get("mask", {})
+        if filter_key not in masks:
+            known = ", ".join(masks) or "none"
+            raise DatasetError(
+                f"'{self.path}' has no filter key '{filter_key}': it has {known}.{did_you_mean(filter_key, masks)}"
+            )
+        wanted = {name.decode() if isinstance(name, bytes) else str(name) for name in masks[filter_key][()]}
+        missing = sorted(wanted - set(names))
+        if missing:
+            raise DatasetError(f"'{self.path}': the filter key '{filter_key}' names {missing[0]}, which is not there")
+        if not wanted:
+            raise DatasetError(f"'{self.path}': the filter key '{filter_key}' names no episodes")
+        return [name for name in names if name in wanted]
+
+
+def _default(obs: Any) -> list[str]:
+    """Robomimic's choice of the state, or all numbers where that is not there; and every image."""
+    parts = dict(leaves(obs))
+    images = [name for name, dataset in parts.items() if is_image(dataset)]
+    standard = [name for name in STANDARD if name in parts]
+    return (standard or [name for name in parts if name not in images]) + images

@@ -1,0 +1,319 @@
+"""Data sets of any format: opened, loaded into memory or left on disk, converted.
+
+Shapes: S steps over all episodes, T steps of one, D observation size, A action size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dprl import checkpoint
+from dprl.data.episodes import Episodes, OnDisk, RewardsFrom
+from dprl.data.formats.d4rl import D4RL
+from dprl.data.formats.dppo_npz import DPPONpz
+from dprl.data.formats.lerobot import LeRobot
+from dprl.data.formats.maniskill import ManiSkill
+from dprl.data.formats.minari import DATA_FILE, Described, Minari, write
+from dprl.data.formats.replay_buffer import ReplayBuffer
+from dprl.data.formats.robomimic import Robomimic
+from dprl.data.source import DataOptions, Episode, Source
+from dprl.errors import CheckpointError, DatasetError, RunExistsError
+
+FORMATS: tuple[type[Source], ...] = (Minari, LeRobot, ReplayBuffer, D4RL, Robomimic, ManiSkill, DPPONpz)
+CACHE = ".cache"
+SHARE_OF_MEMORY = 3
+
+
+def open_dataset(path: str | Path, options: DataOptions | None = None) -> Source:
+    """Open a data set of any format, which is told by what is in it. A context manager; iterate over it.
+
+    Raises:
+        DatasetError: missing, damaged, or of no format that is known.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DatasetError(f"'{path}' holds no data set: it does not exist")
+    options = options or DataOptions()
+    for kind in FORMATS:
+        if kind.detects(path):
+            for name, value in vars(options).items():
+                if value is not None and name not in kind.takes:
+                    raise DatasetError(f"{name} = {value!r}: '{path}' is {kind.format}, which has no such choice")
+            return kind(path, options)
+    known = ", ".join(kind.format for kind in FORMATS)
+    raise DatasetError(f"'{path}' holds no data set: it is not {known}")
+
+
+def load_dataset(
+    path: str | Path,
+    *,
+    memory_map: bool | None = None,
+    filter_key: str | None = None,
+    keys: tuple[str, ...] | None = None,
+) -> Episodes:
+    """Load and validate a data set of any format.
+
+    Args:
+        path: a file or folder.
+        memory_map: leave the numbers and images on disk, see `OnDisk`: they need not fit in memory. They are written
+            once, decoded, into ``.cache/<digest>/`` in the folder (beside a file: ``<name>.cache/<digest>/``). Another
+            content makes another cache; the old one may be deleted at any time. Default: where they would fill more
+            than a third of this machine's memory: splitting episodes off holds them twice for a moment.
+        filter_key: of robomimic's files, only the episodes of this mask.
+        keys: parts of the observation that make up the state, in this order, and cameras. Default: the format's own.
+
+    Raises:
+        DatasetError: missing, damaged, empty, of wrong shapes, or with numbers that are not finite; the message names
+            file, episode and step.
+    """
+    with open_dataset(path, DataOptions(filter_key, keys)) as source:
+        layout = _Layout.of(source)
+        if memory_map is None:
+            memory_map = layout.nbytes > physical_memory() // SHARE_OF_MEMORY
+        if memory_map:
+            return _cached(source, layout)
+        columns = layout.columns(lambda name, shape, dtype: _InMemory(shape, dtype))
+        _fill(source, layout, columns)
+        return _episodes(source, layout, {name: column.finish() for name, column in columns.items()})
+
+
+def convert(
+    source: Source, path: str | Path, *, description: str = "", on_progress: Callable[[int], None] | None = None
+) -> None:
+    """Write a data set as Minari's in the new folder `path`, one episode in memory at a time.
+
+    Args:
+        source: from `open_dataset`.
+        path: the folder.
+        description: for the metadata.
+        on_progress: called with the number of episodes that were just written.
+
+    Raises:
+        RunExistsError: `path` exists.
+        DatasetError: an episode is damaged; nothing is left behind.
+    """
+    folder, layout = Path(path), _Layout.of(source)
+    endless = (math.inf,) * layout.action_size
+    described = Described(
+        source.env_id, layout.observation_size, layout.cameras, tuple(-x for x in endless), endless,
+        description or f"from {source.format}, {source.path.name}", layout.rewards_from,
+    )  # fmt: skip
+
+    def episodes() -> Iterator[Episode]:
+        for episode in source:
+            layout.check(episode)
+            yield episode
+            if on_progress is not None:
+                on_progress(1)
+
+    checkpoint.publish(folder, lambda temporary: write(temporary, folder.name, episodes(), described))
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What all episodes of a data set have in common, as its first has it."""
+
+    lengths: tuple[int, ...]
+    observation_size: int
+    action_size: int
+    cameras: dict[str, tuple[int, ...]]
+    """Name -> (height, width, channels)."""
+    rewards_from: RewardsFrom
+
+    @staticmethod
+    def of(source: Source) -> _Layout:
+        first = source.read(0)
+        rewards_from: RewardsFrom = "data"
+        if first.rewards is None:
+            rewards_from = "none" if first.success is None else "success"
+        elif isinstance(source, Minari):
+            rewards_from = source.rewards_from
+        cameras = {name: frames.shape for name, frames in first.images.items()}
+        sizes = first.observations.shape[1], first.actions.shape[1]
+        return _Layout(tuple(source.lengths), *sizes, cameras, rewards_from)
+
+    @property
+    def nbytes(self) -> int:
+        """Of everything, once decoded."""
+        step = 4 * (self.observation_size + self.action_size + 1) + sum(map(math.prod, self.cameras.values()))
+        return step * sum(self.lengths)
+
+    def columns(self, make: Callable[[str, tuple[int, ...], Any], Any]) -> dict[str, Any]:
+        """One column for each array: what `make` makes of its name, shape and type."""
+        steps, n = sum(self.lengths), len(self.lengths)
+        shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+            "observations": ((steps, self.observation_size), np.float32),
+            "actions": ((steps, self.action_size), np.float32),
+            "rewards": ((steps,), np.float32),
+            "final_observations": ((n, self.observation_size), np.float32),
+            "seeds": ((n,), np.int64),
+            **dict.fromkeys(("terminated", "success", "final_known"), ((n,), np.bool_)),
+            **{f"images.{camera}": ((steps, *shape), np.uint8) for camera, shape in self.cameras.items()},
+            **{f"final_images.{camera}": ((n, *shape), np.uint8) for camera, shape in self.cameras.items()},
+        }
+        return {name: make(name, *shape) for name, shape in shapes.items()}
+
+    def check(self, episode: Episode) -> None:
+        """Raise DatasetError unless `episode` is like the first."""
+        sizes = episode.observations.shape[1], episode.actions.shape[1]
+        expected = self.observation_size, self.action_size
+        if sizes != expected:
+            raise DatasetError(
+                f"{episode.where}: episodes differ in observation and action size: {sizes}, the first has {expected}"
+            )
+        if set(episode.images) != set(self.cameras):
+            raise DatasetError(f"{episode.where}: episodes differ in cameras: {sorted(episode.images)}, the first has "
+                               f"{sorted(self.cameras)}")  # fmt: skip
+        for camera, frames in episode.images.items():
+            if frames.shape != self.cameras[camera]:
+                raise DatasetError(
+                    f"{frames.where} has images of {frames.shape}; "
+                    f"those of the first episode are {self.cameras[camera]}"
+                )
+        if episode.rewards is None and self.rewards_from == "data":
+            raise DatasetError(f"{episode.where}: has no rewards, unlike the first")
+
+
+class _InMemory:
+    """An array that is filled a few rows at a time."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        self._array = np.empty(shape, dtype)
+        self._filled = 0
+
+    def append(self, rows: npt.NDArray[Any]) -> None:
+        """Fill in the next rows."""
+        self._array[self._filled : self._filled + len(rows)] = rows
+        self._filled += len(rows)
+
+    def finish(self) -> npt.NDArray[Any]:
+        """Return it."""
+        return self._array
+
+
+class _InFile:
+    """The same in a .npy file."""
+
+    def __init__(self, file: Path, shape: tuple[int, ...], dtype: Any) -> None:
+        self._stream = file.open("wb")
+        self._dtype = np.dtype(dtype)
+        npy: Any = np.lib.format
+        header = {"descr": npy.dtype_to_descr(self._dtype), "fortran_order": False, "shape": shape}
+        npy.write_array_header_1_0(self._stream, header)
+
+    def append(self, rows: npt.NDArray[Any]) -> None:
+        """Write the next rows."""
+        self._stream.write(np.ascontiguousarray(rows, self._dtype).data)
+
+    def finish(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+def _fill(source: Source, layout: _Layout, columns: dict[str, Any]) -> None:
+    """Read every episode into the columns, checked."""
+    for episode in source:
+        layout.check(episode)
+        steps, known = len(episode), episode.final_known
+        success = bool(episode.success)
+        rewards = episode.rewards
+        if rewards is None:
+            rewards = np.where(np.arange(steps) == steps - 1, np.float32(success), np.float32(0))
+        row: dict[str, Any] = {
+            "observations": episode.observations[:steps],
+            "actions": episode.actions,
+            "rewards": rewards,
+            "final_observations": episode.observations[-1:],
+            "seeds": [episode.seed],
+            "terminated": [episode.terminated],
+            "success": [success],
+            "final_known": [known],
+        }
+        for camera, source_frames in episode.images.items():
+            frames = source_frames.read()
+            row[f"images.{camera}"], row[f"final_images.{camera}"] = frames[:steps], frames[-1:]
+        for name, rows in row.items():
+            columns[name].append(np.asarray(rows))
+
+
+def _episodes(source: Source, layout: _Layout, arrays: dict[str, Any]) -> Episodes:
+    """Put the columns together."""
+    known = arrays["final_known"]
+    plain = ("observations", "actions", "rewards", "final_observations", "seeds", "terminated", "success")
+    return Episodes(
+        **{name: arrays[name] for name in plain},
+        ends=np.cumsum(layout.lengths),
+        env_id=source.env_id,
+        images={camera: arrays[f"images.{camera}"] for camera in layout.cameras},
+        final_images={camera: arrays[f"final_images.{camera}"] for camera in layout.cameras},
+        final_known=None if known.all() else known,
+        rewards_from=layout.rewards_from,
+    )
+
+
+def _cached(source: Source, layout: _Layout) -> Episodes:
+    """The same, left on disk. The cache is named after the digest of what it was made of."""
+    path = source.path
+    cache = (path / CACHE if path.is_dir() else path.with_name(path.name + CACHE)) / _digest(source)
+
+    def write_columns(temporary: Path) -> None:
+        columns = layout.columns(lambda name, shape, dtype: _InFile(temporary / f"{name}.npy", shape, dtype))
+        try:
+            _fill(source, layout, columns)
+        finally:
+            for column in columns.values():
+                column.finish()
+
+    try:
+        with contextlib.suppress(RunExistsError):  # it is there, or another process was faster
+            if not cache.exists():
+                checkpoint.publish(cache, write_columns)
+    except PermissionError as error:
+        raise DatasetError(
+            f"the data cannot be written to '{cache}': {error}; copy the data set to a folder that can be written, "
+            "or load it with memory_map=False"
+        ) from error
+    large = ("observations", "actions", "rewards")
+    try:
+        arrays = layout.columns(
+            lambda name, shape, dtype: (
+                OnDisk.open(cache / f"{name}.npy")
+                if name in large or name.startswith("images.")
+                else np.load(cache / f"{name}.npy")
+            )
+        )
+        return _episodes(source, layout, arrays)
+    except (OSError, ValueError, DatasetError) as error:
+        raise DatasetError(f"'{cache}' is damaged: delete it, it is made again ({error})") from error
+
+
+def _digest(source: Source) -> str:
+    """SHA-256 of the file, and of what is read of it: the manifest's, which was verified, where there is one."""
+    with contextlib.suppress(CheckpointError, KeyError, NotADirectoryError):
+        return str(checkpoint.read_json(source.path / checkpoint.MANIFEST)["sha256"][DATA_FILE.as_posix()])
+    total = hashlib.sha256(repr(source.options).encode())
+    files = sorted(f for f in source.path.rglob("*") if f.is_file()) if source.path.is_dir() else [source.path]
+    for file in files:
+        if CACHE not in file.relative_to(source.path.parent).parts:
+            with file.open("rb") as stream:
+                total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
+
+
+def physical_memory() -> int:
+    """Bytes of memory in this machine; endless where it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return sys.maxsize

@@ -1,0 +1,175 @@
+"""What every format is read as: a source of episodes, one after the other.
+
+Shapes: T steps of one episode, D observation size, A action size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from dprl.errors import DatasetError, MissingDependencyError
+from dprl.spec import FloatArray
+
+Pixels = npt.NDArray[np.uint8]
+FLAGS = ("terminations", "truncations")
+
+
+class Frames(Protocol):
+    """One camera's images of one episode, which are read when they are asked for."""
+
+    @property
+    def where(self) -> str:
+        """File, episode and part, for messages."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(height, width, channels)."""
+
+    def read(self) -> Pixels:
+        """Return (T+1, height, width, channels), or T of them where the last action's outcome was not kept."""
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One episode as a file holds it."""
+
+    where: str
+    """File and episode, for messages."""
+    observations: FloatArray
+    """(T+1, D), or (T, D) where the format does not keep what the last action led to."""
+    actions: FloatArray
+    """(T, A)."""
+    rewards: FloatArray | None
+    """(T,); None where the format has none."""
+    terminated: bool
+    """Whether it terminated; else it was truncated, or nobody knows."""
+    success: bool | None
+    """None where the format does not say."""
+    seed: int = -1
+    images: Mapping[str, Frames] = field(default_factory=dict)
+    """Camera -> its images."""
+
+    @property
+    def final_known(self) -> bool:
+        """Whether the format keeps what the last action led to."""
+        return len(self.observations) > len(self.actions)
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What of a file is read."""
+
+    filter_key: str | None = None
+    """Of robomimic's files: only the episodes of this mask."""
+    keys: tuple[str, ...] | None = None
+    """Parts of the observation that make up the state, in this order, and cameras. Default: the format's own."""
+
+
+class Source(ABC):
+    """A data set on disk. A context manager."""
+
+    format: ClassVar[str]
+    """In words."""
+    takes: ClassVar[tuple[str, ...]] = ()
+    """Which of the options it has."""
+
+    path: Path
+    env_id: str | None = None
+    """The environment, if known."""
+    lengths: Sequence[int]
+    """Steps of every episode."""
+
+    def __init__(self, path: Path, options: DataOptions) -> None:
+        """Open it and read what there is, but no episodes yet.
+
+        Raises:
+            DatasetError: damaged, empty, or without what is asked for.
+        """
+        self.path = path
+        self.options = options
+
+    @staticmethod
+    @abstractmethod
+    def detects(path: Path) -> bool:
+        """Whether a path holds this format, judged by what is in it."""
+
+    @abstractmethod
+    def read(self, index: int) -> Episode:
+        """Read one episode.
+
+        Raises:
+            DatasetError: it is damaged; the message names file, episode and step.
+        """
+
+    def __iter__(self) -> Iterator[Episode]:
+        return map(self.read, range(len(self.lengths)))
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the file."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def numbers(
+    dataset: Any, name: str, length: int, ndim: int | None, where: str, *, steps: int | None = None
+) -> npt.NDArray[Any]:
+    """Read an array of finite numbers, as float32 unless it is a flag.
+
+    Args:
+        dataset: an array, or what becomes one.
+        name: of it, for messages; one of `FLAGS` keeps its type.
+        length: how many rows it must have.
+        ndim: how many dimensions; None: any.
+        where: file and episode, for messages.
+        steps: of the episode. Default: `length`.
+
+    Raises:
+        DatasetError: it is none.
+    """
+    array = np.asarray(dataset)
+    if array.ndim == 0 or len(array) != length or (ndim is not None and array.ndim != ndim):
+        dimensions = "" if ndim is None else f" and {ndim} dimension{'s' if ndim > 1 else ''}"
+        raise DatasetError(f"{where}: {name} has the shape {array.shape}; {length if steps is None else steps} actions "
+                           f"need {length} rows{dimensions}")  # fmt: skip
+    if array.dtype.kind not in "fiub":
+        raise DatasetError(f"{where}: {name} has the type {array.dtype}; numbers are needed")
+    if name not in FLAGS:
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32, copy=False)
+    finite = np.isfinite(array.reshape(length, -1)).all(axis=1)
+    if not finite.all():
+        raise DatasetError(f"{where}, step {np.flatnonzero(~finite)[0]}: {name} is not finite")
+    return array
+
+
+def leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every array of an HDF5 or zarr group, and of the groups in it, by its path."""
+    if hasattr(node, "shape"):
+        yield name, node
+        return
+    for key in sorted(node):
+        yield from leaves(node[key], f"{name}/{key}" if name else key)
+
+
+def require_h5py() -> Any:
+    """Return the h5py module, or raise MissingDependencyError."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise MissingDependencyError("h5py", "envs", "reading and writing data sets") from error
+    return h5py

@@ -1,0 +1,608 @@
+"""Other people's formats: what is read, what is made of what they lack, and damage that is named."""
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dprl.data import DataOptions, Episodes, OnDisk, convert, load_dataset, open_dataset
+from dprl.errors import DatasetError, RunExistsError
+
+h5py = pytest.importorskip("h5py")
+
+LENGTHS = (3, 5, 2)
+ENDS = np.cumsum(LENGTHS)
+S, D, A = sum(LENGTHS), 4, 2
+RNG = np.random.default_rng(0)
+OBSERVATIONS = RNG.normal(size=(S, D)).astype(np.float32)
+FINAL = RNG.normal(size=(len(LENGTHS), D)).astype(np.float32)
+ACTIONS = RNG.uniform(-1, 1, (S, A)).astype(np.float32)
+REWARDS = RNG.normal(size=S).astype(np.float32)
+IMAGES = RNG.integers(0, 256, (S, 8, 6, 3), np.uint8)
+FINAL_IMAGES = RNG.integers(0, 256, (len(LENGTHS), 8, 6, 3), np.uint8)
+LAST = np.isin(np.arange(S), ENDS - 1)
+STARTS = ENDS - LENGTHS
+
+
+def parts(array: np.ndarray) -> list[np.ndarray]:
+    return np.split(array, ENDS[:-1])
+
+
+def led_to(array: np.ndarray, final: np.ndarray) -> np.ndarray:
+    """What each action led to."""
+    return np.concatenate([np.concatenate([part[1:], final[i : i + 1]]) for i, part in enumerate(parts(array))])
+
+
+# ------------------------------------------------------------------------------------------------- files of each format
+
+
+def d4rl(path: Path, *, next_observations: bool = True, timeouts: bool = True) -> Path:
+    file = path / "hopper.hdf5"
+    with h5py.File(file, "w") as h5:
+        h5["observations"], h5["actions"], h5["rewards"] = OBSERVATIONS, ACTIONS, REWARDS
+        h5["terminals"] = np.arange(S) == ENDS[0] - 1
+        if timeouts:
+            h5["timeouts"] = np.arange(S) == ENDS[1] - 1
+        if next_observations:
+            h5["next_observations"] = led_to(OBSERVATIONS, FINAL)
+        h5["infos/qpos"] = np.zeros((S, 3))
+    return file
+
+
+ROBOT = {"robot0_eef_pos": slice(0, 1), "robot0_eef_quat": slice(1, 2), "robot0_gripper_qpos": slice(2, 3)}
+
+
+def robomimic(path: Path, *, shaped: bool = False, next_obs: bool = True) -> Path:
+    file = path / "low_dim.hdf5"
+    with h5py.File(file, "w") as h5:
+        kwargs = {"robots": ["Panda"], "reward_shaping": shaped}
+        h5.create_group("data").attrs["env_args"] = json.dumps({"env_name": "Lift", "type": 1, "env_kwargs": kwargs})
+        for i in (2, 0, 1):
+            demo = h5.create_group(f"data/demo_{i}")
+            demo["actions"] = parts(ACTIONS)[i]
+            demo["rewards"] = (np.arange(LENGTHS[i]) == LENGTHS[i] - 1) * float(i != 1)
+            demo["dones"] = np.arange(LENGTHS[i]) == LENGTHS[i] - 1
+            demo.attrs["num_samples"] = LENGTHS[i]
+            groups = {"obs": (OBSERVATIONS, IMAGES)}
+            if next_obs:
+                groups["next_obs"] = led_to(OBSERVATIONS, FINAL), led_to(IMAGES, FINAL_IMAGES)
+            for group, (state, images) in groups.items():
+                for name, columns in ROBOT.items():
+                    demo[f"{group}/{name}"] = parts(state)[i][:, columns]
+                demo[f"{group}/object"] = parts(state)[i][:, 3:]
+                demo[f"{group}/robot0_joint_pos"] = np.zeros((LENGTHS[i], 7))
+                demo[f"{group}/agentview_image"] = parts(images)[i]
+        h5["mask/train"] = np.array([b"demo_2", b"demo_0"])
+        h5["mask/empty"] = np.array([], "S6")
+        h5["mask/stray"] = np.array([b"demo_9"])
+    return file
+
+
+def maniskill(path: Path, *, grouped: bool = True, rewards: bool = True) -> Path:
+    file = path / "trajectory.state.pd_ee_delta_pose.h5"
+    with h5py.File(file, "w") as h5:
+        for i in range(len(LENGTHS)):
+            trajectory = h5.create_group(f"traj_{i}")
+            state = np.concatenate([parts(OBSERVATIONS)[i], FINAL[i : i + 1]])
+            if grouped:
+                trajectory["obs/agent/qpos"], trajectory["obs/extra/goal"] = state[:, :3], state[:, 3:]
+                frames = np.concatenate([parts(IMAGES)[i], FINAL_IMAGES[i : i + 1]])
+                trajectory["obs/sensor_data/hand/rgb"] = frames
+                trajectory["obs/sensor_param/hand/intrinsic_cv"] = np.zeros((LENGTHS[i] + 1, 3, 3))
+            else:
+                trajectory["obs"] = state
+            trajectory["actions"] = parts(ACTIONS)[i]
+            last = np.arange(LENGTHS[i]) == LENGTHS[i] - 1
+            trajectory["terminated"], trajectory["truncated"] = last & (i == 0), last & (i != 0)
+            trajectory["success"] = last & (i != 1)
+            if rewards:
+                trajectory["rewards"] = parts(REWARDS)[i]
+    described = {
+        "env_info": {"env_id": "PickCube-v1"},
+        "episodes": [{"episode_id": i, "episode_seed": 10 + i} for i in range(len(LENGTHS))],
+    }
+    file.with_suffix(".json").write_text(json.dumps(described))
+    return file
+
+
+def zarr_buffer(path: Path, *, zipped: bool = False, floats: bool = False) -> Path:
+    zarr = pytest.importorskip("zarr")
+    folder = path / "pusht.zarr"
+    root = zarr.open_group(str(folder), mode="w", zarr_format=2)
+    arrays = {"action": ACTIONS, "state": OBSERVATIONS, "keypoint": np.zeros((S, 9, 2), np.float32)}
+    arrays["img"] = IMAGES.astype(np.float32) if floats else IMAGES
+    for name, array in arrays.items():
+        root.create_array(f"data/{name}", data=array, chunks=(4, *array.shape[1:]))
+    root.create_array("meta/episode_ends", data=ENDS.astype(np.int64))
+    if not zipped:
+        return folder
+    archive = path / "pusht.zarr.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as stream:
+        for file in sorted(folder.rglob("*")):
+            stream.write(file, file.relative_to(folder).as_posix())
+    return archive
+
+
+LOW, HIGH = np.array([-2.0, -3, -4, -5], np.float32), np.array([3.0, 4, 5, 6], np.float32)
+
+
+def npz(path: Path, *, scaled: bool = True, images: bool = True, compressed: bool = True) -> Path:
+    file = path / "train.npz"
+    states = 2 * (OBSERVATIONS - LOW) / (HIGH - LOW + 1e-6) - 1 if scaled else OBSERVATIONS
+    arrays = {
+        "states": states,
+        "actions": ACTIONS,
+        "rewards": REWARDS,
+        "terminals": np.arange(S) == ENDS[0] - 1,
+        "traj_lengths": np.array(LENGTHS),
+    }
+    if images:
+        arrays["images"] = np.moveaxis(IMAGES, 3, 1)
+    (np.savez_compressed if compressed else np.savez)(file, **arrays)
+    if scaled:
+        ones = np.ones(A, np.float32)
+        np.savez(path / "normalization.npz", obs_min=LOW, obs_max=HIGH, action_min=-ones, action_max=ones)
+    return file
+
+
+SIDE = 32
+"""Of videos, whose encoders want even sizes."""
+SMOOTH = np.broadcast_to(20 * np.arange(S, dtype=np.uint8)[:, None, None, None], (S, SIDE, SIDE, 3))
+"""One grey a step, which survives encoding."""
+
+
+def video(file: Path, frames: np.ndarray) -> None:
+    writer = pytest.importorskip("imageio_ffmpeg").write_frames(
+        str(file), (SIDE, SIDE), fps=10, codec="libx264", macro_block_size=1, output_params=["-crf", "0"]
+    )
+    writer.send(None)
+    for frame in frames:
+        writer.send(np.ascontiguousarray(frame))
+    writer.close()
+
+
+def png(frame: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    pytest.importorskip("PIL.Image").fromarray(frame).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def lerobot(path: Path, version: str, *, visual: str = "video", rewards: bool = True) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    folder = path / "pusht"
+    (folder / "meta").mkdir(parents=True)
+    v3 = version == "v3.0"
+    numeric = {"dtype": "float32", "names": None}
+    features: dict[str, Any] = {
+        "observation.environment_state": {**numeric, "shape": [1]},
+        "observation.state": {**numeric, "shape": [3]},
+        "action": {**numeric, "shape": [A]},
+        "observation.images.top": {"dtype": visual, "shape": [SIDE, SIDE, 3], "names": ["height", "width", "channels"]},
+    }
+    data = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+    movie = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+    if not v3:
+        data = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
+        movie = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
+    info = {"codebase_version": version, "fps": 10, "features": features, "data_path": data, "video_path": movie}
+    (folder / "meta/info.json").write_text(json.dumps({**info, "chunks_size": 1000}))
+    tables, episodes = [], []
+    for i in range(len(LENGTHS)):
+        state = parts(OBSERVATIONS)[i]
+        columns: dict[str, Any] = {
+            "observation.state": state[:, :3].tolist(),
+            "observation.environment_state": state[:, 3].tolist(),
+            "action": parts(ACTIONS)[i].tolist(),
+            "episode_index": [i] * LENGTHS[i],
+            "frame_index": list(range(LENGTHS[i])),
+            "next.done": (np.arange(LENGTHS[i]) == LENGTHS[i] - 1).tolist(),
+        }
+        if rewards:
+            columns["next.reward"] = parts(REWARDS)[i].tolist()
+            columns["next.success"] = ((np.arange(LENGTHS[i]) == LENGTHS[i] - 1) & (i != 1)).tolist()
+        if visual == "image":
+            columns["observation.images.top"] = [{"bytes": png(f), "path": None} for f in parts(SMOOTH)[i]]
+        tables.append(pyarrow.table(columns))
+        # episodes 0 and 1 share a file
+        at = {"chunk_index": 0, "file_index": i // 2}
+        row = {"episode_index": i, "length": LENGTHS[i], **{f"data/{key}": value for key, value in at.items()}}
+        row |= {f"videos/observation.images.top/{key}": value for key, value in at.items()}
+        row["videos/observation.images.top/from_timestamp"] = LENGTHS[0] / 10 if i == 1 else 0.0
+        episodes.append(row)
+    groups = [(0, 1), (2,)] if v3 else [(0,), (1,), (2,)]
+    for number, group in enumerate(groups):
+        at = {"chunk_index": 0, "file_index": number, "episode_chunk": 0, "episode_index": number}
+        file = folder / data.format(**at)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pyarrow.concat_tables([tables[i] for i in group]), file)
+        if visual == "video":
+            clip = folder / movie.format(video_key="observation.images.top", **at)
+            clip.parent.mkdir(parents=True, exist_ok=True)
+            video(clip, np.concatenate([parts(SMOOTH)[i] for i in group]))
+    if v3:
+        (folder / "meta/episodes/chunk-000").mkdir(parents=True)
+        parquet.write_table(pyarrow.Table.from_pylist(episodes), folder / "meta/episodes/chunk-000/file-000.parquet")
+    else:
+        lines = [json.dumps({"episode_index": i, "length": LENGTHS[i], "tasks": ["push"]}) for i in range(len(LENGTHS))]
+        (folder / "meta/episodes.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@dataclass(frozen=True)
+class Case:
+    """A file, and what must come of it."""
+
+    write: Callable[[Path], Path]
+    env_id: str | None = None
+    rewards: np.ndarray | None = None
+    rewards_from: str = "data"
+    terminated: tuple[bool, ...] = (False, False, False)
+    success: tuple[bool, ...] = (False, False, False)
+    final_known: bool = False
+    images: np.ndarray | None = None
+    camera: str = ""
+    final_images: np.ndarray | None = None
+    seeds: tuple[int, ...] = (-1, -1, -1)
+
+
+SPARSE = (LAST & (np.arange(S) != ENDS[1] - 1)).astype(np.float32)
+"""1 at the end of episodes 0 and 2."""
+WON = (True, False, True)
+CASES = {
+    "d4rl": Case(d4rl, rewards=REWARDS, terminated=(True, False, False), final_known=True),
+    "d4rl, nothing follows": Case(
+        lambda p: d4rl(p, next_observations=False), rewards=REWARDS, terminated=(True, False, False)
+    ),
+    "d4rl, no timeouts": Case(
+        lambda p: d4rl(p, timeouts=False), rewards=REWARDS, terminated=(True, False, False), final_known=True
+    ),
+    "robomimic": Case(
+        robomimic, "robosuite/Lift", SPARSE, "data", (True, True, True), WON, True, IMAGES, "agentview", FINAL_IMAGES
+    ),
+    "robomimic, nothing follows": Case(
+        lambda p: robomimic(p, next_obs=False), "robosuite/Lift", SPARSE, "data", (True, True, True), WON, False,
+        IMAGES, "agentview",
+    ),
+    "maniskill": Case(
+        maniskill, "PickCube-v1", REWARDS, "data", (True, False, False), WON, True, IMAGES, "hand", FINAL_IMAGES,
+        (10, 11, 12),
+    ),
+    "maniskill, flat, no rewards": Case(
+        lambda p: maniskill(p, grouped=False, rewards=False), "PickCube-v1", SPARSE, "success", (True, False, False),
+        WON, True, seeds=(10, 11, 12),
+    ),
+    "zarr": Case(zarr_buffer, rewards=np.zeros(S), rewards_from="none", images=IMAGES, camera="img"),
+    "zarr, zipped, float images": Case(
+        lambda p: zarr_buffer(p, zipped=True, floats=True), rewards=np.zeros(S), rewards_from="none", images=IMAGES,
+        camera="img",
+    ),
+    "npz": Case(npz, rewards=REWARDS, terminated=(True, False, False), images=IMAGES, camera="image"),
+    "npz, plain": Case(
+        lambda p: npz(p, scaled=False, images=False, compressed=False), rewards=REWARDS, terminated=(True, False, False)
+    ),
+    "lerobot v2.1": Case(
+        lambda p: lerobot(p, "v2.1"), rewards=REWARDS, terminated=WON, success=WON, images=SMOOTH, camera="top"
+    ),
+    "lerobot v3.0": Case(
+        lambda p: lerobot(p, "v3.0"), rewards=REWARDS, terminated=WON, success=WON, images=SMOOTH, camera="top"
+    ),
+    "lerobot v3.0, images": Case(
+        lambda p: lerobot(p, "v3.0", visual="image", rewards=False), rewards=np.zeros(S), rewards_from="none",
+        terminated=(True, True, True), images=SMOOTH, camera="top",
+    ),
+}  # fmt: skip
+
+
+def check_data(data: Episodes, case: Case) -> None:
+    np.testing.assert_allclose(data.observations, OBSERVATIONS, atol=2e-6)
+    np.testing.assert_allclose(data.actions, ACTIONS, atol=1e-6)
+    np.testing.assert_array_equal(data.rewards, case.rewards)
+    np.testing.assert_array_equal(data.ends, ENDS)
+    assert (tuple(data.terminated), tuple(data.success)) == (case.terminated, case.success)
+    assert (data.env_id, data.rewards_from, tuple(data.seeds)) == (case.env_id, case.rewards_from, case.seeds)
+    assert (data.final_known is None) == case.final_known
+    if case.final_known:
+        np.testing.assert_array_equal(data.final_observations, FINAL)
+    else:
+        assert data.final_known is not None
+        assert not data.final_known.any()
+        np.testing.assert_array_equal(data.final_observations, np.asarray(data.observations)[ENDS - 1])
+    assert list(data.images) == ([case.camera] if case.images is not None else [])
+    if case.images is not None:
+        slack = 3 if case.images is SMOOTH else 0
+        final = case.images[ENDS - 1] if case.final_images is None else case.final_images
+        np.testing.assert_allclose(np.asarray(data.images[case.camera], int), case.images, atol=slack)
+        np.testing.assert_allclose(np.asarray(data.final_images[case.camera], int), final, atol=slack)
+
+
+@pytest.mark.parametrize("memory_map", [False, True])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_what_is_read(case: Case, memory_map: bool, tmp_path: Path) -> None:
+    data = load_dataset(case.write(tmp_path), memory_map=memory_map)
+    check_data(data, case)
+    assert isinstance(data.observations, OnDisk) == memory_map
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_converted_it_is_the_same(case: Case, tmp_path: Path) -> None:
+    told = []
+    with open_dataset(case.write(tmp_path)) as source:
+        convert(source, tmp_path / "new", on_progress=told.append)
+        with pytest.raises(RunExistsError, match="new"):
+            convert(source, tmp_path / "new")
+    check_data(load_dataset(tmp_path / "new"), case)
+    assert sum(told) == len(LENGTHS)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_episodes_in_any_order(case: Case, tmp_path: Path) -> None:
+    with open_dataset(case.write(tmp_path)) as source:
+        for i in (2, 0, 1, 1):
+            np.testing.assert_allclose(source.read(i).actions, parts(ACTIONS)[i], atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------------- damage
+
+
+def refused(path: Path, *words: str, **options: Any) -> None:
+    """Loading and converting must fail with a message that has the words, in this order."""
+    with pytest.raises(DatasetError, match="(?s)" + ".*".join(map(re.escape, words))):
+        load_dataset(path, **options)
+    with (
+        pytest.raises(DatasetError, match="(?s)" + ".*".join(map(re.escape, words))),
+        open_dataset(path, DataOptions(**options)) as source,
+    ):
+        convert(source, path.parent / "converted")
+    assert not (path.parent / "converted").exists()
+
+
+@pytest.fixture
+def nan_in_episode_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its third step."""
+    actions = ACTIONS.copy()
+    actions[STARTS[1] + 2, 1] = np.nan
+    monkeypatch.setattr("tests.data.test_formats.ACTIONS", actions)
+
+
+@pytest.mark.parametrize(
+    ("write", "episode"),
+    [
+        (d4rl, "episode 1 (from row 3)"),
+        (robomimic, "demo_1"),
+        (maniskill, "traj_1"),
+        (zarr_buffer, "episode 1"),
+        (lambda p: zarr_buffer(p, zipped=True), "episode 1"),
+        (npz, "episode 1"),
+        (lambda p: lerobot(p, "v2.1"), "episode 1"),
+        (lambda p: lerobot(p, "v3.0"), "episode 1"),
+    ],
+)
+@pytest.mark.usefixtures("nan_in_episode_1")
+def test_a_number_that_is_none_is_named(write: Callable[[Path], Path], episode: str, tmp_path: Path) -> None:
+    path = write(tmp_path)
+    refused(path, path.name, episode, "step 2: ", "is not finite")
+
+
+@pytest.mark.parametrize("write", [d4rl, robomimic, maniskill, lambda p: zarr_buffer(p, zipped=True), npz])
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.9])
+def test_a_file_that_is_cut_is_refused(write: Callable[[Path], Path], kept: float, tmp_path: Path) -> None:
+    path = write(tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    refused(path, path.name)
+
+
+@pytest.mark.parametrize("write", [npz, lambda p: zarr_buffer(p, zipped=True)])
+def test_bytes_that_changed_are_noticed_where_the_format_can(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    """Archives have checksums."""
+    path = write(tmp_path)
+    name = "actions.npy" if path.suffix == ".npz" else "data/action/1.0"
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo(name).header_offset + 30 + len(name)
+    content = bytearray(path.read_bytes())
+    for i in range(start + 20, start + 60):
+        content[i] ^= 0xFF
+    path.write_bytes(content)
+    refused(path, path.name)
+
+
+def edited(file: Path, edit: Callable[[Any], None]) -> Path:
+    with h5py.File(file, "r+") as h5:
+        edit(h5)
+    return file
+
+
+def put(name: str, values: Any) -> Callable[[Any], None]:
+    def edit(h5: Any) -> None:
+        if name in h5:
+            del h5[name]
+        if values is not None:
+            h5[name] = values
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("write", "edit", "words"),
+    [
+        (d4rl, put("rewards", REWARDS[:-1]), ["hopper.hdf5", "rewards has 9 rows, actions have 10"]),
+        (d4rl, put("timeouts", REWARDS[:-1] > 0), ["hopper.hdf5", "timeouts has 9 rows, actions have 10"]),
+        (d4rl, put("actions", np.full((S, A), "x", "S1")), ["hopper.hdf5", "episode 0", "actions has the type |S1"]),
+        (robomimic, put("data/demo_1/actions", None), ["low_dim.hdf5", "demo_1", "actions is missing"]),
+        (robomimic, put("data/demo_1/obs", None), ["demo_1", "has no observations", "dataset_states_to_obs"]),
+        (robomimic, put("data/demo_1/rewards", np.zeros(4)), ["demo_1", "rewards has the shape (4,)"]),
+        (robomimic, put("data/demo_1/obs/object", np.zeros((4, 1))), ["demo_1", "object has the shape (4, 1); 5 act"]),
+        (robomimic, put("data/demo_1/obs/object", np.zeros((5, 2))), ["demo_1", "next_obs has no 'object' of the shape (5, 2)"]),
+        (robomimic, put("data/demo_1/next_obs/object", None), ["demo_1", "next_obs has no 'object'"]),
+        (robomimic, put("data/demo_x", np.zeros(1)), ["demo_x", "demo_ and a number"]),
+        (maniskill, put("traj_1/obs", None), ["traj_1", "has no observations", "replay_trajectory"]),
+        (maniskill, put("traj_1/terminated", None), ["trajectory", "damaged or not a ManiSkill file", "terminated"]),
+        (maniskill, put("traj_1/obs/agent/qpos", np.zeros((5, 3))), ["agent/qpos has the shape (5, 3); 5 actions ne"]),
+        (maniskill, put("traj_1/obs/sensor_data/hand/rgb", None), ["traj_1", "differ in cameras: []", "['hand']"]),
+        (maniskill, put("traj_1/obs/sensor_data/hand/rgb", np.zeros((6, 8, 7, 3), np.uint8)), ["traj_1", "(8, 7, 3)"]),
+        (maniskill, put("traj_1/rewards", None), ["traj_1", "has no rewards, unlike the first"]),
+    ],
+)  # fmt: skip
+def test_damage_in_hdf5_files(
+    write: Callable[[Path], Path], edit: Callable[[Any], None], words: list[str], tmp_path: Path
+) -> None:
+    refused(edited(write(tmp_path), edit), *words)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"traj_lengths": np.array([3, 5, 3])}, ["traj_lengths", "11 steps in all; there are 10 actions"]),
+        ({"traj_lengths": np.array([3, 0, 7])}, ["traj_lengths", "[3, 0, 7]"]),
+        ({"rewards": REWARDS[:-1]}, ["rewards has 9 rows, actions have 10"]),
+        ({"states": OBSERVATIONS[:, :3]}, ["episode 0: there are 3 numbers, but normalization.npz has (4,)"]),
+        ({"images": IMAGES}, ["episode 0: images are uint8 (10, 8, 6, 3)", "(S, 1 or 3, height, width)"]),
+        ({"actions": np.array([[None, 1]] * S)}, ["Python objects"]),
+        ({"actions": np.asfortranarray(ACTIONS)}, ["stored by columns"]),
+    ],
+)
+def test_damage_in_npz_files(arrays: dict[str, np.ndarray], words: list[str], tmp_path: Path) -> None:
+    file = npz(tmp_path)
+    with np.load(file) as before:
+        np.savez(file, **{**before, **arrays})
+    refused(file, "train.npz", *words)
+
+
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [([3, 8, 11], "must rise to the 10 steps"), ([3, 3, 10], "must rise"), ([], "must rise"), ([-1, 10], "must rise")],
+)
+def test_damage_in_replay_buffers(ends: list[int], words: str, tmp_path: Path) -> None:
+    folder = zarr_buffer(tmp_path)
+    zarr = pytest.importorskip("zarr")
+    zarr.open_group(str(folder)).create_array("meta/episode_ends", data=np.array(ends, np.int64), overwrite=True)
+    refused(folder, "pusht.zarr", "episode_ends", words)
+
+
+def test_a_chunk_of_a_replay_buffer_that_is_damaged(tmp_path: Path) -> None:
+    folder = zarr_buffer(tmp_path)
+    (folder / "data/img/1.0.0.0").write_bytes(b"nonsense")
+    refused(folder, "pusht.zarr", "episode 1: data/img cannot be decoded")
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("data/**/*.parquet", ["parquet", "damaged or not of a LeRobotDataset"]),
+        ("videos/**/*.mp4", ["episode 0: observation.images.top", ".mp4' cannot be decoded"]),
+        ("meta/info.json", ["info.json", "damaged"]),
+        ("meta/episodes*", ["meta", "damaged"]),
+    ],
+)
+def test_damage_in_lerobot_datasets(version: str, pattern: str, words: list[str], tmp_path: Path) -> None:
+    folder = lerobot(tmp_path, version)
+    matching = [file for found in folder.glob(pattern) for file in (found.rglob("*") if found.is_dir() else [found])]
+    for file in matching:
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:10])
+    refused(folder, *words)
+
+
+def test_a_video_that_ends_early(tmp_path: Path) -> None:
+    folder = lerobot(tmp_path, "v2.1")
+    video(folder / "videos/chunk-000/observation.images.top/episode_000001.mp4", parts(SMOOTH)[1][:3])
+    refused(folder, "episode 1: observation.images.top", "episode_000001.mp4' ends at step 3 of 5")
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_rows_that_are_missing(version: str, tmp_path: Path) -> None:
+    folder = lerobot(tmp_path, version)
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for file in (folder / "data").rglob("*.parquet"):
+        table = parquet.read_table(file)
+        column = [7 if episode == 1 else episode for episode in table["episode_index"].to_pylist()]
+        place = table.schema.get_field_index("episode_index")
+        parquet.write_table(table.set_column(place, "episode_index", [column]), file)
+    refused(folder, "parquet", "episode 1 has 0 rows, but 5 in meta")
+
+
+def test_an_unknown_version(tmp_path: Path) -> None:
+    folder = lerobot(tmp_path, "v3.0")
+    info = json.loads((folder / "meta/info.json").read_text())
+    (folder / "meta/info.json").write_text(json.dumps({**info, "codebase_version": "v9"}))
+    refused(folder, "info.json", "codebase_version is v9", "v2.1")
+
+
+def test_what_is_no_data_set_is_told(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no data")
+    for path in (tmp_path / "notes.txt", tmp_path):
+        refused(path, path.name, "holds no data set", "a Minari data set", "a data set of DPPO's code")
+
+
+# -------------------------------------------------------------------------------------------------------------- options
+
+
+def test_a_filter_key_picks_episodes(tmp_path: Path) -> None:
+    file = robomimic(tmp_path)
+    data = load_dataset(file, filter_key="train")
+    np.testing.assert_array_equal(data.lengths, (LENGTHS[0], LENGTHS[2]))
+    np.testing.assert_array_equal(data.actions, np.concatenate([parts(ACTIONS)[0], parts(ACTIONS)[2]]))
+    refused(file, "no filter key 'trian'", "empty, stray, train", "Did you mean train", filter_key="trian")
+    refused(file, "the filter key 'stray' names demo_9, which is not there", filter_key="stray")
+    refused(file, "the filter key 'empty' names no episodes", filter_key="empty")
+
+
+@pytest.mark.parametrize(
+    ("write", "keys", "columns", "camera"),
+    [
+        (robomimic, ("object", "robot0_eef_pos"), [3, 0], None),
+        (robomimic, ("agentview_image",), [], "agentview"),
+        (maniskill, ("extra/goal", "sensor_data/hand/rgb"), [3], "hand"),
+        (zarr_buffer, ("state",), [0, 1, 2, 3], None),
+        (lambda p: lerobot(p, "v3.0"), ("observation.environment_state",), [3], None),
+    ],
+)
+def test_keys_pick_parts_in_their_order(
+    write: Callable[[Path], Path], keys: tuple[str, ...], columns: list[int], camera: str | None, tmp_path: Path
+) -> None:
+    path = write(tmp_path)
+    data = load_dataset(path, keys=keys)
+    np.testing.assert_array_equal(data.observations, OBSERVATIONS[:, columns])
+    assert list(data.images) == ([camera] if camera else [])
+    mapped = load_dataset(path, keys=keys, memory_map=True)
+    load_dataset(path, memory_map=True)  # whose cache is another
+    np.testing.assert_array_equal(mapped.observations, OBSERVATIONS[:, columns])
+    refused(path, "there is no", "nothing", keys=("nothing",))
+
+
+@pytest.mark.parametrize("options", [{"filter_key": "train"}, {"keys": ("state",)}])
+def test_formats_without_an_option_refuse_it(options: dict[str, Any], tmp_path: Path) -> None:
+    refused(d4rl(tmp_path), next(iter(options)), "hopper.hdf5", "no such choice", **options)
+
+
+def test_robomimics_shaped_rewards_are_no_success(tmp_path: Path) -> None:
+    file = edited(robomimic(tmp_path, shaped=True), put("data/demo_0/dones", np.zeros(3)))
+    data = load_dataset(file)
+    assert tuple(data.success) == (False, True, True)
+    assert tuple(data.terminated) == (False, True, True)
+
+
+def test_maniskill_without_its_json(tmp_path: Path) -> None:
+    file = maniskill(tmp_path)
+    file.with_suffix(".json").unlink()
+    assert load_dataset(file).env_id is None
+    file.with_suffix(".json").write_text("{")
+    refused(file, ".json' is not valid JSON")
+
+
+def test_selected_episodes_keep_what_is_not_known_of_them(tmp_path: Path) -> None:
+    data = load_dataset(zarr_buffer(tmp_path)).select([1])
+    assert data.final_known is not None
+    assert not data.final_known.any()
+    assert data.rewards_from == "none"
+    known = replace(data, final_known=np.array([True]))
+    assert next(known.episodes()).final_known
