@@ -19,11 +19,14 @@ from rich.table import Table
 
 from dprl.agents import BC, DPPO
 from dprl.config import to_json
+from dprl.data import DataOptions, open_dataset, summarize
+from dprl.data import convert as convert_dataset
+from dprl.data.load import FORMATS
 from dprl.diffusion.solvers import SolverName
 from dprl.doctor import examine
 from dprl.errors import DprlError, check, did_you_mean
 from dprl.experiments import demo as demo_module
-from dprl.experiments import runs
+from dprl.experiments import inspection, runs
 from dprl.experiments.catalogue import CATALOGUE, STUDIES, find
 from dprl.experiments.finetuning import GROUPS
 from dprl.experiments.studies import StudyConfig
@@ -47,6 +50,7 @@ app = tyro.extras.SubcommandApp()
 Flat = tyro.conf.arg(name="")
 Out = Annotated[Path, tyro.conf.arg(help="New folder to write; must not exist or be empty.")]
 ExpertOut = Annotated[Path, tyro.conf.arg(help="Folder to write; one that this command left is continued.")]
+Data = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DATA")]]
 Quiet = Annotated[bool, tyro.conf.arg(help="Show no progress bar.")]
 
 
@@ -105,7 +109,7 @@ def experiment(
 
 
 @app.command(name="list")
-def list_(what: tyro.conf.Positional[Literal["envs", "experts", "experiments", "agents"]]) -> None:
+def list_(what: tyro.conf.Positional[Literal["envs", "experts", "experiments", "agents", "formats"]]) -> None:
     """Show the names that other commands take.
 
     Args:
@@ -149,6 +153,8 @@ def _names(what: str) -> list[tuple[str, str]]:
 
         known = {name: list(builders) for name, builders in EXPERTS.items()}
         return [(name, f"{len(ids)} environments, {ids[0]} to {ids[-1]}") for name, ids in known.items()]
+    if what == "formats":
+        return [(kind.format, (sys.modules[kind.__module__].__doc__ or "").splitlines()[0]) for kind in FORMATS]
     if what == "experiments":
         demos = [(f"dprl demo {experiment.name}", experiment.summary) for experiment in CATALOGUE]
         return demos + [(f"dprl experiment {name}", summary) for name, (_, summary) in STUDIES.items()]
@@ -174,6 +180,51 @@ def collect(config: Annotated[runs.CollectConfig, Flat], *, out: Out, quiet: Qui
         f"{data.n_episodes} episodes, {data.ends[-1]:,} steps, {success}mean return "
         f"{np.sum(data.rewards) / data.n_episodes:,.1f} in {out}. Next: dprl pretrain {out} --out runs/pretrain"
     )
+
+
+@app.command
+def inspect(
+    data: Data, *, filter_key: str | None = None, keys: tuple[str, ...] | None = None, plot: Path | None = None,
+    quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Show what a data set of any format holds: episodes, returns, ranges of actions, histograms.
+
+    Args:
+        data: File or folder; its format is told by what is in it, see 'dprl list formats'.
+        filter_key: Of robomimic's files: only the episodes of this mask.
+        keys: Parts of the observation that make up the state, and cameras. Default: the format's own.
+        plot: Also draw the histograms into this PNG.
+        quiet: Show no progress bar.
+    """
+    with open_dataset(data, DataOptions(filter_key, keys)) as source:
+        with ProgressBar("reading", len(source.lengths), shown=not quiet) as bar:
+            summary = summarize(source, bar.advance)
+    Console().print(inspection.report(summary))
+    if plot is not None:
+        inspection.draw(summary, plot)
+        print(f"The histograms are in {plot}.")
+
+
+@app.command
+def convert(
+    data: Data, out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT", help="New folder to write.")]], *,
+    filter_key: str | None = None, keys: tuple[str, ...] | None = None, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Write a data set of any format as a Minari data set, one episode in memory at a time.
+
+    Args:
+        data: File or folder; its format is told by what is in it, see 'dprl list formats'.
+        out: New folder to write.
+        filter_key: Of robomimic's files: only the episodes of this mask.
+        keys: Parts of the observation that make up the state, and cameras. Default: the format's own.
+        quiet: Show no progress bar.
+    """
+    with open_dataset(data, DataOptions(filter_key, keys)) as source:
+        with ProgressBar("writing", len(source.lengths), shown=not quiet) as bar:
+            convert_dataset(source, out, on_progress=bar.advance)
+        print(
+            f"{len(source.lengths)} episodes of {source.format} in {out}. Next: dprl pretrain {out} --out runs/pretrain"
+        )
 
 
 @app.command

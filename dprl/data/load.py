@@ -84,7 +84,7 @@ def load_dataset(
         if memory_map:
             return _cached(source, layout)
         columns = layout.columns(lambda name, shape, dtype: _InMemory(shape, dtype))
-        _fill(source, layout, columns)
+        _fill(source, columns)
         return _episodes(source, layout, {name: column.finish() for name, column in columns.items()})
 
 
@@ -112,7 +112,6 @@ def convert(
 
     def episodes() -> Iterator[Episode]:
         for episode in source:
-            layout.check(episode)
             yield episode
             if on_progress is not None:
                 on_progress(1)
@@ -164,26 +163,6 @@ class _Layout:
         }
         return {name: make(name, *shape) for name, shape in shapes.items()}
 
-    def check(self, episode: Episode) -> None:
-        """Raise DatasetError unless `episode` is like the first."""
-        sizes = episode.observations.shape[1], episode.actions.shape[1]
-        expected = self.observation_size, self.action_size
-        if sizes != expected:
-            raise DatasetError(
-                f"{episode.where}: episodes differ in observation and action size: {sizes}, the first has {expected}"
-            )
-        if set(episode.images) != set(self.cameras):
-            raise DatasetError(f"{episode.where}: episodes differ in cameras: {sorted(episode.images)}, the first has "
-                               f"{sorted(self.cameras)}")  # fmt: skip
-        for camera, frames in episode.images.items():
-            if frames.shape != self.cameras[camera]:
-                raise DatasetError(
-                    f"{frames.where} has images of {frames.shape}; "
-                    f"those of the first episode are {self.cameras[camera]}"
-                )
-        if episode.rewards is None and self.rewards_from == "data":
-            raise DatasetError(f"{episode.where}: has no rewards, unlike the first")
-
 
 class _InMemory:
     """An array that is filled a few rows at a time."""
@@ -221,10 +200,9 @@ class _InFile:
         self._stream.close()
 
 
-def _fill(source: Source, layout: _Layout, columns: dict[str, Any]) -> None:
-    """Read every episode into the columns, checked."""
+def _fill(source: Source, columns: dict[str, Any]) -> None:
+    """Read every episode into the columns."""
     for episode in source:
-        layout.check(episode)
         steps, known = len(episode), episode.final_known
         success = bool(episode.success)
         rewards = episode.rewards
@@ -270,7 +248,7 @@ def _cached(source: Source, layout: _Layout) -> Episodes:
     def write_columns(temporary: Path) -> None:
         columns = layout.columns(lambda name, shape, dtype: _InFile(temporary / f"{name}.npy", shape, dtype))
         try:
-            _fill(source, layout, columns)
+            _fill(source, columns)
         finally:
             for column in columns.values():
                 column.finish()

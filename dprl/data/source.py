@@ -112,7 +112,17 @@ class Source(ABC):
         """
 
     def __iter__(self) -> Iterator[Episode]:
-        return map(self.read, range(len(self.lengths)))
+        """Read all episodes.
+
+        Raises:
+            DatasetError: one is damaged, or of another shape than the first.
+        """
+        first: _Shape | None = None
+        for index in range(len(self.lengths)):
+            episode = self.read(index)
+            first = first or _Shape.of(episode)
+            first.require(episode)
+            yield episode
 
     @abstractmethod
     def close(self) -> None:
@@ -123,6 +133,39 @@ class Source(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What all episodes of a data set have in common."""
+
+    sizes: tuple[int, int]
+    cameras: dict[str, tuple[int, ...]]
+    has_rewards: bool
+
+    @staticmethod
+    def of(episode: Episode) -> _Shape:
+        cameras = {camera: frames.shape for camera, frames in episode.images.items()}
+        sizes = episode.observations.shape[1], episode.actions.shape[1]
+        return _Shape(sizes, cameras, episode.rewards is not None)
+
+    def require(self, episode: Episode) -> None:
+        """Raise DatasetError unless `episode` has the same."""
+        own = _Shape.of(episode)
+        if own.sizes != self.sizes:
+            kind = "episodes differ in observation and action size"
+            raise DatasetError(f"{episode.where}: {kind}: {own.sizes}, the first has {self.sizes}")
+        if set(own.cameras) != set(self.cameras):
+            kind = "episodes differ in cameras"
+            raise DatasetError(f"{episode.where}: {kind}: {sorted(own.cameras)}, the first has {sorted(self.cameras)}")
+        for camera, shape in self.cameras.items():
+            if own.cameras[camera] != shape:
+                where = episode.images[camera].where
+                raise DatasetError(
+                    f"{where} has images of {own.cameras[camera]}; those of the first episode are {shape}"
+                )
+        if self.has_rewards and not own.has_rewards:
+            raise DatasetError(f"{episode.where}: has no rewards, unlike the first")
 
 
 def numbers(

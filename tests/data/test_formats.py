@@ -440,7 +440,7 @@ def put(name: str, values: Any) -> Callable[[Any], None]:
         (robomimic, put("data/demo_1/obs", None), ["demo_1", "has no observations", "dataset_states_to_obs"]),
         (robomimic, put("data/demo_1/rewards", np.zeros(4)), ["demo_1", "rewards has the shape (4,)"]),
         (robomimic, put("data/demo_1/obs/object", np.zeros((4, 1))), ["demo_1", "object has the shape (4, 1); 5 act"]),
-        (robomimic, put("data/demo_1/obs/object", np.zeros((5, 2))), ["demo_1", "next_obs has no 'object' of the shape (5, 2)"]),
+        (robomimic, put("data/demo_1/obs/object", np.zeros((5, 2))), ["demo_1", "no 'object' of the shape (5, 2)"]),
         (robomimic, put("data/demo_1/next_obs/object", None), ["demo_1", "next_obs has no 'object'"]),
         (robomimic, put("data/demo_x", np.zeros(1)), ["demo_x", "demo_ and a number"]),
         (maniskill, put("traj_1/obs", None), ["traj_1", "has no observations", "replay_trajectory"]),
