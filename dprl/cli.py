@@ -50,7 +50,6 @@ app = tyro.extras.SubcommandApp()
 Flat = tyro.conf.arg(name="")
 Out = Annotated[Path, tyro.conf.arg(help="New folder to write; must not exist or be empty.")]
 ExpertOut = Annotated[Path, tyro.conf.arg(help="Folder to write; one that this command left is continued.")]
-Data = tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DATA")]]
 Quiet = Annotated[bool, tyro.conf.arg(help="Show no progress bar.")]
 
 
@@ -184,9 +183,13 @@ def collect(config: Annotated[runs.CollectConfig, Flat], *, out: Out, quiet: Qui
 
 @app.command
 def inspect(
-    data: Data, *, filter_key: str | None = None, keys: tuple[str, ...] | None = None, plot: Path | None = None,
+    data: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DATA")]],
+    *,
+    filter_key: str | None = None,
+    keys: tuple[str, ...] | None = None,
+    plot: Path | None = None,
     quiet: Quiet = False,
-) -> None:  # fmt: skip
+) -> None:
     """Show what a data set of any format holds: episodes, returns, ranges of actions, histograms.
 
     Args:
@@ -196,9 +199,11 @@ def inspect(
         plot: Also draw the histograms into this PNG.
         quiet: Show no progress bar.
     """
-    with open_dataset(data, DataOptions(filter_key, keys)) as source:
-        with ProgressBar("reading", len(source.lengths), shown=not quiet) as bar:
-            summary = summarize(source, bar.advance)
+    with (
+        open_dataset(data, DataOptions(filter_key, keys)) as source,
+        ProgressBar("reading", len(source.lengths), shown=not quiet) as bar,
+    ):
+        summary = summarize(source, bar.advance)
     Console().print(inspection.report(summary))
     if plot is not None:
         inspection.draw(summary, plot)
@@ -207,24 +212,26 @@ def inspect(
 
 @app.command
 def convert(
-    data: Data, out: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUT", help="New folder to write.")]], *,
-    filter_key: str | None = None, keys: tuple[str, ...] | None = None, quiet: Quiet = False,
-) -> None:  # fmt: skip
+    src: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SRC")]],
+    dst: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="DST")]],
+    *,
+    filter_key: str | None = None,
+    keys: tuple[str, ...] | None = None,
+    quiet: Quiet = False,
+) -> None:
     """Write a data set of any format as a Minari data set, one episode in memory at a time.
 
     Args:
-        data: File or folder; its format is told by what is in it, see 'dprl list formats'.
-        out: New folder to write.
+        src: File or folder; its format is told by what is in it, see 'dprl list formats'.
+        dst: New folder to write.
         filter_key: Of robomimic's files: only the episodes of this mask.
         keys: Parts of the observation that make up the state, and cameras. Default: the format's own.
         quiet: Show no progress bar.
     """
-    with open_dataset(data, DataOptions(filter_key, keys)) as source:
+    with open_dataset(src, DataOptions(filter_key, keys)) as source:
         with ProgressBar("writing", len(source.lengths), shown=not quiet) as bar:
-            convert_dataset(source, out, on_progress=bar.advance)
-        print(
-            f"{len(source.lengths)} episodes of {source.format} in {out}. Next: dprl pretrain {out} --out runs/pretrain"
-        )
+            convert_dataset(source, dst, on_progress=bar.advance)
+        print(f"{len(source.lengths)} episodes of {source.format} are in {dst}. Next: dprl inspect {dst}")
 
 
 @app.command
