@@ -254,6 +254,8 @@ def test_python_m_dprl_shows_help(tmp_path):
         "demo",
         "experiment",
         "collect",
+        "inspect",
+        "convert",
         "pretrain",
         "finetune",
         "resume",

@@ -238,9 +238,9 @@ class Episodes:
                 f"episode {i}",
                 np.concatenate([self.observations[start:end], last]),
                 self.actions[start:end],
-                self.rewards[start:end],
+                self.rewards[start:end] if self.rewards_from == "data" else None,
                 bool(self.terminated[i]),
-                bool(self.success[i]),
+                None if self.rewards_from == "none" else bool(self.success[i]),
                 int(self.seeds[i]),
                 {
                     camera: _Frames(array, self.final_images[camera], start, end, i)

@@ -136,8 +136,6 @@ class _Layout:
         rewards_from: RewardsFrom = "data"
         if first.rewards is None:
             rewards_from = "none" if first.success is None else "success"
-        elif isinstance(source, Minari):
-            rewards_from = source.rewards_from
         cameras = {name: frames.shape for name, frames in first.images.items()}
         sizes = first.observations.shape[1], first.actions.shape[1]
         return _Layout(tuple(source.lengths), *sizes, cameras, rewards_from)

@@ -79,13 +79,19 @@ class Minari(HDF5Source):
                 for name, ndim in (("actions", 2), ("rewards", 1), ("terminations", 1), ("truncations", 1))
             }
             infos = group.get("infos", {})
-            success = np.asarray(infos["success"]).any() if "success" in infos else group.attrs.get("success", False)
+            success = np.asarray(infos["success"]).any() if "success" in infos else group.attrs.get("success")
             if not group.attrs.get("final_known", True):
                 state = state[:-1]
             return Episode(
-                where, state, arrays["actions"], arrays["rewards"], bool(arrays["terminations"][-1]), bool(success),
-                int(group.attrs.get("seed", -1)), images,
-            )  # fmt: skip
+                where,
+                state,
+                arrays["actions"],
+                arrays["rewards"] if self.rewards_from == "data" else None,
+                terminated=bool(arrays["terminations"][-1]),
+                success=None if success is None else bool(success),
+                seed=int(group.attrs.get("seed", -1)),
+                images=images,
+            )
 
     def _where(self, name: str) -> str:
         return f"'{self.file}', {name}"
@@ -243,22 +249,22 @@ def write(folder: Path, name: str, episodes: Iterable[Episode], described: Descr
 
 def _write_episode(group: Any, episode: Episode) -> None:
     steps = len(episode)
-    success = bool(episode.success)
-    rewards = np.zeros(steps) if episode.rewards is None else episode.rewards.astype(np.float64)
-    if episode.rewards is None and success:
-        rewards[-1] = 1.0
     last = np.arange(steps) == steps - 1
+    success = last & bool(episode.success)
+    rewards = success if episode.rewards is None else episode.rewards
     state = _to_the_end(episode.observations, steps)
     if episode.images:
         _write_parts(group.create_group("observations"), state, episode)
     else:
         group.create_dataset("observations", data=state)
     group.create_dataset("actions", data=episode.actions)
-    group.create_dataset("rewards", data=rewards)
+    group.create_dataset("rewards", data=rewards.astype(np.float64))
     group.create_dataset("terminations", data=last & episode.terminated)
     group.create_dataset("truncations", data=last & (not episode.terminated))
-    group.create_group("infos").create_dataset("success", data=np.append(False, last & success))
-    group.attrs.update({"seed": episode.seed, "total_steps": steps, "success": success})
+    group.attrs.update({"seed": episode.seed, "total_steps": steps})
+    if episode.success is not None:
+        group.create_group("infos").create_dataset("success", data=np.append(False, success))
+        group.attrs["success"] = episode.success
     if not episode.final_known:
         group.attrs["final_known"] = False
 
