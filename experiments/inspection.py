@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ MOST_NUMBERS = 12
 """So many numbers of an action get a line of their own."""
 
 
-def bars(values: npt.NDArray[np.floating]) -> str:
+def bars(values: npt.NDArray[np.floating[Any]]) -> str:
     """A histogram in one line; a bin that holds anything shows."""
     counts, _ = np.histogram(values, BINS)
     return "".join(" " if n == 0 else BARS[int(np.ceil(n / counts.max() * len(BARS))) - 1] for n in counts)
@@ -76,7 +77,7 @@ def _rewards(summary: Summary) -> str:
     return "none, nor success: for imitation alone"
 
 
-def _spreads(summary: Summary) -> Iterator[tuple[str, npt.NDArray[np.floating]]]:
+def _spreads(summary: Summary) -> Iterator[tuple[str, npt.NDArray[np.floating[Any]]]]:
     yield "steps of an episode", summary.lengths.astype(np.float64)
     if summary.returns is not None:
         yield "return", summary.returns
