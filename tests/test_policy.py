@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from dprl.diffusion import SolverConfig
 from dprl.errors import CheckpointError, ConfigError, RunExistsError
-from dprl.networks import MLPConfig, TransformerConfig, UNetConfig
+from dprl.networks import LNResNetConfig, MLPConfig, TransformerConfig, UNetConfig
 from dprl.observations import STATE
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Features, MinMaxNormalizer, Policy
 from dprl.policy.normalize import CONSTANT
@@ -35,6 +35,7 @@ SMALL_DENOISERS = {
     "mlp": CONFIG.denoiser,
     "unet": UNetConfig(down_dims=(8, 16), n_groups=4, time_size=4),
     "transformer": TransformerConfig(n_layers=1, n_heads=2, embedding_size=16),
+    "ln_resnet": LNResNetConfig(hidden_size=8, n_blocks=1, n_frequencies=2, time_size=4),
 }
 
 

@@ -21,8 +21,9 @@ from dprl.errors import check
 
 MAX_BETA = 0.999
 COSINE_OFFSET = 0.008
+VP_LEAST, VP_MOST = 0.1, 10.0
 
-ScheduleName = Literal["squaredcos_cap_v2", "linear", "scaled_linear", "rectified_flow"]
+ScheduleName = Literal["squaredcos_cap_v2", "linear", "scaled_linear", "vp", "rectified_flow"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "velocity"]
 
 
@@ -33,7 +34,8 @@ class ScheduleConfig:
     num_train_timesteps: int = 20
     """K, the noise levels it is trained on."""
     schedule: ScheduleName = "squaredcos_cap_v2"
-    """`squaredcos_cap_v2` (cosine), `linear`, `scaled_linear`; or `rectified_flow`, the other family."""
+    """`squaredcos_cap_v2` (cosine), `linear`, `scaled_linear`, `vp` (for few timesteps); or `rectified_flow`, the other
+    family."""
     prediction_type: PredictionType = "epsilon"
     """`epsilon` (the noise), `sample` (x_0), `v_prediction` (signal ε - noise x_0, arXiv:2202.00512); a rectified flow
     predicts its `velocity`, x_0 - ε."""
@@ -70,6 +72,9 @@ class ScheduleConfig:
             return torch.linspace(start, end, k)
         if self.schedule == "scaled_linear":  # arXiv:2112.10752
             return torch.linspace(math.sqrt(start), math.sqrt(end), k) ** 2
+        if self.schedule == "vp":  # arXiv:2011.13456's SDE over K steps, as arXiv:2112.07804 discretises it
+            steps = torch.arange(1, k + 1, dtype=torch.float64)
+            return 1 - torch.exp(-VP_LEAST / k - (VP_MOST - VP_LEAST) * (2 * steps - 1) / (2 * k**2))
         # β_t = 1 - f(t+1)/f(t), f(t) = cos²((t/K + s)/(1 + s) · π/2), arXiv:2102.09672 eq. 17.
         t = torch.arange(k + 1, dtype=torch.float64) / k
         f = torch.cos((t + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2) ** 2

@@ -22,7 +22,7 @@ from dprl.diffusion import SolverConfig, normal_log_prob, posterior_steps, solve
 from dprl.errors import check
 from dprl.mdp.base import Chain, ExplorationConfig, Gaussian, PolicyMDP
 from dprl.mdp.noise import FlooredNoise, step_noise
-from dprl.networks.mlp import DenoisingMLP
+from dprl.networks.mlp import FlatDenoiser
 from dprl.observations import TensorObservation
 from dprl.policy import DiffusionPolicy
 
@@ -103,7 +103,7 @@ class DenoisingMDP(PolicyMDP):
 
     def compile(self) -> None:
         """See `PolicyMDP.compile`. Networks larger than an MLP are compiled themselves: whole chains take too long."""
-        if isinstance(self.policy.base, DenoisingMLP):
+        if isinstance(self.policy.base, FlatDenoiser):
             super().compile()
         elif self.policy.device.type == "cpu":
             for network in (self.policy.base, self.policy.tuned):

@@ -2,6 +2,7 @@
 
 from dprl.networks.denoiser import Denoiser
 from dprl.networks.denoisers import DENOISERS, DenoiserConfig, build_denoiser
+from dprl.networks.ln_resnet import DenoisingLNResNet, LNResNetConfig
 from dprl.networks.mlp import DenoisingMLP, MLPConfig, ResidualMLP, ValueNet
 from dprl.networks.optim import weight_decay_groups
 from dprl.networks.polyak import polyak_update
@@ -14,9 +15,11 @@ __all__ = [
     "ConditionalUNet1D",
     "Denoiser",
     "DenoiserConfig",
+    "DenoisingLNResNet",
     "DenoisingMLP",
     "DenoisingTransformer",
     "ImageEncoder",
+    "LNResNetConfig",
     "MLPConfig",
     "ResidualMLP",
     "TransformerConfig",

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from dprl.networks.denoiser import Denoiser
+from dprl.networks.ln_resnet import DenoisingLNResNet, LNResNetConfig
 from dprl.networks.mlp import DenoisingMLP, MLPConfig
 from dprl.networks.transformer import DenoisingTransformer, TransformerConfig
 from dprl.networks.unet import ConditionalUNet1D, UNetConfig
 
-DenoiserConfig = MLPConfig | UNetConfig | TransformerConfig
+DenoiserConfig = MLPConfig | UNetConfig | TransformerConfig | LNResNetConfig
 
 
 class DenoiserKind(NamedTuple):
@@ -23,6 +24,7 @@ DENOISERS = {
     "mlp": DenoiserKind(MLPConfig, DenoisingMLP),
     "unet": DenoiserKind(UNetConfig, ConditionalUNet1D),
     "transformer": DenoiserKind(TransformerConfig, DenoisingTransformer),
+    "ln_resnet": DenoiserKind(LNResNetConfig, DenoisingLNResNet),
 }
 
 

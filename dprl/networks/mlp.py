@@ -8,15 +8,15 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 
 from dprl.config import validate
 from dprl.networks.denoiser import MAX_PREPARED, Denoiser
 from dprl.networks.mish import mish
 from dprl.networks.timestep import TimestepEmbedding, check_time_size
 
-Activation = Literal["relu", "mish"]
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "mish": mish}
+Activation = Literal["relu", "mish", "silu"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "mish": mish, "silu": silu}
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, size: int, activation: Activation) -> None:
         super().__init__()
-        self.act = _ACTIVATIONS[activation]
+        self.act = ACTIVATIONS[activation]
         self.l1 = nn.Linear(size, size)
         self.l2 = nn.Linear(size, size)
 
@@ -65,16 +65,21 @@ class ResidualMLP(nn.Sequential):
         return x
 
 
-class DenoisingMLP(Denoiser):
-    """Predicts from [flattened chunk, timestep embedding, condition]."""
+class FlatDenoiser(Denoiser):
+    """Predicts from one vector, [flattened chunk, timestep embedding, condition]."""
 
-    def __init__(self, horizon: int, action_size: int, n_obs_steps: int, feature_size: int, config: MLPConfig) -> None:
+    def __init__(self, n_numbers: int, time: nn.Module, time_size: int, net: nn.Sequential) -> None:
+        """Take the networks.
+
+        Args:
+            n_numbers: H·A, of a chunk.
+            time: embeds timesteps, (n,) -> (n, time_size).
+            time_size: its size.
+            net: Linear and what follows it.
+        """
         super().__init__()
-        n_inputs = horizon * action_size + config.time_size + n_obs_steps * feature_size
-        self.n_numbers = horizon * action_size
-        self.time_size = config.time_size
-        self.time = TimestepEmbedding(config.time_size, 2 * config.time_size)
-        self.net = ResidualMLP(n_inputs, horizon * action_size, config.hidden_size, config.n_blocks, config.activation)
+        self.n_numbers, self.time_size = n_numbers, time_size
+        self.time, self.net = time, net
 
     def embed(self, timestep: Tensor) -> Tensor:
         """See `Denoiser.embed`."""
@@ -103,6 +108,20 @@ class DenoisingMLP(Denoiser):
         for layer in rest:
             x = layer(x)
         return x.view_as(noisy_actions)
+
+
+class DenoisingMLP(FlatDenoiser):
+    """A residual MLP."""
+
+    def __init__(self, horizon: int, action_size: int, n_obs_steps: int, feature_size: int, config: MLPConfig) -> None:
+        n_numbers, size = horizon * action_size, config.time_size
+        n_inputs = n_numbers + size + n_obs_steps * feature_size
+        super().__init__(
+            n_numbers,
+            TimestepEmbedding(size, 2 * size),
+            size,
+            ResidualMLP(n_inputs, n_numbers, config.hidden_size, config.n_blocks, config.activation),
+        )
 
 
 class ValueNet(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from dprl.agents import BC, BCConfig
 from dprl.data import Episodes
 from dprl.errors import ConfigError, DatasetError
-from dprl.networks import MLPConfig, TransformerConfig, UNetConfig, polyak_update
+from dprl.networks import LNResNetConfig, MLPConfig, TransformerConfig, UNetConfig, polyak_update
 from dprl.policy import DiffusionConfig, DiffusionPolicy, denoising_loss
 from dprl.seeding import torch_generator
 
@@ -20,6 +20,7 @@ DENOISERS = {
     "mlp": SMALL.denoiser,
     "unet": UNetConfig(down_dims=(8, 16), n_groups=4, time_size=4),
     "transformer": TransformerConfig(n_layers=1, n_heads=2, embedding_size=16),
+    "ln_resnet": LNResNetConfig(hidden_size=8, n_blocks=1, n_frequencies=2, time_size=4),
 }
 
 

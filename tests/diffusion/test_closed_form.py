@@ -27,7 +27,7 @@ MEAN = np.array([0.3, -0.2, 0.1])
 COVARIANCE = np.array([[0.09, 0.03, -0.02], [0.03, 0.04, 0.01], [-0.02, 0.01, 0.06]])
 EYE, ZERO = np.eye(A), np.zeros((A, A))
 
-SCHEDULES = ("squaredcos_cap_v2", "linear", "scaled_linear")
+SCHEDULES = ("squaredcos_cap_v2", "linear", "scaled_linear", "vp")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SOLVERS = {
     "ddpm": SolverConfig("ddpm"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dprl.diffusion import NoiseSchedule, ScheduleConfig, SolverConfig, solve, solver_steps
 from dprl.errors import ConfigError
 
-DIFFUSION = ("squaredcos_cap_v2", "linear", "scaled_linear")
+DIFFUSION = ("squaredcos_cap_v2", "linear", "scaled_linear", "vp")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 timesteps = st.integers(1, 200)
