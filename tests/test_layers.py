@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"dprl": "dprl", "agents": "dprl.agents", "envs": "dprl.envs", "experiments": "dprl.experiments"}
 LAYERS = (
     "dprl.config dprl.cuda_graphs dprl.schedules dprl.cores dprl.checkpoint dprl.log dprl.seeding dprl.errors",
-    "dprl.diffusion dprl.networks dprl.observations dprl.returns",
+    "dprl.diffusion dprl.networks dprl.observations dprl.returns dprl.implicit",
     "dprl.policy dprl.mdp dprl.guidance dprl.data dprl.spec dprl",
     "dprl.training dprl.rollout",
     "dprl.agents dprl.envs",

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from dprl.data.source import Episode, Pixels
 from dprl.errors import DatasetError, check
-from dprl.observations import IMAGES, STATE, Observation
+from dprl.observations import IMAGES, STATE, Observation, map_parts, put
 from dprl.seeding import numpy_generator
 from dprl.spec import BoolArray, FloatArray, IntArray
 
@@ -262,6 +262,22 @@ class Episodes:
             return state
         images = {IMAGES + camera: np.asarray(array[rows]) for camera, array in self.images.items()}
         return {STATE: state, **images} if self.observations.shape[1] else images
+
+    def observe_outcomes(self, rows: IntArray) -> Observation:
+        """Return the same for rows of which those from S on are final observations, counted by episode."""
+        steps = int(self.ends[-1])
+        final, first = rows >= steps, np.minimum(rows, steps - 1)
+        seen = self.observe(first)
+        if not final.any():
+            return seen
+        episodes = rows[final] - steps
+        after: Observation = self.final_observations[episodes]
+        if self.images:
+            images = {IMAGES + camera: np.asarray(array[episodes]) for camera, array in self.final_images.items()}
+            after = {STATE: after, **images} if self.observations.shape[1] else images
+        seen = map_parts(np.array, seen)
+        put(seen, final, after)
+        return seen
 
     def chunks(self, n_obs_steps: int, horizon: int, *, pad_after: int = 0) -> Chunks:
         """Return the steps of every chunk.

@@ -7,8 +7,9 @@ Shapes: B batch, O observation steps, D observation size, H actions of a chunk, 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dprl.data.episodes import Chunks, Episodes, OnDisk
+from dprl.data.transitions import Decisions
 from dprl.observations import TensorObservation, map_parts
 
 
@@ -30,6 +32,7 @@ class Batch(NamedTuple):
     """(B, H) False where an action only fills its chunk up; None where none does."""
 
 
+AnyBatch = TypeVar("AnyBatch")
 WORKERS = 2
 """Processes that read data where no number is asked for."""
 
@@ -44,31 +47,33 @@ def fits(data: Episodes, device: torch.device) -> bool:
     return size <= torch.cuda.mem_get_info(device)[0] // 2
 
 
-class ChunkBatches:
-    """The chunks of some episodes as minibatches on a device."""
+class RowBatches(ABC, Generic[AnyBatch]):
+    """Minibatches of something that is cut out of episodes, on a device."""
 
-    def __init__(self, data: Episodes, chunks: Chunks, device: torch.device, *, num_workers: int | None = None) -> None:
-        """Hold `data` on `device`, or leave them where they are for `num_workers` processes to read.
+    def __init__(
+        self, rows: Dataset[Any], n: int, data: Episodes, device: torch.device, num_workers: int | None
+    ) -> None:
+        """Let workers read `rows`, or a subclass hold them on the device, where `self.num_workers` is 0.
 
         Without a number there are workers only for data that `device` should not hold, see `fits`.
         """
-        self.device = device
-        if num_workers is None:
-            num_workers = 0 if fits(data, device) else WORKERS
-        self.num_workers = num_workers
-        self._rows = ChunkRows(data, chunks)
-        self._padded = not chunks.valid.all()
-        if num_workers == 0:
-            self._obs = map_parts(self._moved, data.observe(slice(None)))
-            self._actions = self._moved(data.actions)
-            self._index = [self._moved(a) for a in (chunks.observation_rows, chunks.action_rows, chunks.valid)]
+        self.device, self._rows, self._n = device, rows, n
+        self.num_workers = num_workers if num_workers is not None else (0 if fits(data, device) else WORKERS)
+
+    @abstractmethod
+    def _gathered(self, rows: Tensor) -> AnyBatch:
+        """Return the minibatch `rows` of what is on the device."""
+
+    @abstractmethod
+    def _batch(self, columns: list[Any]) -> AnyBatch:
+        """Return the minibatch of what workers have read, column by column."""
 
     def __len__(self) -> int:
-        """How many chunks there are."""
-        return len(self._rows)
+        """How many rows there are."""
+        return self._n
 
-    def read(self, picks: Tensor) -> Iterator[Batch]:
-        """Yield one minibatch for each row of `picks` (steps, B), indices of chunks, wherever they are."""
+    def read(self, picks: Tensor) -> Iterator[AnyBatch]:
+        """Yield one minibatch for each row of `picks` (steps, B), indices of rows, wherever they are."""
         if self.num_workers == 0:
             for rows in picks.to(self.device):
                 yield self._gathered(rows)
@@ -81,22 +86,82 @@ class ChunkBatches:
             generator=torch.Generator(),  # or it would draw its workers' seeds from the global one
             pin_memory=self.device.type == "cuda",
         )
-        for obs, actions, valid in loader:
-            moved = map_parts(lambda part: part.to(self.device, non_blocking=True), obs)
-            yield Batch(moved, actions.to(self.device), valid.to(self.device) if self._padded else None)
+        for columns in loader:
+            yield self._batch([map_parts(self._sent, column) for column in columns])
 
-    def _gathered(self, rows: Tensor) -> Batch:
-        observation_rows, action_rows, valid = (index[rows] for index in self._index)
-        obs = map_parts(lambda part: part[observation_rows], self._obs)
-        return Batch(obs, self._actions[action_rows], valid if self._padded else None)
+    def _sent(self, part: Tensor) -> Tensor:
+        return part.to(self.device, non_blocking=True)
 
     def _moved(self, array: Any) -> Tensor:
         array = np.ascontiguousarray(array)
         return torch.as_tensor(array if array.flags.writeable else array.copy(), device=self.device)
 
 
+class ChunkBatches(RowBatches[Batch]):
+    """The chunks of some episodes."""
+
+    def __init__(self, data: Episodes, chunks: Chunks, device: torch.device, *, num_workers: int | None = None) -> None:
+        """See `RowBatches`."""
+        super().__init__(ChunkRows(data, chunks), len(chunks), data, device, num_workers)
+        self._padded = not chunks.valid.all()
+        if self.num_workers == 0:
+            self._obs = map_parts(self._moved, data.observe(slice(None)))
+            self._actions = self._moved(data.actions)
+            self._index = [self._moved(a) for a in (chunks.observation_rows, chunks.action_rows, chunks.valid)]
+
+    def _gathered(self, rows: Tensor) -> Batch:
+        observation_rows, action_rows, valid = (index[rows] for index in self._index)
+        obs = map_parts(lambda part: part[observation_rows], self._obs)
+        return Batch(obs, self._actions[action_rows], valid if self._padded else None)
+
+    def _batch(self, columns: list[Any]) -> Batch:
+        obs, actions, valid = columns
+        return Batch(obs, actions, valid if self._padded else None)
+
+
+class DecisionBatch(NamedTuple):
+    """What one gradient step of a critic sees."""
+
+    obs: TensorObservation
+    """(B, O, D), or named parts."""
+    actions: Tensor
+    """(B, E, A) in the environment's units."""
+    next_obs: TensorObservation
+    """(B, O, D), or named parts."""
+    reward: Tensor
+    """(B,)."""
+    discount: Tensor
+    """(B,) of what follows."""
+
+
+class DecisionBatches(RowBatches[DecisionBatch]):
+    """The decisions of some episodes."""
+
+    def __init__(
+        self, data: Episodes, decisions: Decisions, device: torch.device, *, num_workers: int | None = None
+    ) -> None:
+        """See `RowBatches`."""
+        super().__init__(DecisionRows(data, decisions), len(decisions), data, device, num_workers)
+        if self.num_workers == 0:
+            every = np.arange(int(data.ends[-1]) + data.n_episodes)
+            self._obs = map_parts(self._moved, data.observe_outcomes(every))
+            self._actions = self._moved(data.actions)
+            cut = (decisions.observation_rows, decisions.action_rows, decisions.next_rows)
+            self._index = [self._moved(column) for column in cut]
+            self._numbers = [self._moved(decisions.rewards), self._moved(decisions.discounts)]
+
+    def _gathered(self, rows: Tensor) -> DecisionBatch:
+        seen, did, following = (index[rows] for index in self._index)
+        obs, next_obs = (map_parts(lambda part, at=at: part[at], self._obs) for at in (seen, following))
+        reward, discount = (column[rows] for column in self._numbers)
+        return DecisionBatch(obs, self._actions[did], next_obs, reward, discount)
+
+    def _batch(self, columns: list[Any]) -> DecisionBatch:
+        return DecisionBatch(*columns)
+
+
 class ChunkRows(Dataset[Any]):
-    """One chunk at a time, for worker processes; arrays may be memory-mapped."""
+    """One chunk at a time, for worker processes; arrays may be on disk."""
 
     def __init__(self, data: Episodes, chunks: Chunks) -> None:
         self._data = data
@@ -112,7 +177,23 @@ class ChunkRows(Dataset[Any]):
         return data.observe(chunks.observation_rows[i]), data.actions[chunks.action_rows[i]], chunks.valid[i]
 
 
-def _collate(rows: list[Any]) -> Any:
-    observations, actions, valid = zip(*rows, strict=True)
-    obs = map_parts(lambda *parts: torch.from_numpy(np.stack(parts)), *observations)
-    return obs, torch.from_numpy(np.stack(actions)), torch.from_numpy(np.stack(valid))
+class DecisionRows(Dataset[Any]):
+    """One decision at a time, for worker processes."""
+
+    def __init__(self, data: Episodes, decisions: Decisions) -> None:
+        self._data, self._decisions = data, decisions
+
+    def __len__(self) -> int:
+        """How many decisions there are."""
+        return len(self._decisions)
+
+    def __getitem__(self, i: int) -> Any:
+        """Return what decision `i` saw, did, led to and earned, and the discount of what follows."""
+        data, cut = self._data, self._decisions
+        seen, following = data.observe(cut.observation_rows[i]), data.observe_outcomes(cut.next_rows[i])
+        return seen, data.actions[cut.action_rows[i]], following, cut.rewards[i], cut.discounts[i]
+
+
+def _collate(rows: list[Any]) -> list[Any]:
+    """Stack what workers read, column by column."""
+    return [map_parts(lambda *parts: torch.from_numpy(np.stack(parts)), *column) for column in zip(*rows, strict=True)]

@@ -21,7 +21,9 @@ from dprl.config import from_json, to_json, validate
 from dprl.errors import CheckpointError, ConfigError, check
 from dprl.networks.vision import ImageEncoder, VisionConfig
 from dprl.observations import STATE, Camera, TensorObservation, batch_size, map_parts
+from dprl.policy.candidates import Scorer
 from dprl.policy.control import InferenceConfig, PredictState, RecedingHorizon
+from dprl.policy.critic import ChunkCritic
 from dprl.policy.normalize import MinMaxNormalizer
 from dprl.seeding import draw_normal, seeded_init
 
@@ -94,6 +96,7 @@ class Policy(nn.Module, ABC):
         self.config = self.config_class() if config is None else config
         self.observation_normalizer = MinMaxNormalizer(features.observation_size)
         self.action_normalizer = MinMaxNormalizer(features.action_size)
+        self._scorer: list[Scorer] = []
         self.encoder: ImageEncoder | None = None
         with seeded_init(seed, "policy"):
             if features.cameras:
@@ -161,6 +164,23 @@ class Policy(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where its weights are."""
         return self.action_normalizer.low.device
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """What chooses among candidates. A critic (`ChunkCritic`) is saved with the policy, but is no part of it."""
+        return self._scorer[0] if self._scorer else None
+
+    @scorer.setter
+    def scorer(self, scorer: Scorer | None) -> None:
+        fits = scorer is None or isinstance(scorer, Scorer)
+        check(fits, "scorer", type(scorer).__name__, "must have a method score(obs, actions)")
+        self._scorer = [] if scorer is None else [scorer]  # a list: a module in it is not one of this module's
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Move the critic, too, wherever the policy is moved."""
+        if isinstance(self.scorer, nn.Module):
+            self.scorer._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     @property
     def n_action_steps(self) -> int:
@@ -235,8 +255,15 @@ class Policy(nn.Module, ABC):
         clean = self.action_normalizer.normalize(actions.gather(1, last.clamp(min=0)))
         return torch.where(last >= 0, clean, 0.0)
 
+    def require_scorer(self, inference: InferenceConfig) -> None:
+        """Raise ConfigError where candidates are asked for and nothing can choose among them."""
+        n = inference.candidates or 1
+        check(n == 1 or self.scorer is not None, "candidates", n, "choosing among samples needs a critic: set "
+              "policy.scorer, or take a policy that was saved with one ('dprl offline' makes them)")  # fmt: skip
+
     def check_inference(self, inference: InferenceConfig) -> None:
         """Raise ConfigError where a setting is not one that this kind of policy has."""
+        self.require_scorer(inference)
         for name in ("solver", "num_inference_steps", "timestep_spacing", "warm_start_steps"):
             check(
                 getattr(inference, name) is None,
@@ -253,8 +280,18 @@ class Policy(nn.Module, ABC):
         *,
         deterministic: bool = False,
         plan: Tensor | None = None,
+        group: int = 1,
     ) -> Tensor:
-        """Draw chunks (B, H, A) as `inference` says; `plan` (B, H, A) is what a warm start begins from."""
+        """Draw chunks (B, H, A) as `inference` says, one each.
+
+        Args:
+            obs: (B, O, D), or named parts.
+            inference: how.
+            generator: draws what is drawn. Default: torch's own.
+            deterministic: make the same decision for equal observations.
+            plan: (B, H, A) what a warm start begins from.
+            group: so many rows in turn are candidates of one decision, which differ even if it is deterministic.
+        """
         assert plan is None, f"a {self.name} policy has no warm start"
         return self.sample(obs, generator=generator, temperature=0.0 if deterministic else inference.temperature)
 
@@ -415,6 +452,8 @@ class Policy(nn.Module, ABC):
         """Write config.json and model.safetensors into an existing folder."""
         checkpoint.write_json(folder / CONFIG_FILE, self._about())
         checkpoint.save_tensors(folder / MODEL_FILE, self.state_dict())
+        if isinstance(self.scorer, ChunkCritic):
+            self.scorer.write(folder)
 
     def _about(self) -> dict[str, Any]:
         return {"type": self.name, "features": to_json(self.features), "config": to_json(self.config)}
@@ -452,6 +491,7 @@ class Policy(nn.Module, ABC):
             policy.load_state_dict(checkpoint.load_tensors(folder / MODEL_FILE))
         except RuntimeError as error:
             raise CheckpointError(f"'{folder / MODEL_FILE}' does not fit its config.json: {error}") from error
+        policy.scorer = ChunkCritic.load(policy, folder)
         return cast("Self", policy.to(device))
 
 

@@ -19,6 +19,7 @@ from dprl.config import LARGEST_FLOAT, validate
 from dprl.diffusion import SolverConfig
 from dprl.errors import check
 from dprl.observations import TensorObservation, batch_size, take
+from dprl.policy.candidates import Selection, best_of
 
 if TYPE_CHECKING:
     from dprl.policy.base import Policy
@@ -35,10 +36,24 @@ class InferenceConfig(SolverConfig):
     all alike. Default: off."""
     warm_start_steps: int | None = None
     """Take only the solver's last so many steps, from the last plan. Default: all, from noise."""
+    candidates: int | None = None
+    """Draw so many plans and choose among them by the policy's critic, or another scorer. Default: 1."""
+    selection: Selection | None = None
+    """How: `argmax` (default) takes the best, `implicit` draws by the weights that the critic's value objective
+    implies, `softmax` by the exponential of the score."""
+    selection_scale: float | None = None
+    """What the softmax multiplies scores by. Default: 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        validate(self, at_least={"temporal_ensembling": 0, "warm_start_steps": 1})
+        validate(
+            self, at_least={"temporal_ensembling": 0, "warm_start_steps": 1, "candidates": 1, "selection_scale": 0}
+        )
+        many = self.candidates is not None and self.candidates > 1
+        check(many or self.selection is None, "selection", self.selection, "needs candidates, more than 1")
+        softmax = self.selection == "softmax"
+        scale = self.selection_scale
+        check(softmax or scale is None, "selection_scale", scale, "is of the selection softmax only")
         check_temperature(self.temperature)
         both = self.temporal_ensembling is not None and self.warm_start_steps is not None
         check(not both, "warm_start_steps", self.warm_start_steps, "cannot be combined with temporal_ensembling")
@@ -144,17 +159,38 @@ class RecedingHorizon:
         obs = policy.checked(obs)
         warm = memory.n_plans > 0
         if inference.warm_start_steps is None or not warm.any():
-            return policy.draw(obs, inference, generator, deterministic=deterministic)
+            return self._draw(obs, generator, deterministic=deterministic)
         chunks = torch.empty(batch_size(obs), *memory.plans.shape[2:], device=policy.device)
         executed = self.n_action_steps
         last = memory.plans[:, 0]
         shifted = torch.cat([last[:, executed:], last[:, -1:].expand(-1, executed, -1)], dim=1)
         for rows, plan in ((~warm, None), (warm, shifted[warm])):
             if rows.any():
-                chunks[rows] = policy.draw(
-                    take(obs, rows), inference, generator, deterministic=deterministic, plan=plan
-                )
+                chunks[rows] = self._draw(take(obs, rows), generator, deterministic=deterministic, plan=plan)
         return chunks
+
+    def _draw(
+        self,
+        obs: TensorObservation,
+        generator: torch.Generator | None,
+        *,
+        deterministic: bool,
+        plan: Tensor | None = None,
+    ) -> Tensor:
+        """Draw (N, H, A), or choose them among candidates; a deterministic decision takes the best."""
+        policy, inference, n = self.policy, self.inference, self.inference.candidates or 1
+        if n == 1:
+            return policy.draw(obs, inference, generator, deterministic=deterministic, plan=plan)
+        plans = None if plan is None else plan.repeat_interleave(n, dim=0)
+        return best_of(
+            lambda every: policy.draw(every, inference, generator, deterministic=deterministic, plan=plans, group=n),
+            obs,
+            n,
+            policy.scorer,
+            selection="argmax" if deterministic else inference.selection or "argmax",
+            scale=1.0 if inference.selection_scale is None else inference.selection_scale,
+            generator=generator,
+        )
 
     @staticmethod
     def _ensemble(memory: Memory, decay: float) -> Tensor:

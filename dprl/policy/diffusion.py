@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from dprl.config import validate
 from dprl.diffusion import NoiseSchedule, ScheduleConfig, SolverConfig, Step, n_draws, solve, solver_steps
 from dprl.diffusion.solvers import SolverName, Spacing
-from dprl.errors import CheckpointError, check, did_you_mean
+from dprl.errors import CheckpointError, check, check_count, did_you_mean
 from dprl.networks import DENOISERS, Denoiser, DenoiserConfig, MLPConfig, build_denoiser
 from dprl.networks.vision import ImageEncoder
 from dprl.observations import TensorObservation, batch_size
 from dprl.policy.base import Policy, PolicyConfig, masked_mean
+from dprl.policy.candidates import Scorer, Selection, best_of
 from dprl.policy.control import InferenceConfig, check_temperature
 from dprl.seeding import draw_normal, torch_generator
 
@@ -154,6 +155,9 @@ class DiffusionPolicy(Policy):
         eta: float = 0.0,
         timestep_spacing: Spacing | None = None,
         noise: Tensor | None = None,
+        candidates: int = 1,
+        scorer: Scorer | None = None,
+        selection: Selection = "argmax",
     ) -> Tensor:
         """Draw one action chunk for each observation.
 
@@ -167,7 +171,10 @@ class DiffusionPolicy(Policy):
             eta: see `SolverConfig`.
             timestep_spacing: see `SolverConfig`.
             noise: (n_draws, B, H, A), every normal draw in the order of its use, the initial noise first; see
-                `n_draws`. Replays a sample exactly.
+                `n_draws`. Replays a sample exactly. With candidates, (n_draws, B·candidates, H, A).
+            candidates: draw so many for each observation and choose among them.
+            scorer: what chooses. Default: the policy's own, `scorer`.
+            selection: how; see `best_of`.
 
         Returns:
             Actions (B, H, A) in the environment's units.
@@ -177,6 +184,25 @@ class DiffusionPolicy(Policy):
         """
         check_temperature(temperature)
         obs = self.checked(obs)
+        check_count("candidates", candidates)
+        if candidates > 1:
+            return best_of(
+                lambda every: self.sample(
+                    every,
+                    generator=generator,
+                    temperature=temperature,
+                    solver=solver,
+                    num_inference_steps=num_inference_steps,
+                    eta=eta,
+                    timestep_spacing=timestep_spacing,
+                    noise=noise,
+                ),
+                obs,
+                candidates,
+                scorer or self.scorer,
+                selection=selection,
+                generator=generator,
+            )
         own = self.config.sampling.solver if eta else None  # a policy's own solver may be the one that has an eta
         steps = self._steps(_solver_config(solver or own, num_inference_steps, eta, timestep_spacing))
         shape = (n_draws(steps), batch_size(obs), *self._chunk_shape)
@@ -189,6 +215,7 @@ class DiffusionPolicy(Policy):
 
     def check_inference(self, inference: InferenceConfig) -> None:
         """See `Policy.check_inference`."""
+        self.require_scorer(inference)
         n, steps = inference.warm_start_steps, self._steps(inference)
         fits = n is None or n <= len(steps)
         check(fits, "warm_start_steps", n, f"must be at most the solver's steps, which are {len(steps)}")
@@ -205,6 +232,7 @@ class DiffusionPolicy(Policy):
         *,
         deterministic: bool = False,
         plan: Tensor | None = None,
+        group: int = 1,
     ) -> Tensor:
         """See `Policy.draw`; a deterministic decision draws the same noise for every observation."""
         obs = self.checked(obs)
@@ -213,8 +241,9 @@ class DiffusionPolicy(Policy):
             steps = steps[-inference.warm_start_steps :]
         if deterministic:
             generator = torch_generator(0, "deterministic")
-        shape = (n_draws(steps), 1 if deterministic else n, *self._chunk_shape)
-        draws = draw_normal(shape, generator, self.device).expand(-1, n, -1, -1)
+        shape = (n_draws(steps), group if deterministic else n, *self._chunk_shape)
+        draws = draw_normal(shape, generator, self.device)
+        draws = draws.expand(-1, n, -1, -1) if group == 1 else draws.repeat(1, n // shape[1], 1, 1)
         x = draws[0]
         if plan is not None:
             level = self.schedule.timesteps[steps[0].timestep].expand(n)

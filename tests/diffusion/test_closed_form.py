@@ -54,6 +54,10 @@ def alphas_bar(schedule: str, k: int) -> Array:
             return math.cos((t / k + 0.008) / 1.008 * math.pi / 2) ** 2
 
         betas = np.array([min(1 - f(t + 1) / f(t), 0.999) for t in range(k)])
+    elif schedule == "vp":  # β(t) from 0.1 to 10 over t in [0, 1], integrated over each of K parts
+        edges = np.linspace(0, 1, k + 1)
+        integral = 0.1 * edges + (10 - 0.1) * edges**2 / 2
+        betas = 1 - np.exp(-np.diff(integral))
     elif schedule == "linear":
         betas = np.linspace(1e-4, 0.02, k)
     else:

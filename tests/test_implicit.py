@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dprl.agents.implicit import ActorObjective, ValueObjective, actor_weight
 from dprl.errors import ConfigError
+from dprl.implicit import ActorObjective, ValueObjective, actor_weight
 
 Q = torch.tensor([-1.3, -0.4, 0.1, 0.7, 1.9], dtype=torch.float64)
 CHANCE = torch.tensor([0.1, 0.3, 0.2, 0.25, 0.15], dtype=torch.float64)

@@ -1,0 +1,91 @@
+"""Decisions cut out of episodes, for algorithms that learn values from data.
+
+A decision is a chunk of E actions that are executed one after the other, then what they led to. Every step of an
+episode begins one. A chunk that reaches its episode's end is executed up to there; what lies beyond repeats the last
+action, as the rollout pools do it.
+
+Shapes: N decisions, O observation steps, E executed actions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dprl.data.episodes import Episodes
+from dprl.errors import DatasetError, check, check_count
+from dprl.spec import FloatArray, IntArray
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Which steps each decision is made of, and what it earned."""
+
+    observation_rows: IntArray
+    """(N, O) of what it saw."""
+    action_rows: IntArray
+    """(N, E); past the episode's end the last action's."""
+    n_steps: IntArray
+    """(N,) how many of them were executed."""
+    next_rows: IntArray
+    """(N, O) of what it led to: rows of the observations, followed by those of the final ones."""
+    rewards: FloatArray
+    """(N,) discounted sum over the executed steps."""
+    discounts: FloatArray
+    """(N,) of what follows: gamma to the power of the executed steps, 0 where the episode terminated."""
+
+    def __len__(self) -> int:
+        return len(self.action_rows)
+
+
+def decisions(data: Episodes, n_obs_steps: int, n_action_steps: int, gamma: float) -> Decisions:
+    """Cut every decision out of `data`.
+
+    Left out is a decision after which nobody knows what follows: its episode was cut off there, and what its last
+    action led to was not kept.
+
+    Args:
+        data: with rewards.
+        n_obs_steps: O; before an episode's start its first observation is repeated.
+        n_action_steps: E.
+        gamma: discount of one environment step.
+
+    Raises:
+        DatasetError: the data have no rewards, or no decision is left.
+    """
+    check_count("n_obs_steps", n_obs_steps)
+    check_count("n_action_steps", n_action_steps)
+    check(0 <= gamma <= 1, "gamma", gamma, "must be from 0 to 1")
+    if data.rewards_from == "none":
+        raise DatasetError("the data have neither rewards nor success: values cannot be learned from them")
+    lengths = data.lengths
+    episode = np.repeat(np.arange(data.n_episodes), lengths)
+    first, end = data.starts[episode], data.ends[episode]
+    step = np.arange(len(episode))
+    n_steps = np.minimum(n_action_steps, end - step)
+    after = step + n_steps
+    is_last = after == end
+    terminated = is_last & data.terminated[episode]
+    known = np.ones(len(episode), np.bool_) if data.final_known is None else data.final_known[episode]
+    kept = ~is_last | terminated | known
+    if not kept.any():
+        raise DatasetError("no decision is left: what follows is known of none")
+    rewards = _discounted(np.asarray(data.rewards), step, end, n_action_steps, gamma)
+    observation_rows = np.maximum(step[:, None] + np.arange(1 - n_obs_steps, 1), first[:, None])
+    next_rows = np.maximum(after[:, None] + np.arange(1 - n_obs_steps, 1), first[:, None])
+    beyond = next_rows >= end[:, None]
+    next_rows = np.where(beyond, data.ends[-1] + episode[:, None], next_rows)
+    action_rows = np.minimum(step[:, None] + np.arange(n_action_steps), end[:, None] - 1)
+    discounts = np.where(terminated, 0.0, gamma**n_steps).astype(np.float32)
+    columns = (observation_rows, action_rows, n_steps, next_rows, rewards, discounts)
+    return Decisions(*(column[kept] for column in columns))
+
+
+def _discounted(rewards: FloatArray, step: IntArray, end: IntArray, n: int, gamma: float) -> FloatArray:
+    """Sum of gamma^i r_{t+i} over the n steps from each on, within its episode."""
+    total = np.zeros(len(rewards), np.float64)
+    for i in range(n):
+        rows = step + i
+        total += np.where(rows < end, gamma**i * rewards[np.minimum(rows, end - 1)], 0.0)
+    return total.astype(np.float32)

@@ -1,0 +1,94 @@
+"""Choosing among a policy's samples (best-of-N; IDQL, arXiv:2304.10573, section 4.3).
+
+Shapes: B observations, N candidates, O observation steps, D observation size, H actions of a chunk, A action size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from dprl.errors import ConfigError, check
+from dprl.observations import TensorObservation, batch_size, map_parts
+from dprl.policy.critic import ChunkCritic
+
+Selection = Literal["argmax", "implicit", "softmax"]
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Ranks chunks: any critic, or a function of a user's own."""
+
+    def score(self, obs: TensorObservation, actions: Tensor) -> Tensor:
+        """(B, O, D), or named parts, and chunks (B, H, A) in the environment's units -> (B,); higher is better."""
+        ...
+
+
+def best_of(
+    draw: Callable[[TensorObservation], Tensor],
+    obs: TensorObservation,
+    candidates: int,
+    scorer: Scorer | None,
+    *,
+    selection: Selection = "argmax",
+    scale: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw `candidates` chunks for each observation and choose one.
+
+    Args:
+        draw: samples a chunk for each observation, (M, O, D) -> (M, H, A).
+        obs: (B, O, D), or named parts.
+        candidates: N.
+        scorer: ranks them.
+        selection: `argmax` takes the best; `softmax` draws with probability proportional to exp(score * scale);
+            `implicit` by the weights that the critic's value objective implies.
+        scale: of the softmax.
+        generator: makes the choice; it also made the draws. Default: torch's own.
+
+    Returns:
+        (B, H, A).
+
+    Raises:
+        ConfigError: there is no scorer, it returns what it must not, or it has no implicit weights.
+    """
+    if scorer is None:
+        raise ConfigError(
+            f"candidates = {candidates}: choosing among samples needs a scorer; set policy.scorer, or load a policy that "
+            "was saved with a critic ('dprl offline' makes one)"
+        )
+    n = batch_size(obs)
+    every = map_parts(lambda part: part.repeat_interleave(candidates, dim=0), obs)
+    chunks = draw(every)
+    scores = _scores(scorer, every, chunks, selection).view(n, candidates)
+    if selection == "argmax":
+        chosen = scores.argmax(1)
+    else:
+        weight = scores if selection == "implicit" else torch.softmax(scale * scores, dim=1)
+        chosen = _pick(weight, generator)
+    return chunks.view(n, candidates, *chunks.shape[1:])[torch.arange(n, device=chunks.device), chosen]
+
+
+def _scores(scorer: Scorer, obs: TensorObservation, chunks: Tensor, selection: Selection) -> Tensor:
+    """What the choice is made by: (B·N,)."""
+    if selection == "implicit":
+        if not isinstance(scorer, ChunkCritic):
+            raise ConfigError(f"selection = 'implicit': {type(scorer).__name__} has no value objective; use argmax")
+        return scorer.config.objective.weight(scorer.advantage(obs, chunks))
+    scores = torch.as_tensor(scorer.score(obs, chunks))
+    shape = tuple(scores.shape)
+    check(shape == (len(chunks),), "scorer", shape, f"must return one score for each of {len(chunks)} chunks")
+    check(bool(scores.isfinite().all()), "scorer", "not finite", "must return finite scores")
+    return scores.to(chunks.device)
+
+
+def _pick(weight: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw a column of each row (B, N) with probability proportional to its weight; all alike where none has any."""
+    weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, 1.0)
+    edges = weight.cumsum(1)
+    device = weight.device if generator is None else generator.device
+    draws = torch.rand(len(weight), 1, generator=generator, device=device).to(weight.device)
+    return (edges < draws * edges[:, -1:]).sum(1).clamp(max=weight.shape[1] - 1)

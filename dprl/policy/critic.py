@@ -1,0 +1,125 @@
+"""Q and V of action chunks, and how they choose among a policy's samples (IDQL, arXiv:2304.10573).
+
+Shapes: B samples, O observation steps, D observation size, F features of an observation step, H actions of a chunk of
+which the first E are executed, A action size, n critics.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dprl import checkpoint
+from dprl.config import from_json, to_json, validate
+from dprl.errors import CheckpointError, ConfigError
+from dprl.implicit import ValueObjective
+from dprl.networks.ensemble import EnsembleMLP
+from dprl.networks.mlp import Activation
+from dprl.observations import TensorObservation
+
+if TYPE_CHECKING:
+    from dprl.policy.base import Policy
+
+CONFIG_FILE, MODEL_FILE = "critic.json", "critic.safetensors"
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """The critics' networks."""
+
+    hidden_size: int = 256
+    n_layers: int = 2
+    activation: Activation = "relu"
+    n_critics: int = 2
+    """Q networks; the least of their values counts."""
+    layer_norm: bool = False
+    """In Q and V, before each activation."""
+    objective: ValueObjective = field(default_factory=ValueObjective)
+    """How V is learned from Q, and so what the implicit weights are."""
+
+    def __post_init__(self) -> None:
+        validate(self, at_least=dict.fromkeys(("hidden_size", "n_layers", "n_critics"), 1))
+
+
+class ChunkCritic(nn.Module):
+    """Q(s, chunk) by several networks, and V(s), of what a policy observes; with an image encoder of its own.
+
+    It scores chunks as a `Scorer`: by the least of its Q.
+    """
+
+    def __init__(self, policy: Policy, config: CriticConfig) -> None:
+        super().__init__()
+        features, size = policy.features, policy.config.n_obs_steps * policy.feature_size
+        self.config, self.n_action_steps = config, policy.n_action_steps
+        self._see = [policy.condition, policy.action_normalizer.normalize]  # not this module's own
+        self.encoder = copy.deepcopy(policy.encoder)
+
+        def net(n: int, n_inputs: int) -> EnsembleMLP:
+            return EnsembleMLP(
+                n, n_inputs, config.hidden_size, config.n_layers, config.activation, normed=config.layer_norm
+            )
+
+        self.q_net = net(config.n_critics, size + self.n_action_steps * features.action_size)
+        self.v_net = net(1, size)
+
+    def see(self, obs: TensorObservation, generator: torch.Generator | None = None) -> Tensor:
+        """Normalise and encode: (B, O, D), or named parts, -> (B, O·F). A generator augments images."""
+        condition: Tensor = self._see[0](obs, generator, encoder=self.encoder)
+        return condition.flatten(1)
+
+    def q(self, seen: Tensor, actions: Tensor) -> Tensor:
+        """Every network's Q: (B, O·F) of `see`, chunks (B, E or more, A) in the environment's units -> (n, B)."""
+        chunk = self._see[1](actions[:, : self.n_action_steps]).flatten(1)
+        value: Tensor = self.q_net(torch.cat([seen, chunk], dim=1))
+        return value
+
+    def v(self, seen: Tensor) -> Tensor:
+        """(B, O·F) -> (B,)."""
+        value: Tensor = self.v_net(seen)
+        return value[0]
+
+    @torch.no_grad()
+    def score(self, obs: TensorObservation, actions: Tensor) -> Tensor:
+        """See `Scorer.score`."""
+        return self.q(self.see(obs), actions).amin(0)
+
+    @torch.no_grad()
+    def advantage(self, obs: TensorObservation, actions: Tensor) -> Tensor:
+        """The least Q - V of chunks (B, H, A): (B,)."""
+        seen = self.see(obs)
+        return self.q(seen, actions).amin(0) - self.v(seen)
+
+    def write(self, folder: Path) -> None:
+        """Write critic.json and critic.safetensors into an existing folder."""
+        checkpoint.write_json(folder / CONFIG_FILE, to_json(self.config))
+        checkpoint.save_tensors(folder / MODEL_FILE, self.state_dict())
+
+    @staticmethod
+    def load(policy: Policy, folder: Path) -> ChunkCritic | None:
+        """Read what `write` wrote for `policy`; None where there is none.
+
+        Raises:
+            CheckpointError: damaged, or of another policy.
+        """
+        if not (folder / CONFIG_FILE).is_file():
+            return None
+        try:
+            critic = ChunkCritic(policy, from_json(CriticConfig, _about(folder), str(folder / CONFIG_FILE)))
+            critic.load_state_dict(checkpoint.load_tensors(folder / MODEL_FILE))
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from error
+        except RuntimeError as error:
+            raise CheckpointError(f"'{folder / MODEL_FILE}' does not fit its policy and config: {error}") from error
+        return critic.eval()
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    about = checkpoint.read_json(folder / CONFIG_FILE)
+    if not isinstance(about, dict):
+        raise CheckpointError(f"'{folder / CONFIG_FILE}' is no object")
+    return about
