@@ -6,5 +6,6 @@ if __name__ != "dprl.agents":
 from dprl.agents.bc import BC, BCConfig
 from dprl.agents.dppo import DPPO
 from dprl.agents.dppo_config import DPPOConfig
+from dprl.agents.idql import IDQL, IDQLConfig
 
-__all__ = ["BC", "DPPO", "BCConfig", "DPPOConfig"]
+__all__ = ["BC", "DPPO", "IDQL", "BCConfig", "DPPOConfig", "IDQLConfig"]

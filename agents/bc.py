@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -157,7 +158,7 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
     def update(self, batch: Tensor) -> dict[str, float]:
         """Take one gradient step for each row of `batch` (steps, B)."""
         start = time.perf_counter()
-        losses = torch.stack([self._step(minibatch) for minibatch in self._training.read(batch)])
+        losses = torch.stack([self.step(minibatch) for minibatch in self.read(batch)])
         metrics = {
             "bc/loss": float(losses.mean()),
             "bc/learning_rate": self._optimizer.param_groups[0]["lr"],
@@ -183,13 +184,21 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
         checkpoint.load_optimizer_state(self._optimizer, state.get("optimizer", {}))
         self._generator.set_state(state["generator"])
 
-    def _step(self, batch: Batch) -> Tensor:
+    def read(self, picks: Tensor) -> Iterator[Batch]:
+        """Yield the minibatches that `collect` drew."""
+        return self._training.read(picks)
+
+    def step(self, batch: Batch, weight: Tensor | None = None) -> Tensor:
+        """Take one gradient step, the samples weighed by `weight` (B,) where it is given; return the loss."""
         config, device = self.config, self.policy.device
+        valid = batch.valid
+        if weight is not None:
+            valid = weight[:, None].expand(-1, batch.actions.shape[1]) * (1.0 if valid is None else valid)
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate()
         dropout = seeded_init(self.seed, "dropout", self.timesteps, device=device)
         with dropout, computing(config.precision, device):
-            loss = self._online.loss(batch.obs, batch.actions, valid=batch.valid, generator=self._generator)
+            loss = self._online.loss(batch.obs, batch.actions, valid=valid, generator=self._generator)
         self._optimizer.zero_grad()
         loss.backward()
         if config.max_grad_norm is not None:

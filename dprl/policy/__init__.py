@@ -1,8 +1,10 @@
 """Policies: observations in, action chunks out."""
 
 from dprl.policy.base import CONFIG_FILE, MODEL_FILE, Features, Policy, PolicyConfig, find_policy, masked_mean
+from dprl.policy.candidates import Scorer, best_of
 from dprl.policy.categorical import BeTConfig, BeTPolicy, CategoricalConfig, CategoricalPolicy
 from dprl.policy.control import InferenceConfig, Memory, PredictState, RecedingHorizon
+from dprl.policy.critic import ChunkCritic, CriticConfig
 from dprl.policy.diffusion import DiffusionConfig, DiffusionPolicy, denoising_loss
 from dprl.policy.explicit import (
     GaussianConfig,
@@ -24,6 +26,8 @@ __all__ = [
     "BeTPolicy",
     "CategoricalConfig",
     "CategoricalPolicy",
+    "ChunkCritic",
+    "CriticConfig",
     "DiffusionConfig",
     "DiffusionPolicy",
     "Features",
@@ -44,6 +48,8 @@ __all__ = [
     "PolicyConfig",
     "PredictState",
     "RecedingHorizon",
+    "Scorer",
+    "best_of",
     "denoising_loss",
     "find_policy",
     "masked_mean",

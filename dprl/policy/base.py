@@ -118,7 +118,8 @@ class Policy(nn.Module, ABC):
         Args:
             obs: (B, O, D), or named parts, as the environment gives them.
             actions: (B, H, A) in the environment's units.
-            valid: (B, H) False where an action only fills a chunk up; there the policy's error does not count.
+            valid: (B, H) False where an action only fills a chunk up; there the policy's error does not count. Or how
+                much it counts, of a weighted mean.
             generator: draws whatever the loss needs and augments images; on the policy's device.
         """
 
@@ -170,11 +171,14 @@ class Policy(nn.Module, ABC):
         """What chooses among candidates. A critic (`ChunkCritic`) is saved with the policy, but is no part of it."""
         return self._scorer[0] if self._scorer else None
 
-    @scorer.setter
-    def scorer(self, scorer: Scorer | None) -> None:
-        fits = scorer is None or isinstance(scorer, Scorer)
-        check(fits, "scorer", type(scorer).__name__, "must have a method score(obs, actions)")
-        self._scorer = [] if scorer is None else [scorer]  # a list: a module in it is not one of this module's
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a scorer, even if it is a module, does not become one of this module's."""
+        if name != "scorer":
+            super().__setattr__(name, value)
+            return
+        fits = value is None or isinstance(value, Scorer)
+        check(fits, "scorer", type(value).__name__, "must have a method score(obs, actions)")
+        self._scorer = [] if value is None else [value]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Move the critic, too, wherever the policy is moved."""

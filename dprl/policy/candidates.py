@@ -57,8 +57,8 @@ def best_of(
     """
     if scorer is None:
         raise ConfigError(
-            f"candidates = {candidates}: choosing among samples needs a scorer; set policy.scorer, or load a policy that "
-            "was saved with a critic ('dprl offline' makes one)"
+            f"candidates = {candidates}: choosing among samples needs a scorer; set policy.scorer, or load a policy "
+            "that was saved with a critic ('dprl offline' makes one)"
         )
     n = batch_size(obs)
     every = map_parts(lambda part: part.repeat_interleave(candidates, dim=0), obs)

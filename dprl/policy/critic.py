@@ -56,7 +56,7 @@ class ChunkCritic(nn.Module):
         super().__init__()
         features, size = policy.features, policy.config.n_obs_steps * policy.feature_size
         self.config, self.n_action_steps = config, policy.n_action_steps
-        self._see = [policy.condition, policy.action_normalizer.normalize]  # not this module's own
+        self._condition, self._normalize = policy.condition, policy.action_normalizer.normalize
         self.encoder = copy.deepcopy(policy.encoder)
 
         def net(n: int, n_inputs: int) -> EnsembleMLP:
@@ -69,12 +69,12 @@ class ChunkCritic(nn.Module):
 
     def see(self, obs: TensorObservation, generator: torch.Generator | None = None) -> Tensor:
         """Normalise and encode: (B, O, D), or named parts, -> (B, O·F). A generator augments images."""
-        condition: Tensor = self._see[0](obs, generator, encoder=self.encoder)
+        condition = self._condition(obs, generator, encoder=self.encoder)
         return condition.flatten(1)
 
     def q(self, seen: Tensor, actions: Tensor) -> Tensor:
         """Every network's Q: (B, O·F) of `see`, chunks (B, E or more, A) in the environment's units -> (n, B)."""
-        chunk = self._see[1](actions[:, : self.n_action_steps]).flatten(1)
+        chunk = self._normalize(actions[:, : self.n_action_steps]).flatten(1)
         value: Tensor = self.q_net(torch.cat([seen, chunk], dim=1))
         return value
 

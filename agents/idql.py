@@ -1,0 +1,189 @@
+"""IDQL: critics learned from data choose among a cloned policy's samples (arXiv:2304.10573). In the paper's order.
+
+The behaviour policy is cloned from the data (`BC`), whatever they are worth. Beside it, from the data's own actions,
+
+    L_V = E f(min Q̄(s, a) - V(s))            f: `dprl.implicit`                                                  eq. 6
+    L_Q = E (r + γ V(s') - Q(s, a))²          for each Q; Q̄ follows Q by a Polyak average                        eq. 7
+
+and acting is drawing N chunks from the behaviour policy and taking the one of the largest Q̄, or drawing one by the
+weights that f implies (algorithm 2): `InferenceConfig.candidates` and `selection`, chosen when the policy acts.
+
+A decision is a chunk of E actions: r sums the rewards of its steps, discounted, and γ is that of as many steps.
+
+Shapes: B decisions, O observation steps, D observation size, E executed actions, A action size.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dprl import checkpoint
+from dprl.agents.bc import BC, BCConfig
+from dprl.config import validate
+from dprl.data import Episodes
+from dprl.data.loader import DecisionBatch, DecisionBatches
+from dprl.data.transitions import decisions
+from dprl.errors import check
+from dprl.implicit import ActorObjective, actor_weight
+from dprl.networks import polyak_update
+from dprl.policy import ChunkCritic, CriticConfig, Policy
+from dprl.seeding import seeded_init, torch_generator
+from dprl.training import Agent, LoopConfig, train
+from dprl.training.learner import Learner
+
+
+@dataclass(frozen=True)
+class IDQLConfig:
+    """How critics and behaviour policy learn."""
+
+    bc: BCConfig = field(default_factory=BCConfig)
+    """Of the behaviour policy."""
+    actor_objective: ActorObjective = "bc"
+    """What its loss weighs samples by: `bc` all alike (IDQL), or `soft`, `hard` or `exponential` in the advantage."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    """Their networks, and how V is learned from Q."""
+    batch_size: int = 256
+    """Decisions per gradient step of the critics."""
+    learning_rate: float = 3e-4
+    """The critics'."""
+    gamma: float = 0.99
+    """Discount of one environment step."""
+    tau: float = 0.005
+    """How far the target critics move towards the others at each step."""
+
+    def __post_init__(self) -> None:
+        validate(self, at_least={"batch_size": 1}, above={"learning_rate": 0, "tau": 0})
+        check(0 <= self.gamma <= 1, "gamma", self.gamma, "must be from 0 to 1")
+        check(self.tau <= 1, "tau", self.tau, "must be at most 1")
+
+
+class Picks(NamedTuple):
+    """The minibatches of one iteration: (steps, B) indices each."""
+
+    chunks: Tensor
+    """Of the behaviour policy's."""
+    decisions: Tensor
+    """Of the critics'."""
+
+
+class IDQL(Agent[Picks]):
+    """Clones the data's behaviour and learns critics that choose among its samples; nothing is simulated."""
+
+    name = "idql"
+    config: IDQLConfig
+
+    def __init__(self, policy: Policy, config: IDQLConfig | None = None, *, seed: int = 0) -> None:
+        """Prepare to train `policy` and its critics.
+
+        Args:
+            policy: the behaviour policy, of any kind; untrained, or cloned before. A critic that it has is kept.
+            config: the numbers.
+            seed: of the critics, minibatches and noise.
+        """
+        self.policy = policy
+        self.config = config or IDQLConfig()
+        self.seed = seed
+        self.actor = BC(policy, self.config.bc, seed=seed)
+        with seeded_init(seed, "critic"):
+            self.critic, self.target = (ChunkCritic(policy, self.config.critic).to(policy.device) for _ in range(2))
+        if isinstance(policy.scorer, ChunkCritic):
+            check(policy.scorer.config == self.config.critic, "critic", self.config.critic,
+                  f"the policy has critics already, of {policy.scorer.config}")  # fmt: skip
+            self.critic.load_state_dict(policy.scorer.state_dict())
+        self.target.load_state_dict(self.critic.state_dict())
+        policy.scorer = self.target.requires_grad_(False)
+        self._learner = Learner(self.critic, self.config.learning_rate)
+        self._generator = torch_generator(seed, "idql", device=policy.device)
+
+    @property
+    def timesteps(self) -> int:  # type: ignore[override]
+        """Gradient steps taken."""
+        return self.actor.timesteps
+
+    def fit(self, data: Episodes, steps: int, *, progress_bar: bool = False) -> Policy:
+        """Take `steps` more gradient steps on `data`; return the policy, whose `scorer` are the critics.
+
+        Raises:
+            ConfigError: no steps.
+            DatasetError: the data have no rewards, or do not fit the policy.
+        """
+        check(isinstance(steps, int) and steps >= 1, "steps", steps, "must be a whole number of at least 1")
+        total = self.timesteps + steps
+        self.set_data(data, total)
+        train(self, LoopConfig(total), progress_bar=progress_bar)
+        return self.policy
+
+    def set_data(self, data: Episodes, total_steps: int) -> None:
+        """Take `data` to learn from; `total_steps` shapes the learning rate's decay."""
+        policy = self.policy
+        cut = decisions(data, policy.config.n_obs_steps, policy.n_action_steps, self.config.gamma)
+        self.actor.set_data(data, total_steps)
+        self._decisions = DecisionBatches(data, cut, policy.device, num_workers=self.config.bc.num_workers)
+
+    def collect(self) -> Picks:
+        """Draw the minibatches of one iteration, with replacement."""
+        chunks = self.actor.collect()
+        shape = (len(chunks), self.config.batch_size)
+        picks = torch.randint(len(self._decisions), shape, generator=self._generator, device=self.policy.device)
+        return Picks(chunks, picks)
+
+    def update(self, batch: Picks) -> dict[str, float]:
+        """Take one gradient step of critics and behaviour policy for each minibatch."""
+        start = time.perf_counter()
+        losses, figures = [], []
+        for chunks, decision in zip(self.actor.read(batch.chunks), self._decisions.read(batch.decisions), strict=True):
+            figures.append(self._update_critic(decision))
+            weight = None
+            if self.config.actor_objective != "bc":
+                advantage = self.target.advantage(chunks.obs, chunks.actions)
+                weight = actor_weight(self.config.actor_objective, advantage, self.config.critic.objective)
+            losses.append(self.actor.step(chunks, weight))
+        names = ("value_loss", "q_loss", "q_mean", "value_mean", "advantage_std")
+        means = torch.stack([torch.stack(row) for row in figures]).mean(0).tolist()
+        return {
+            **{f"idql/{name}": value for name, value in zip(names, means, strict=True)},
+            "bc/loss": float(torch.stack(losses).mean()),
+            "time/samples_per_s": batch.decisions.numel() / (time.perf_counter() - start),
+        }
+
+    def _update_critic(self, batch: DecisionBatch) -> tuple[Tensor, ...]:
+        """One gradient step of Q and V; return figures of it."""
+        critic, target = self.critic, self.target
+        augmentation = self._generator if self.policy.features.cameras else None
+        with torch.no_grad():
+            q_target = target.q(target.see(batch.obs), batch.actions).amin(0)
+            bootstrapped = batch.reward + batch.discount * critic.v(critic.see(batch.next_obs))
+        seen = critic.see(batch.obs, augmentation)
+        q, value = critic.q(seen, batch.actions), critic.v(seen)
+        value_loss = self.config.critic.objective.loss(q_target - value).mean()
+        q_loss = ((q - bootstrapped) ** 2).mean()
+        self._learner.zero_grad()
+        (value_loss + len(q) * q_loss).backward()
+        self._learner.step()
+        polyak_update(critic, target, self.config.tau)
+        return tuple(
+            x.detach() for x in (value_loss, q_loss, q.mean(), value.mean(), (q_target - value).std(correction=0))
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return all that a resumed run needs beside the policy."""
+        return {
+            "actor": self.actor.state(),
+            "critic": self.critic.state_dict(),
+            "target": self.target.state_dict(),
+            "critic_optimizer": self._learner.state(),
+            "generator": self._generator.get_state(),
+        }
+
+    def restore(self, state: checkpoint.StateTree) -> None:
+        """Take up what `state` returned; the policy must be loaded."""
+        self.actor.restore(state["actor"])
+        self.critic.load_state_dict(state["critic"])
+        self.target.load_state_dict(state["target"])
+        self._learner.restore(state.get("critic_optimizer", {}))
+        self._generator.set_state(state["generator"])

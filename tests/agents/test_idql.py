@@ -1,0 +1,290 @@
+"""IDQL: what critics learn on problems whose answer is known, that they choose well, and that runs go on exactly."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dprl.agents import IDQL, BCConfig, IDQLConfig
+from dprl.data import Episodes
+from dprl.errors import CheckpointError, ConfigError, DatasetError
+from dprl.implicit import ValueObjective
+from dprl.networks import MLPConfig
+from dprl.observations import Camera
+from dprl.policy import (
+    ChunkCritic,
+    CriticConfig,
+    DiffusionConfig,
+    DiffusionPolicy,
+    Features,
+    GaussianConfig,
+    GaussianPolicy,
+    InferenceConfig,
+    Policy,
+    RecedingHorizon,
+)
+from dprl.seeding import torch_generator
+from tests.policy.small import KINDS, VIT, random_episodes, small_config
+
+STEPS = 4
+SMALL = IDQLConfig(
+    BCConfig(batch_size=8, steps_per_iteration=STEPS), critic=CriticConfig(hidden_size=8, n_layers=1), batch_size=16
+)
+DIFFUSION = DiffusionConfig(horizon=3, n_action_steps=2, num_train_timesteps=4, denoiser=MLPConfig(hidden_size=8))
+
+
+def make(config: IDQLConfig = SMALL, data: Episodes | None = None, kind: str = "diffusion", seed: int = 0) -> IDQL:
+    data = random_episodes() if data is None else data
+    agent = IDQL(Policy.kinds[kind].for_dataset(data, small_config(kind), seed=seed), config, seed=seed)
+    agent.set_data(data, 5 * STEPS)
+    return agent
+
+
+def iterate(agent: IDQL, n: int = 1) -> list[dict[str, float]]:
+    rows = [agent.update(agent.collect()) for _ in range(n)]
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+# --------------------------------------------------------------------------------------------------- what critics learn
+
+
+BANDIT_MODES = np.array([-0.8, 0.6])
+BANDIT_REWARDS = np.array([0.3, 1.0])
+
+
+def bandit(n: int = 2_000, seed: int = 0) -> Episodes:
+    """One decision an episode: the data go to either of two places, of which the rarer is worth more."""
+    rng = np.random.default_rng(seed)
+    mode = (rng.random(n) < 0.25).astype(int)
+    actions = (BANDIT_MODES[mode] + 0.05 * rng.standard_normal(n)).astype(np.float32)[:, None]
+    no = np.zeros(n, np.bool_)
+    zeros = np.zeros((n, 1), np.float32)
+    return Episodes(
+        zeros, actions, BANDIT_REWARDS[mode].astype(np.float32), zeros, np.arange(1, n + 1), ~no, no, np.arange(n)
+    )
+
+
+def in_better_mode(actions: torch.Tensor) -> float:
+    """Share of chunks (B, 1, 1) that are where the reward is larger."""
+    return float(((actions[:, 0, 0] - BANDIT_MODES[1]).abs() < 0.3).float().mean())
+
+
+def test_idql_chooses_the_better_of_two_modes_that_the_policy_keeps() -> None:
+    """Weighted regression of a Gaussian has its mean between the modes, or must forget one."""
+    data, n = bandit(), 1_000
+    config = DiffusionConfig(horizon=1, num_train_timesteps=20, denoiser=MLPConfig(hidden_size=64))
+    critic = CriticConfig(hidden_size=64)
+    agent = IDQL(DiffusionPolicy.for_dataset(data, config), IDQLConfig(BCConfig(batch_size=128), critic=critic))
+    policy = agent.fit(data, 1_500)
+    obs, generator = torch.zeros(n, 1, 1), torch_generator(1)
+    cloned = policy.sample(obs, generator=generator)
+    share = in_better_mode(cloned)
+    assert 0.1 < share < 0.45, "both modes are kept"
+    assert in_better_mode(cloned) + float(((cloned[:, 0, 0] - BANDIT_MODES[0]).abs() < 0.3).float().mean()) > 0.95
+    assert isinstance(policy, DiffusionPolicy)
+    assert in_better_mode(policy.sample(obs, candidates=64, generator=generator)) >= 0.98
+    gaussian = GaussianPolicy.for_dataset(data, GaussianConfig(horizon=1, hidden_size=64))
+    weighted = IDQL(gaussian, IDQLConfig(BCConfig(batch_size=128), actor_objective="soft", critic=critic))
+    assert in_better_mode(weighted.fit(data, 1_500).sample(obs, generator=generator)) < 0.6
+
+
+def chain(n: int = 400) -> Episodes:
+    """Three steps to the right with reward 1 at the end; half of the episodes are cut before, worth nothing so far."""
+    rng = np.random.default_rng(0)
+    whole = rng.random(n) < 0.5
+    lengths = np.where(whole, 3, 2)
+    observations = np.concatenate([np.arange(k, dtype=np.float32) for k in lengths])[:, None]
+    rewards = np.concatenate([np.array([0, 0, 1.0][:k], np.float32) for k in lengths])
+    no = np.zeros(n, np.bool_)
+    return Episodes(
+        observations, np.ones((len(observations), 1), np.float32), rewards, lengths.astype(np.float32)[:, None],
+        np.cumsum(lengths), whole, no, np.arange(n),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("n_action_steps", [1, 2])
+def test_values_are_those_of_what_follows(n_action_steps: int) -> None:
+    """An episode that was cut goes on elsewhere: its end is worth what others earn from there."""
+    gamma, data = 0.5, chain()
+    config = replace(DIFFUSION, horizon=n_action_steps, n_action_steps=n_action_steps)
+    settings = IDQLConfig(
+        BCConfig(batch_size=8), critic=CriticConfig(hidden_size=32, objective=ValueObjective("expectile", 0.5)),
+        gamma=gamma, learning_rate=3e-3, tau=0.05,
+    )  # fmt: skip
+    agent = IDQL(DiffusionPolicy.for_dataset(data, config), settings)
+    agent.fit(data, 1_500)
+    obs, actions = torch.arange(3.0).view(3, 1, 1), torch.ones(3, n_action_steps, 1)
+    expected = [gamma**2, gamma, 1.0]
+    assert agent.target.score(obs, actions).tolist() == pytest.approx(expected, abs=0.03)
+    assert agent.target.v(agent.target.see(obs)).tolist() == pytest.approx(expected, abs=0.03)
+
+
+def test_gradients_are_those_of_the_two_losses() -> None:
+    """In float64, against losses written out."""
+    agent = make()
+    batch = next(agent._decisions.read(agent.collect().decisions))
+    for module in (agent.policy, agent.critic, agent.target):
+        module.double()
+    batch = batch._replace(**{name: getattr(batch, name).double() for name in batch._fields})
+    seen = agent.critic.see(batch.obs)
+    with torch.no_grad():
+        q_target = agent.target.q(agent.target.see(batch.obs), batch.actions).amin(0)
+        goal = batch.reward + batch.discount * agent.critic.v(agent.critic.see(batch.next_obs))
+    advantage = q_target - agent.critic.v(seen)
+    expected = (torch.where(advantage < 0, 0.3, 0.7) * advantage**2).mean()
+    expected = expected + sum(((q - goal) ** 2).mean() for q in agent.critic.q(seen, batch.actions))
+    gradients = torch.autograd.grad(expected, list(agent.critic.parameters()))
+    agent._learner.step = lambda: None
+    agent._update_critic(batch)
+    for ours, theirs in zip(agent.critic.parameters(), gradients, strict=True):
+        assert ours.grad is not None
+        torch.testing.assert_close(ours.grad, theirs)
+
+
+@given(rate=st.floats(0.001, 1.0), seed=st.integers(0, 10))
+def test_targets_move_towards_the_critics(rate: float, seed: int) -> None:
+    from dprl.networks import polyak_update
+
+    critic, target = (make(seed=seed + i).critic for i in range(2))
+    before = [p.detach().clone() for p in target.parameters()]
+    polyak_update(critic, target, rate)
+    for old, new, goal in zip(before, target.parameters(), critic.parameters(), strict=True):
+        torch.testing.assert_close(new, old + rate * (goal - old))
+        assert bool(((new - goal).abs() <= (old - goal).abs() + 1e-6).all())
+
+
+def test_an_update_moves_the_targets_a_little() -> None:
+    agent = make(replace(SMALL, tau=0.1))
+    before = [p.clone() for p in agent.target.parameters()]
+    batch = next(agent._decisions.read(agent.collect().decisions))
+    agent._update_critic(batch)
+    for old, new, goal in zip(before, agent.target.parameters(), agent.critic.parameters(), strict=True):
+        torch.testing.assert_close(new, old + 0.1 * (goal - old))
+    assert all(not p.requires_grad and p.grad is None for p in agent.target.parameters())
+
+
+# --------------------------------------------------------------------------------------------------------- going on
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_goes_on_exactly(kind: str, tmp_path: Path) -> None:
+    whole, first, second = make(kind=kind), make(kind=kind), make(kind=kind)
+    rows = iterate(whole, 3)
+    assert iterate(first) == rows[:1]
+    first.save(tmp_path / "saved")
+    second.load_state(tmp_path / "saved")
+    assert second.timesteps == STEPS
+    assert iterate(second, 2) == rows[1:]
+    for ours, theirs in ((second.target, whole.target), (second.policy, whole.policy)):
+        assert all(a.equal(b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
+
+
+OPTIONS = {
+    "soft": replace(SMALL, actor_objective="soft"),
+    "hard": replace(SMALL, actor_objective="hard"),
+    "exponential": replace(SMALL, actor_objective="exponential"),
+    "quantile": replace(SMALL, critic=replace(SMALL.critic, objective=ValueObjective("quantile"))),
+    "linex": replace(SMALL, critic=replace(SMALL.critic, objective=ValueObjective("exponential", 2.0))),
+    "ensemble": replace(SMALL, critic=replace(SMALL.critic, n_critics=5, layer_norm=True, n_layers=3)),
+    "padded": replace(SMALL, bc=replace(SMALL.bc, pad_after=0)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_do_something_and_stay_finite(name: str) -> None:
+    usual, row = iterate(make(), 3)[-1], iterate(make(OPTIONS[name]), 3)[-1]
+    assert row != usual
+    assert all(np.isfinite(value) for value in row.values())
+
+
+def test_images_are_seen_by_critics_of_their_own() -> None:
+    features = Features(3, 2, (Camera("top", 24, 24),))
+    data = random_episodes(features)
+    policy = DiffusionPolicy.for_dataset(data, replace(DIFFUSION, vision=VIT))
+    agent = IDQL(policy, SMALL)
+    agent.set_data(data, 10)
+    before = [p.clone() for p in agent.critic.encoder.parameters()]
+    iterate(agent)
+    assert agent.critic.encoder is not policy.encoder
+    assert any(not a.equal(b) for a, b in zip(before, agent.critic.encoder.parameters(), strict=True))
+
+
+def test_critics_that_a_policy_has_go_on() -> None:
+    policy = make().fit(random_episodes(), STEPS)
+    assert isinstance(policy.scorer, ChunkCritic)
+    again = IDQL(policy, SMALL)
+    assert again.critic.state_dict().keys() == policy.scorer.state_dict().keys()
+    with pytest.raises(ConfigError, match="the policy has critics already"):
+        IDQL(policy, replace(SMALL, critic=CriticConfig()))
+
+
+def test_data_without_rewards_are_refused_and_nothing_is_begun() -> None:
+    data = replace(random_episodes(), rewards_from="none")
+    agent = IDQL(DiffusionPolicy.for_dataset(data, DIFFUSION), SMALL)
+    with pytest.raises(DatasetError, match="neither rewards nor success"):
+        agent.fit(data, 10)
+    with pytest.raises(ConfigError, match="steps = 0"):
+        agent.fit(random_episodes(), 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gamma": 1.1}, "gamma = 1.1: must be from 0 to 1"),
+        ({"tau": 0.0}, "tau = 0.0"),
+        ({"tau": 2.0}, "tau = 2.0: must be at most 1"),
+        ({"batch_size": 0}, "batch_size = 0"),
+        ({"learning_rate": 0.0}, "learning_rate = 0.0"),
+        ({"actor_objective": "best"}, "actor_objective = 'best'"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        IDQLConfig(**settings)
+
+
+# ------------------------------------------------------------------------------------------------------------- acting
+
+
+@pytest.fixture(scope="module")
+def trained() -> Policy:
+    return make().fit(random_episodes(), 2 * STEPS)
+
+
+def test_a_policy_is_saved_with_its_critics(trained: Policy, tmp_path: Path) -> None:
+    trained.save_pretrained(tmp_path / "policy")
+    loaded = Policy.from_pretrained(tmp_path / "policy")
+    obs, actions = torch.rand(5, 2, 3), torch.rand(5, 3, 2)
+    assert isinstance(loaded.scorer, ChunkCritic)
+    assert isinstance(trained.scorer, ChunkCritic)
+    assert loaded.scorer.config == trained.scorer.config
+    assert loaded.scorer.score(obs, actions).equal(trained.scorer.score(obs, actions))
+    assert loaded.state_dict().keys() == trained.state_dict().keys()
+    assert not any("q_net" in name for name in loaded.state_dict())
+
+
+def test_a_damaged_critic_is_named(trained: Policy, tmp_path: Path) -> None:
+    trained.save_pretrained(tmp_path / "policy")
+    (tmp_path / "policy" / "manifest.json").unlink()
+    file = tmp_path / "policy" / "critic.json"
+    text = file.read_text()
+    file.write_text(text.replace('"n_layers": 1', '"n_layers": 2'))
+    with pytest.raises(CheckpointError, match=r"critic.safetensors' does not fit"):
+        Policy.from_pretrained(tmp_path / "policy")
+    file.write_text(text.replace('"relu"', '"elu"'))
+    with pytest.raises(CheckpointError, match=r"critic.json.*activation = 'elu'"):
+        Policy.from_pretrained(tmp_path / "policy")
+
+
+@pytest.mark.parametrize("selection", ["argmax", "implicit", "softmax"])
+def test_candidates_are_chosen_in_control(trained: Policy, selection: str) -> None:
+    control = RecedingHorizon(trained, InferenceConfig(candidates=6, selection=selection))
+    obs = torch.rand(4, 2, 3)
+    actions, _ = control.plan(obs, control.start(4), torch_generator(0))
+    again, _ = control.plan(obs, control.start(4), torch_generator(0))
+    assert actions.shape == (4, 2, 2)
+    assert actions.equal(again)
