@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from dprl.agents import BC, DPPO
+from dprl.agents import BC, DPPO, IDQL
 from dprl.config import to_json
 from dprl.data import DataOptions, open_dataset, summarize
 from dprl.data import convert as convert_dataset
@@ -157,7 +157,7 @@ def _names(what: str) -> list[tuple[str, str]]:
     if what == "experiments":
         demos = [(f"dprl demo {experiment.name}", experiment.summary) for experiment in CATALOGUE]
         return demos + [(f"dprl experiment {name}", summary) for name, (_, summary) in STUDIES.items()]
-    return [(agent.name, (sys.modules[agent.__module__].__doc__ or "").splitlines()[0]) for agent in (BC, DPPO)]
+    return [(agent.name, (sys.modules[agent.__module__].__doc__ or "").splitlines()[0]) for agent in (BC, DPPO, IDQL)]
 
 
 @app.command(name="train-expert")
@@ -245,6 +245,14 @@ def pretrain(config: Annotated[runs.PretrainConfig, Flat], *, out: Out, quiet: Q
         steps = "" if isinstance(config.policy, DiffusionConfig) else " --dppo.tuned-steps 1"
         then = f"finetune {out} --env {env}{steps} --out runs/finetune"
     print(f"The policy is in {out}. Next: dprl {then}")
+
+
+@app.command
+def offline(config: Annotated[runs.OfflineConfig, Flat], *, out: Out, quiet: Quiet = False) -> None:
+    """Learn from rewards in a data set, without a simulator (IDQL): a cloned policy, and critics that choose for it."""
+    runs.offline(config, out, progress_bar=not quiet)
+    env = config.env or "ENV"
+    print(f"The policy and its critics are in {out}. Next: dprl evaluate {out} --env {env} --candidates 64")
 
 
 @app.command

@@ -1,4 +1,4 @@
-"""The three kinds of work: collect, pretrain, fine-tune. Each checks everything before it starts anything."""
+"""The kinds of work: collect, pretrain, learn offline, fine-tune. Each checks everything before it starts anything."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import tyro
 from tyro.conf import AvoidSubcommands
 
 from dprl import checkpoint
-from dprl.agents import BC, DPPO, BCConfig, DPPOConfig
+from dprl.agents import BC, DPPO, IDQL, BCConfig, DPPOConfig, IDQLConfig
 from dprl.config import from_json, to_json, validate
 from dprl.data import Episodes, load_dataset, save_dataset
 from dprl.data.images import require_pillow
@@ -28,7 +28,7 @@ from dprl.errors import CheckpointError, ConfigError, check
 from dprl.experiments import plots
 from dprl.log import read_metrics, require_wandb
 from dprl.mdp import mdp_of
-from dprl.networks import TransformerConfig, UNetConfig
+from dprl.networks import LNResNetConfig, TransformerConfig, UNetConfig
 from dprl.policy import (
     BeTConfig,
     CategoricalConfig,
@@ -136,6 +136,9 @@ class CollectConfig:
         validate(self, at_least={"noise": 0, "episodes": 1, "transitions": 1, "seed": 0})
 
 
+BEHAVIOUR = DiffusionConfig(num_train_timesteps=5, schedule="vp", denoiser=LNResNetConfig())
+"""IDQL's behaviour policy."""
+
 # The command line's names for the policies. What is chosen inside one of them (its network) is chosen by its name.
 PolicyChoice = (
     Annotated[AvoidSubcommands[DiffusionConfig], policy_name("mlp", default=DiffusionConfig(num_train_timesteps=10))]
@@ -151,6 +154,7 @@ PolicyChoice = (
         AvoidSubcommands[DiffusionConfig],
         policy_name("flow", default=FLOW),
     ]
+    | Annotated[AvoidSubcommands[DiffusionConfig], policy_name("ln-resnet", default=BEHAVIOUR)]
     | Annotated[MSEConfig, policy_name("mse")]
     | Annotated[GaussianConfig, policy_name("gaussian")]
     | Annotated[GMMConfig, policy_name("gmm")]
@@ -169,7 +173,7 @@ class PretrainConfig:
     """Folder of the data set."""
     policy: PolicyChoice = field(default_factory=lambda: DiffusionConfig(num_train_timesteps=10))
     """Which policy: diffusion with an `mlp` (default), `unet` or `transformer`, a rectified `flow`, or another kind:
-    `mse`, `gaussian`, `gmm`, `lstm-gmm`, `categorical`, `bet`, `ibc`."""
+    IDQL's `ln-resnet`, `mse`, `gaussian`, `gmm`, `lstm-gmm`, `categorical`, `bet`, `ibc`."""
     steps: int = 4_000
     """Gradient steps."""
     episodes: int | None = None
@@ -194,6 +198,47 @@ class PretrainConfig:
         validate(self, at_least={**dict.fromkeys(counts, 1), "eval_every": 0, "seed": 0})
         read_by_workers = not self.memory_map or self.bc.num_workers != 0
         check(read_by_workers, "bc.num_workers", 0, "must be at least 1 with memory_map: workers read what is on disk")
+
+
+@dataclass(frozen=True)
+class OfflineConfig:
+    """IDQL: learn from rewards in a data set, without a simulator; critics choose among a cloned policy's samples."""
+
+    data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
+    """File or folder of the data set."""
+    policy: PolicyChoice = BEHAVIOUR
+    """Which behaviour policy is cloned: IDQL's `ln-resnet` (default), or another; see `dprl pretrain --help`."""
+    steps: int = 20_000
+    """Gradient steps."""
+    episodes: int | None = None
+    """Use only the first so many episodes. Default: all."""
+    memory_map: bool | None = None
+    """Leave the data on disk, where `bc.num_workers` read them. Default: if they would fill a third of the memory."""
+    idql: IDQLConfig = field(default_factory=IDQLConfig)
+    checkpoint_every: int = 10
+    """Iterations (of `idql.bc.steps_per_iteration` gradient steps) between checkpoints."""
+    env: str | None = None
+    """Where to evaluate. Default: the data set's environment, if it says which."""
+    eval_every: int = 0
+    """Iterations between evaluations; 0 never evaluates."""
+    eval_episodes: int = 50
+    inference: InferenceConfig = field(default_factory=lambda: InferenceConfig(candidates=64))
+    """How the policy acts in these evaluations."""
+    seed: int = 0
+    device: str = "cpu"
+    wandb: str | None = None
+    """Weights & Biases project to log to as well; offline without a login."""
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "episodes", "checkpoint_every", "eval_episodes")
+        validate(self, at_least={**dict.fromkeys(counts, 1), "eval_every": 0, "seed": 0})
+        read = not self.memory_map or self.bc.num_workers != 0
+        check(read, "idql.bc.num_workers", 0, "must be at least 1 with memory_map: workers read what is on disk")
+
+    @property
+    def bc(self) -> BCConfig:
+        """Of the behaviour policy."""
+        return self.idql.bc
 
 
 @dataclass(frozen=True)
@@ -237,10 +282,14 @@ class FinetuneConfig:
         )
 
 
-KINDS: dict[str, type[PretrainConfig] | type[FinetuneConfig]] = {
+KINDS: dict[str, type[PretrainConfig] | type[OfflineConfig] | type[FinetuneConfig]] = {
     "pretrain": PretrainConfig,
+    "offline": OfflineConfig,
     "finetune": FinetuneConfig,
 }
+
+
+AnyTraining = TypeVar("AnyTraining", PretrainConfig, OfflineConfig)
 
 
 def train_expert(config: ExpertConfig, out: Path, *, progress_bar: bool = True) -> tuple[Seen, Seen]:
@@ -295,11 +344,20 @@ def collect(config: CollectConfig, out: Path, *, progress_bar: bool = True) -> E
 
 def pretrain(config: PretrainConfig, out: Path, *, progress_bar: bool = True) -> RunFolder:
     """Train a policy by behaviour cloning in the new run folder `out`."""
+    return _on_data(config, "pretrain", out, progress_bar=progress_bar)
+
+
+def offline(config: OfflineConfig, out: Path, *, progress_bar: bool = True) -> RunFolder:
+    """Train a policy and its critics on a data set in the new run folder `out`."""
+    return _on_data(config, "offline", out, progress_bar=progress_bar)
+
+
+def _on_data(config: AnyTraining, kind: str, out: Path, *, progress_bar: bool) -> RunFolder:
     RunFolder.require_free(out)
     config = replace(config, data=str(Path(config.data).resolve()))
-    prepared = _prepare_pretrain(config)  # everything that can be wrong is found before the folder is made
-    run = RunFolder.create(out, "pretrain", to_json(config))
-    _pretrain(config, run, prepared, resume=False, progress_bar=progress_bar)
+    prepared = _prepare_training(config)  # everything that can be wrong is found before the folder is made
+    run = RunFolder.create(out, kind, to_json(config))
+    _train_on_data(config, run, prepared, resume=False, progress_bar=progress_bar)
     return run
 
 
@@ -318,7 +376,7 @@ def finetune(config: FinetuneConfig, out: Path, *, progress_bar: bool = True) ->
 def resume(path: Path, *, data: Path | None = None, progress_bar: bool = True) -> RunFolder:
     """Continue an interrupted run from its newest checkpoint, or from its start, as if it had never stopped.
 
-    A complete run stays as it is. `data` is where a pretraining's data are now, if they were moved.
+    A complete run stays as it is. `data` is where a training's data are now, if they were moved.
 
     Raises:
         CheckpointError: there is no run, or it is damaged.
@@ -329,9 +387,9 @@ def resume(path: Path, *, data: Path | None = None, progress_bar: bool = True) -
     config = from_json(KINDS[kind], about, f"{path}/run.json")
     with run.locked():  # from before its newest checkpoint is read
         started = run.last is not None
-        if isinstance(config, PretrainConfig):
+        if isinstance(config, PretrainConfig | OfflineConfig):
             config = replace(config, data=str(data)) if data else config
-            _pretrain(config, run, _prepare_pretrain(config), resume=started, progress_bar=progress_bar)
+            _train_on_data(config, run, _prepare_training(config), resume=started, progress_bar=progress_bar)
             return run
         prepared = _prepare_finetune(config, run.last or find_policy(Path(config.policy)))
         with _pool(config, prepared.spec, shown=progress_bar) as pool, _scoring(config, prepared, pool) as score:
@@ -373,10 +431,10 @@ def last_timesteps(run: RunFolder) -> int:
 
 
 @dataclass(frozen=True)
-class _Pretraining:
-    """What behaviour cloning starts from."""
+class _Training:
+    """What training on a data set starts from."""
 
-    agent: BC[Policy]
+    agent: BC[Policy] | IDQL
     """With its data."""
     spec: EnvSpec | None
     """Where to evaluate, if at all."""
@@ -390,7 +448,7 @@ class _Finetuning:
     spec: EnvSpec
 
 
-def _prepare_pretrain(config: PretrainConfig) -> _Pretraining:
+def _prepare_training(config: PretrainConfig | OfflineConfig) -> _Training:
     check_device(config.device)
     if config.wandb is not None:
         require_wandb()
@@ -402,20 +460,25 @@ def _prepare_pretrain(config: PretrainConfig) -> _Pretraining:
     kind = next(kind for kind in Policy.kinds.values() if kind.config_class is type(config.policy))
     shown, _ = data.split(config.bc.validation_share, config.seed)  # ranges and bins come from these alone
     policy = kind.for_dataset(shown, config.policy, seed=config.seed).to(config.device)
+    agent: BC[Policy] | IDQL
+    if isinstance(config, OfflineConfig):
+        agent = IDQL(policy, config.idql, seed=config.seed)
+    else:
+        agent = BC(policy, config.bc, seed=config.seed)
     policy.check_inference(config.inference)
-    agent = BC(policy, config.bc, seed=config.seed)
     agent.set_data(data, config.steps)
     if not config.eval_every:
-        return _Pretraining(agent, None)
-    if data.env_id is None:
+        return _Training(agent, None)
+    env = (config.env if isinstance(config, OfflineConfig) else None) or data.env_id
+    if env is None:
         raise ConfigError("eval_every: the data set does not say which environment it is from; set it to 0")
-    spec = resolve(data.env_id)
+    spec = resolve(env)
     require_fit(policy, spec)
-    return _Pretraining(agent, spec)
+    return _Training(agent, spec)
 
 
-def _pretrain(
-    config: PretrainConfig, run: RunFolder, prepared: _Pretraining, *, resume: bool, progress_bar: bool
+def _train_on_data(
+    config: PretrainConfig | OfflineConfig, run: RunFolder, prepared: _Training, *, resume: bool, progress_bar: bool
 ) -> None:
     agent, spec = prepared.agent, prepared.spec
     train(
@@ -483,12 +546,12 @@ def _scoring(config: FinetuneConfig, prepared: _Finetuning, pool: RolloutPool) -
         yield lambda: evaluator.start(policy, episodes, seed, inference=config.inference)
 
 
-def _selection(config: PretrainConfig | FinetuneConfig) -> int:
+def _selection(config: PretrainConfig | OfflineConfig | FinetuneConfig) -> int:
     """The seed of starts that no evaluation by hand has: the best checkpoint is chosen by them."""
     return derive_seed(config.seed, "selection")
 
 
-def _score(policy: Policy, spec: EnvSpec, config: PretrainConfig) -> Evaluation:
+def _score(policy: Policy, spec: EnvSpec, config: PretrainConfig | OfflineConfig) -> Evaluation:
     return evaluate(policy, spec, config.eval_episodes, _selection(config), inference=config.inference)
 
 
