@@ -15,7 +15,7 @@ from dprl.cli import main
 from dprl.data import Episodes, save_dataset
 from dprl.experiments import plots
 from dprl.experiments.catalogue import STUDIES
-from dprl.networks import MLPConfig, TransformerConfig, UNetConfig
+from dprl.networks import LNResNetConfig, MLPConfig, TransformerConfig, UNetConfig
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Features, GMMConfig, GMMPolicy, Policy
 from dprl.spec import EnvSpec
 
@@ -257,6 +257,7 @@ def test_python_m_dprl_shows_help(tmp_path):
         "inspect",
         "convert",
         "pretrain",
+        "offline",
         "finetune",
         "resume",
         "evaluate",
@@ -331,14 +332,19 @@ SMALL = {
     "unet": "--policy.denoiser.down-dims 8 16 --policy.denoiser.n-groups 4 --policy.denoiser.time-size 4",
     "transformer": "--policy.denoiser.embedding-size 8 --policy.denoiser.n-layers 1 --policy.denoiser.n-heads 2",
     "flow": "--policy.denoiser.hidden-size 8",
+    "ln-resnet": "--policy.denoiser.hidden-size 8",
     "bet": "--policy.hidden-size 8 --policy.n-bins 3",
 }
 KINDS = {
-    "mlp": "diffusion", "unet": "diffusion", "transformer": "diffusion", "flow": "diffusion", "mse": "mse",
+    "mlp": "diffusion", "unet": "diffusion", "transformer": "diffusion", "flow": "diffusion", "ln-resnet": "diffusion",
+    "mse": "mse",
     "gaussian": "gaussian", "gmm": "gmm", "lstm-gmm": "lstm_gmm", "categorical": "categorical", "bet": "bet",
     "ibc": "ibc",
 }  # fmt: skip
-DENOISERS = {"mlp": MLPConfig, "unet": UNetConfig, "transformer": TransformerConfig, "flow": MLPConfig}
+DENOISERS = {
+    "mlp": MLPConfig, "unet": UNetConfig, "transformer": TransformerConfig, "flow": MLPConfig,
+    "ln-resnet": LNResNetConfig,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", KINDS)
