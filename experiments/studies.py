@@ -38,9 +38,9 @@ import torch
 
 import dprl
 from dprl import checkpoint
-from dprl.config import to_json
+from dprl.config import from_json, to_json
 from dprl.cores import one_thread
-from dprl.errors import CheckpointError, DprlError, check
+from dprl.errors import CheckpointError, ConfigError, DprlError, check
 from dprl.experiments import plots, runs
 from dprl.experiments.runs import CollectConfig, FinetuneConfig, PretrainConfig
 from dprl.log import read_metrics
@@ -267,11 +267,23 @@ def _require_same(cell: Cell, config: StudyConfig) -> None:
         stored = ours | {stage: {key: trained.get(key) for key in ours[stage]}}
     else:
         return
-    differing = _differences(stored, ours)
+    differing = _differences(_with_defaults(stored, file), ours)
     check(not differing, "out", str(config.out), f"holds '{cell.name}' with {'; '.join(differing[:3])}. Choose another "
           "folder, or the settings (or the version of dprl) that it was made with")  # fmt: skip
     if file.exists():
         _outcomes(cell, config)
+
+
+def _with_defaults(stored: Any, file: Path) -> Any:
+    """Settings of an earlier version, with what has been added since as it was then: at its default."""
+    data = json.loads(json.dumps(stored))
+    try:
+        data["pretrain"]["data"] = ""
+        if data["finetune"] is not None:
+            data["finetune"]["policy"] = ""
+        return _settings(from_json(Cell, data, str(file)))
+    except (ConfigError, KeyError, TypeError):
+        return stored  # of another make: what differs is said
 
 
 def is_done(cell: Cell, config: StudyConfig) -> bool:

@@ -15,7 +15,7 @@ from dprl.experiments import ablations, finetuning, plots, runs, studies
 from dprl.experiments.runs import CollectConfig, FinetuneConfig, PretrainConfig, Seen
 from dprl.experiments.studies import Cell, Look, Outcome, StudyConfig, run_cells, tuned
 from dprl.mdp import mdp_of
-from dprl.policy import DiffusionConfig, DiffusionPolicy, Features, Policy
+from dprl.policy import DiffusionConfig, DiffusionPolicy, Features, InferenceConfig, Policy
 
 CLONING = PretrainConfig("", DiffusionConfig(num_train_timesteps=2), steps=2)
 BASE = Cell("cloned", CollectConfig("Avoid-v0", episodes=3), CLONING, (Look("default", episodes=2),))
@@ -79,6 +79,25 @@ def test_other_settings_are_refused(done: Path) -> None:
             run_cells([BASE, other], StudyConfig(done), progress_bar=False)
     finally:
         (done / "aside.json").rename(done / "cells/tuned.json")
+
+
+def test_settings_that_were_added_later_have_their_defaults(done: Path) -> None:
+    file = done / "cells/tuned.json"
+    text = file.read_text()
+    for path, value in ((("dppo", "gae_lambda"), 0.95), (("inference",), None)):
+        result = json.loads(text)
+        settings = result["settings"]["finetune"]
+        for name in path[:-1]:
+            settings = settings[name]
+        assert value is None or settings[path[-1]] == value
+        del settings[path[-1]]
+        file.write_text(json.dumps(result))
+        assert len(run_cells([BASE, TUNED], StudyConfig(done), progress_bar=False)) == 2
+    assert TUNED.finetune is not None
+    other = replace(TUNED, finetune=replace(TUNED.finetune, inference=InferenceConfig(temperature=0.5)))
+    with pytest.raises(ConfigError, match=r"inference.temperature = 1.0, not 0.5"):
+        run_cells([BASE, other], StudyConfig(done), progress_bar=False)
+    file.write_text(text)
 
 
 def test_a_study_may_be_moved(done: Path) -> None:
