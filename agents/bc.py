@@ -159,11 +159,11 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
         """Take one gradient step for each row of `batch` (steps, B)."""
         start = time.perf_counter()
         losses = torch.stack([self.step(minibatch) for minibatch in self.read(batch)])
-        metrics = {
-            "bc/loss": float(losses.mean()),
-            "bc/learning_rate": self._optimizer.param_groups[0]["lr"],
-            "time/samples_per_s": batch.numel() / (time.perf_counter() - start),
-        }
+        return self.metrics(losses) | {"time/samples_per_s": batch.numel() / (time.perf_counter() - start)}
+
+    def metrics(self, losses: Tensor) -> dict[str, float]:
+        """Figures of an iteration whose steps had these losses; of held-out episodes, too, where they are due."""
+        metrics = {"bc/loss": float(losses.mean()), "bc/learning_rate": self._optimizer.param_groups[0]["lr"]}
         iteration = -(-self.timesteps // self.config.steps_per_iteration)
         due = iteration % self.config.validation_every == 0 or self.timesteps >= self._total_steps
         return metrics | (self._validate(self._validation) if self._validation is not None and due else {})
@@ -189,11 +189,12 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
         return self._training.read(picks)
 
     def step(self, batch: Batch, weight: Tensor | None = None) -> Tensor:
-        """Take one gradient step, the samples weighed by `weight` (B,) where it is given; return the loss."""
+        """Take one gradient step, the samples weighed by `weight` (B,), up to a factor; return the loss."""
         config, device = self.config, self.policy.device
         valid = batch.valid
         if weight is not None:
-            valid = weight[:, None].expand(-1, batch.actions.shape[1]) * (1.0 if valid is None else valid)
+            share = weight / weight.mean().clamp(min=torch.finfo(weight.dtype).tiny)
+            valid = share[:, None].expand(-1, batch.actions.shape[1]) * (1.0 if valid is None else valid)
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate()
         dropout = seeded_init(self.seed, "dropout", self.timesteps, device=device)

@@ -87,6 +87,9 @@ class IDQL(Agent[Picks]):
         """
         self.policy = policy
         self.config = config or IDQLConfig()
+        objective = self.config.actor_objective
+        fits = objective == "bc" or policy.weighs_samples
+        check(fits, "actor_objective", objective, f"must be bc: a {policy.name} policy's loss weighs all samples alike")
         self.seed = seed
         self.actor = BC(policy, self.config.bc, seed=seed)
         with seeded_init(seed, "critic"):
@@ -120,10 +123,11 @@ class IDQL(Agent[Picks]):
 
     def set_data(self, data: Episodes, total_steps: int) -> None:
         """Take `data` to learn from; `total_steps` shapes the learning rate's decay."""
-        policy = self.policy
-        cut = decisions(data, policy.config.n_obs_steps, policy.n_action_steps, self.config.gamma)
+        policy, bc = self.policy, self.config.bc
+        shown, _ = data.split(bc.validation_share, self.seed)  # as the behaviour policy's own
+        cut = decisions(shown, policy.config.n_obs_steps, policy.n_action_steps, self.config.gamma)
         self.actor.set_data(data, total_steps)
-        self._decisions = DecisionBatches(data, cut, policy.device, num_workers=self.config.bc.num_workers)
+        self._decisions = DecisionBatches(shown, cut, policy.device, num_workers=bc.num_workers)
 
     def collect(self) -> Picks:
         """Draw the minibatches of one iteration, with replacement."""
@@ -147,7 +151,7 @@ class IDQL(Agent[Picks]):
         means = torch.stack([torch.stack(row) for row in figures]).mean(0).tolist()
         return {
             **{f"idql/{name}": value for name, value in zip(names, means, strict=True)},
-            "bc/loss": float(torch.stack(losses).mean()),
+            **self.actor.metrics(torch.stack(losses)),
             "time/samples_per_s": batch.decisions.numel() / (time.perf_counter() - start),
         }
 

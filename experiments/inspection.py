@@ -14,15 +14,17 @@ from rich.table import Table
 from dprl.data import Summary
 from dprl.experiments import plots
 
+Numbers = npt.NDArray[np.floating[Any]]
+
 BARS = "▁▂▃▄▅▆▇█"
 BINS = 24
 MOST_NUMBERS = 12
 """So many numbers of an action get a line of their own."""
 
 
-def bars(values: npt.NDArray[np.floating[Any]]) -> str:
-    """A histogram in one line; a bin that holds anything shows."""
-    counts, _ = np.histogram(values, BINS)
+def bars(values: Numbers, limits: Numbers) -> str:
+    """A histogram in one line, from the least to the largest; a bin that holds anything shows."""
+    counts, _ = np.histogram(values.astype(np.float64), BINS, (float(limits[0]), float(limits[1])))
     return "".join(" " if n == 0 else BARS[int(np.ceil(n / counts.max() * len(BARS))) - 1] for n in counts)
 
 
@@ -32,8 +34,9 @@ def report(summary: Summary) -> Group:
     for name, value in _facts(summary):
         about.add_row(name, value)
     spread = Table("", "least", "mean", "largest", "histogram", box=None)
-    for name, values in _spreads(summary):
-        spread.add_row(name, *(f"{f(values):,.4g}" for f in (np.min, np.mean, np.max)), bars(values))
+    for name, values, limits in _spreads(summary):
+        figures = (limits[0], values.mean(dtype=np.float64), limits[1])
+        spread.add_row(name, *(f"{figure:,.4g}" for figure in figures), bars(values, limits))
     return Group(about, "", spread)
 
 
@@ -44,8 +47,8 @@ def draw(summary: Summary, file: Path) -> None:
     n_rows = -(-len(panels) // n_columns)
     figure = plots.new_figure(figsize=(3.2 * n_columns, 2.4 * n_rows))
     axes = figure.subplots(n_rows, n_columns, squeeze=False).flat
-    for axis, (name, values) in zip(axes, panels, strict=False):
-        axis.hist(values, bins=40)
+    for axis, (name, values, limits) in zip(axes, panels, strict=False):
+        axis.hist(values.astype(np.float64), bins=40, range=tuple(map(float, limits)))
         axis.set_title(name, fontsize=9)
     for axis in list(axes)[len(panels) :]:
         axis.remove()
@@ -77,10 +80,15 @@ def _rewards(summary: Summary) -> str:
     return "none, nor success: for imitation alone"
 
 
-def _spreads(summary: Summary) -> Iterator[tuple[str, npt.NDArray[np.floating[Any]]]]:
-    yield "steps of an episode", summary.lengths.astype(np.float64)
+def _spreads(summary: Summary) -> Iterator[tuple[str, Numbers, Numbers]]:
+    """What has a histogram: its name, values, and the least and largest of all."""
+    lengths = summary.lengths.astype(np.float64)
+    yield "steps of an episode", lengths, _limits(lengths)
     if summary.returns is not None:
-        yield "return", summary.returns
+        yield "return", summary.returns, _limits(summary.returns)
     for i in range(min(summary.action_size, MOST_NUMBERS)):
-        low, high = summary.action_limits[:, i]
-        yield f"action {i}", np.concatenate([summary.actions[:, i], [low, high]])
+        yield f"action {i}", summary.actions[:, i], summary.action_limits[:, i]
+
+
+def _limits(values: Numbers) -> Numbers:
+    return np.array([values.min(), values.max()])

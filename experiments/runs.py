@@ -178,6 +178,10 @@ class PretrainConfig:
     """Gradient steps."""
     episodes: int | None = None
     """Use only the first so many episodes. Default: all."""
+    filter_key: str | None = None
+    """Of robomimic's files: only the episodes of this mask."""
+    keys: tuple[str, ...] | None = None
+    """Parts of the observation that make up the state, in this order, and cameras. Default: the format's own."""
     memory_map: bool | None = None
     """Leave images on disk, where `bc.num_workers` read them. Default: if they would fill a third of the memory."""
     bc: BCConfig = field(default_factory=BCConfig)
@@ -212,6 +216,10 @@ class OfflineConfig:
     """Gradient steps."""
     episodes: int | None = None
     """Use only the first so many episodes. Default: all."""
+    filter_key: str | None = None
+    """Of robomimic's files: only the episodes of this mask."""
+    keys: tuple[str, ...] | None = None
+    """Parts of the observation that make up the state, in this order, and cameras. Default: the format's own."""
     memory_map: bool | None = None
     """Leave the data on disk, where `bc.num_workers` read them. Default: if they would fill a third of the memory."""
     idql: IDQLConfig = field(default_factory=IDQLConfig)
@@ -452,7 +460,7 @@ def _prepare_training(config: PretrainConfig | OfflineConfig) -> _Training:
     check_device(config.device)
     if config.wandb is not None:
         require_wandb()
-    data = load_dataset(config.data, memory_map=config.memory_map)
+    data = load_dataset(config.data, memory_map=config.memory_map, filter_key=config.filter_key, keys=config.keys)
     if config.episodes is not None:
         fits = config.episodes <= data.n_episodes
         check(fits, "episodes", config.episodes, f"the data set has {data.n_episodes}")

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from dprl.data.source import Episode, Pixels
 from dprl.errors import DatasetError, check
-from dprl.observations import IMAGES, STATE, Observation, map_parts, put
+from dprl.observations import IMAGES, STATE, Observation, put
 from dprl.seeding import numpy_generator
 from dprl.spec import BoolArray, FloatArray, IntArray
 
@@ -41,7 +41,7 @@ class OnDisk:
     def open(file: Path) -> OnDisk:
         """Return all rows of `file`."""
         array = np.load(file, mmap_mode="r")
-        return OnDisk(file, array.offset, array.shape, array.dtype)
+        return OnDisk(file.resolve(), array.offset, array.shape, array.dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -275,7 +275,6 @@ class Episodes:
         if self.images:
             images = {IMAGES + camera: np.asarray(array[episodes]) for camera, array in self.final_images.items()}
             after = {STATE: after, **images} if self.observations.shape[1] else images
-        seen = map_parts(np.array, seen)
         put(seen, final, after)
         return seen
 

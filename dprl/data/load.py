@@ -24,14 +24,16 @@ from dprl.data.formats.d4rl import D4RL
 from dprl.data.formats.dppo_npz import DPPONpz
 from dprl.data.formats.lerobot import LeRobot
 from dprl.data.formats.maniskill import ManiSkill
-from dprl.data.formats.minari import DATA_FILE, Described, Minari, write
+from dprl.data.formats.minari import Described, Minari, write
 from dprl.data.formats.replay_buffer import ReplayBuffer
 from dprl.data.formats.robomimic import Robomimic
-from dprl.data.source import DataOptions, Episode, Source
+from dprl.data.source import DataOptions, Episode, Source, damage_named
 from dprl.errors import CheckpointError, DatasetError, RunExistsError
 
 FORMATS: tuple[type[Source], ...] = (Minari, LeRobot, ReplayBuffer, D4RL, Robomimic, ManiSkill, DPPONpz)
 CACHE = ".cache"
+CACHE_VERSION = 1
+"""Of what readers make of a file: caches of another version are made anew."""
 SHARE_OF_MEMORY = 3
 
 
@@ -45,14 +47,23 @@ def open_dataset(path: str | Path, options: DataOptions | None = None) -> Source
     if not path.exists():
         raise DatasetError(f"'{path}' holds no data set: it does not exist")
     options = options or DataOptions()
-    for kind in FORMATS:
-        if kind.detects(path):
-            for name, value in vars(options).items():
-                if value is not None and name not in kind.takes:
-                    raise DatasetError(f"{name} = {value!r}: '{path}' is {kind.format}, which has no such choice")
-            return kind(path, options)
     known = ", ".join(kind.format for kind in FORMATS)
-    raise DatasetError(f"'{path}' holds no data set: it is not {known}")
+    with damage_named(f"'{path}'", f"any known format ({known})"):
+        found = [kind for kind in FORMATS if kind.detects(path)]
+    if not found:
+        raise DatasetError(f"'{path}' holds no data set: it is not {known}")
+    kind = found[0]
+    for name, value in vars(options).items():
+        if value is not None and name not in kind.takes:
+            raise DatasetError(f"{name} = {value!r}: '{path}' is {kind.format}, which has no such choice")
+    source = kind(path, options)
+    try:
+        with damage_named(f"'{path}'", kind.format):
+            source.open()
+    except BaseException:
+        source.close()
+        raise
+    return source
 
 
 def load_dataset(
@@ -216,8 +227,8 @@ def _fill(source: Source, columns: dict[str, Any]) -> None:
             "success": [success],
             "final_known": [known],
         }
-        for camera, source_frames in episode.images.items():
-            frames = source_frames.read()
+        for camera in episode.images:
+            frames = episode.read_images(camera)
             row[f"images.{camera}"], row[f"final_images.{camera}"] = frames[:steps], frames[-1:]
         for name, rows in row.items():
             columns[name].append(np.asarray(rows))
@@ -255,7 +266,7 @@ def _cached(source: Source, layout: _Layout) -> Episodes:
         with contextlib.suppress(RunExistsError):  # it is there, or another process was faster
             if not cache.exists():
                 checkpoint.publish(cache, write_columns)
-    except PermissionError as error:
+    except OSError as error:
         raise DatasetError(
             f"the data cannot be written to '{cache}': {error}; copy the data set to a folder that can be written, "
             "or load it with memory_map=False"
@@ -275,16 +286,24 @@ def _cached(source: Source, layout: _Layout) -> Episodes:
 
 
 def _digest(source: Source) -> str:
-    """SHA-256 of the file, and of what is read of it: the manifest's, which was verified, where there is one."""
-    with contextlib.suppress(CheckpointError, KeyError, NotADirectoryError):
-        return str(checkpoint.read_json(source.path / checkpoint.MANIFEST)["sha256"][DATA_FILE.as_posix()])
-    total = hashlib.sha256(repr(source.options).encode())
-    files = sorted(f for f in source.path.rglob("*") if f.is_file()) if source.path.is_dir() else [source.path]
+    """SHA-256 of what is read, how, and by which version; the manifest's, which was verified, where there is one."""
+    total = hashlib.sha256(f"{CACHE_VERSION} {type(source).__name__} {source.options}".encode())
+    known: dict[str, str] = {}
+    with contextlib.suppress(CheckpointError, KeyError, TypeError, NotADirectoryError):
+        known = dict(checkpoint.read_json(source.path / checkpoint.MANIFEST)["sha256"])
+    base = source.path if source.path.is_dir() else source.path.parent
+    files = sorted(source.path.rglob("*")) if source.files == [source.path] and source.path.is_dir() else source.files
     for file in files:
-        if CACHE not in file.relative_to(source.path.parent).parts:
-            with file.open("rb") as stream:
-                total.update(hashlib.file_digest(stream, "sha256").digest())
+        name = file.relative_to(base).as_posix()
+        if not file.is_file() or CACHE in Path(name).parts:
+            continue
+        total.update(f" {name} {known.get(name) or _sha256(file)}".encode())
     return total.hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def physical_memory() -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
@@ -64,6 +65,25 @@ class Episode:
     def __len__(self) -> int:
         return len(self.actions)
 
+    def read_images(self, camera: str) -> Pixels:
+        """Read a camera's images: (T+1, height, width, channels), or T of them, see `Frames.read`.
+
+        Raises:
+            DatasetError: they cannot be read, or are not as many or as large as they must be.
+        """
+        frames, steps = self.images[camera], len(self)
+        try:
+            images = frames.read()
+        except (DatasetError, MissingDependencyError):
+            raise
+        except Exception as error:  # h5py's filters, zarr's codecs and others raise almost any kind
+            raise DatasetError(f"{frames.where} cannot be read: {error}") from error
+        counts = (steps + 1,) if self.final_known else (steps, steps + 1)
+        if images.dtype != np.uint8 or images.shape[1:] != tuple(frames.shape) or len(images) not in counts:
+            raise DatasetError(f"{frames.where} is {images.dtype} {images.shape}; {steps} actions need uint8 "
+                               f"({counts[0]}, {', '.join(map(str, frames.shape))})")  # fmt: skip
+        return images
+
 
 @dataclass(frozen=True)
 class DataOptions:
@@ -76,7 +96,7 @@ class DataOptions:
 
 
 class Source(ABC):
-    """A data set on disk. A context manager."""
+    """A data set on disk. A context manager; `dprl.data.open_dataset` opens it."""
 
     format: ClassVar[str]
     """In words."""
@@ -90,13 +110,10 @@ class Source(ABC):
     """Steps of every episode."""
 
     def __init__(self, path: Path, options: DataOptions) -> None:
-        """Open it and read what there is, but no episodes yet.
-
-        Raises:
-            DatasetError: damaged, empty, or without what is asked for.
-        """
+        """Take where it is; nothing is read."""
         self.path = path
         self.options = options
+        self._closing = ExitStack()
 
     @staticmethod
     @abstractmethod
@@ -104,12 +121,30 @@ class Source(ABC):
         """Whether a path holds this format, judged by what is in it."""
 
     @abstractmethod
+    def open(self) -> None:
+        """Open it and read what there is, but no episodes yet; what must be closed goes to `self._closing`.
+
+        Raises:
+            DatasetError: empty, or without what is asked for. Any other exception counts as damage.
+        """
+
+    @abstractmethod
+    def _read(self, index: int) -> Episode:
+        """Read one episode; an exception that is no DatasetError counts as damage."""
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file that is read."""
+        return [self.path]
+
     def read(self, index: int) -> Episode:
         """Read one episode.
 
         Raises:
             DatasetError: it is damaged; the message names file, episode and step.
         """
+        with damage_named(f"'{self.path}', episode {index}", self.format):
+            return self._read(index)
 
     def __iter__(self) -> Iterator[Episode]:
         """Read all episodes.
@@ -124,9 +159,9 @@ class Source(ABC):
             first.require(episode)
             yield episode
 
-    @abstractmethod
     def close(self) -> None:
         """Let go of the file."""
+        self._closing.close()
 
     def __enter__(self) -> Self:
         return self
@@ -142,16 +177,19 @@ class _Shape:
     sizes: tuple[int, int]
     cameras: dict[str, tuple[int, ...]]
     has_rewards: bool
+    tells_success: bool
 
     @staticmethod
     def of(episode: Episode) -> _Shape:
         cameras = {camera: frames.shape for camera, frames in episode.images.items()}
         sizes = episode.observations.shape[1], episode.actions.shape[1]
-        return _Shape(sizes, cameras, episode.rewards is not None)
+        return _Shape(sizes, cameras, episode.rewards is not None, episode.success is not None)
 
     def require(self, episode: Episode) -> None:
         """Raise DatasetError unless `episode` has the same."""
         own = _Shape.of(episode)
+        if own.sizes[0] == 0 and not own.cameras:
+            raise DatasetError(f"{episode.where}: there is nothing to observe")
         if own.sizes != self.sizes:
             kind = "episodes differ in observation and action size"
             raise DatasetError(f"{episode.where}: {kind}: {own.sizes}, the first has {self.sizes}")
@@ -164,8 +202,12 @@ class _Shape:
                 raise DatasetError(
                     f"{where} has images of {own.cameras[camera]}; those of the first episode are {shape}"
                 )
-        if self.has_rewards and not own.has_rewards:
-            raise DatasetError(f"{episode.where}: has no rewards, unlike the first")
+        for what, ours, firsts in (
+            ("rewards", own.has_rewards, self.has_rewards),
+            ("word of success", own.tells_success, self.tells_success),
+        ):
+            if ours != firsts:
+                raise DatasetError(f"{episode.where}: has {what if ours else f'no {what}'}, unlike the first")
 
 
 def numbers(
@@ -200,6 +242,17 @@ def numbers(
     return array
 
 
+@contextmanager
+def damage_named(where: str, format_: str) -> Iterator[None]:
+    """Turn whatever is raised into a DatasetError that says where."""
+    try:
+        yield
+    except (DatasetError, MissingDependencyError):
+        raise
+    except Exception as error:  # a damaged file makes its readers raise almost any kind
+        raise DatasetError(f"{where} is damaged or not of {format_}: {error!r}") from error
+
+
 def leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Every array of an HDF5 or zarr group, and of the groups in it, by its path."""
     if hasattr(node, "shape"):
@@ -214,5 +267,5 @@ def require_h5py() -> Any:
     try:
         import h5py
     except ImportError as error:
-        raise MissingDependencyError("h5py", "envs", "reading and writing data sets") from error
+        raise MissingDependencyError("h5py", "data", "reading and writing data sets") from error
     return h5py

@@ -58,14 +58,15 @@ def summarize(source: Source, on_progress: Callable[[int], None] | None = None) 
     """
     stride = math.ceil(sum(source.lengths) / SAMPLED)
     returns, success, terminated, known, actions = [], [], [], [], []
-    lows, highs = [], []
+    lows, highs, seen = [], [], 0
     cameras: dict[str, tuple[int, ...]] = {}
     for episode in source:
         returns.append(None if episode.rewards is None else float(episode.rewards.sum(dtype=np.float64)))
         success.append(episode.success)
         terminated.append(episode.terminated)
         known.append(episode.final_known)
-        actions.append(episode.actions[::stride])
+        actions.append(episode.actions[-seen % stride :: stride])
+        seen += len(episode)
         both = np.concatenate([episode.observations[: len(episode)], episode.actions], axis=1)
         lows.append(both.min(axis=0))
         highs.append(both.max(axis=0))

@@ -80,6 +80,8 @@ class Policy(nn.Module, ABC):
     name: ClassVar[str]
     """What config.json and the command line call it."""
     config_class: ClassVar[type[PolicyConfig]]
+    weighs_samples: ClassVar[bool] = True
+    """Whether `valid` of the loss may hold weights of samples."""
     kinds: ClassVar[dict[str, type[Policy]]] = {}
     """Every kind of policy by name."""
     config: PolicyConfig
@@ -118,8 +120,8 @@ class Policy(nn.Module, ABC):
         Args:
             obs: (B, O, D), or named parts, as the environment gives them.
             actions: (B, H, A) in the environment's units.
-            valid: (B, H) False where an action only fills a chunk up; there the policy's error does not count. Or how
-                much it counts, of a weighted mean.
+            valid: (B, H) False where an action only fills a chunk up; there the policy's error does not count. Where
+                the kind `weighs_samples` it may say how much the error counts, 1 on average.
             generator: draws whatever the loss needs and augments images; on the policy's device.
         """
 
@@ -294,7 +296,8 @@ class Policy(nn.Module, ABC):
             generator: draws what is drawn. Default: torch's own.
             deterministic: make the same decision for equal observations.
             plan: (B, H, A) what a warm start begins from.
-            group: so many rows in turn are candidates of one decision, which differ even if it is deterministic.
+            group: so many rows in turn are candidates of one decision; a diffusion policy's differ even if it is
+                deterministic.
         """
         assert plan is None, f"a {self.name} policy has no warm start"
         return self.sample(obs, generator=generator, temperature=0.0 if deterministic else inference.temperature)

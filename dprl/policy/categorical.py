@@ -95,6 +95,7 @@ class BeTPolicy(ExplicitMLP):
     """Outputs logits (C,) and offsets (C, H, A); the centres come from the data."""
 
     name = "bet"
+    weighs_samples = False
     config_class = BeTConfig
     config: BeTConfig
     centers: Tensor

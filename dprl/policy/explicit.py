@@ -240,6 +240,7 @@ class GMMPolicy(_Mixture, ExplicitMLP):
     """M modes."""
 
     name = "gmm"
+    weighs_samples = False
     config_class = GMMConfig
     config: GMMConfig
 
@@ -248,6 +249,7 @@ class LSTMGMMPolicy(_Mixture):
     """M modes from an LSTM's last output."""
 
     name = "lstm_gmm"
+    weighs_samples = False
     config_class = LSTMGMMConfig
     config: LSTMGMMConfig
 

@@ -58,6 +58,7 @@ class IBCPolicy(Policy):
     """Outputs the energy of a chunk."""
 
     name = "ibc"
+    weighs_samples = False
     config_class = IBCConfig
     config: IBCConfig
 

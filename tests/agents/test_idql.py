@@ -26,6 +26,7 @@ from dprl.policy import (
     InferenceConfig,
     Policy,
     RecedingHorizon,
+    denoising_loss,
 )
 from dprl.seeding import torch_generator
 from tests.policy.small import KINDS, VIT, random_episodes, small_config
@@ -184,7 +185,9 @@ def test_a_resumed_run_goes_on_exactly(kind: str, tmp_path: Path) -> None:
 
 
 OPTIONS = {
-    "soft": replace(SMALL, actor_objective="soft"),
+    "soft": replace(
+        SMALL, actor_objective="soft", critic=replace(SMALL.critic, objective=ValueObjective("exponential", 1.0))
+    ),
     "hard": replace(SMALL, actor_objective="hard"),
     "exponential": replace(SMALL, actor_objective="exponential"),
     "quantile": replace(SMALL, critic=replace(SMALL.critic, objective=ValueObjective("quantile"))),
@@ -196,9 +199,60 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_do_something_and_stay_finite(name: str) -> None:
-    usual, row = iterate(make(), 3)[-1], iterate(make(OPTIONS[name]), 3)[-1]
+    config = OPTIONS[name]
+    other = SMALL if config.actor_objective == "bc" else replace(config, actor_objective="bc")
+    usual, row = iterate(make(other), 3)[-1], iterate(make(config), 3)[-1]
     assert row != usual
     assert all(np.isfinite(value) for value in row.values())
+
+
+WEIGHING = [kind for kind in KINDS if Policy.kinds[kind].weighs_samples]
+
+
+@pytest.mark.parametrize("kind", sorted(set(WEIGHING) - {"diffusion"}))
+def test_weights_count_and_their_scale_does_not(kind: str) -> None:
+    """A sample of weight 2 is as good as two."""
+
+    def weights_after(copies: list[int], weight: list[float] | None) -> list[torch.Tensor]:
+        actor = make(kind=kind).actor
+        batch = next(iter(actor.read(torch.tensor([copies]))))
+        actor.step(batch, None if weight is None else torch.tensor(weight))
+        return list(actor._online.parameters())
+
+    twice = weights_after([0, 1, 1, 2], None)
+    for factor in (1.0, 1e-3):
+        weighed = weights_after([0, 1, 2], [factor, 2 * factor, factor])
+        for ours, theirs in zip(weighed, twice, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+def test_denoising_weighs_samples() -> None:
+    """A diffusion policy's loss, of given timesteps and noise."""
+    policy = DiffusionPolicy(Features(3, 2), DIFFUSION)
+    clean, noise = (torch.rand(3, 3, 2, generator=torch_generator(seed)) for seed in (0, 1))
+    condition, timesteps = torch.rand(3, 1, 3), torch.tensor([0, 1, 3])
+    rows = torch.tensor([0, 1, 1, 2])
+
+    def loss(rows: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        args = (condition[rows], timesteps[rows], noise[rows])
+        return denoising_loss(policy.base, policy.schedule, clean[rows], *args, weight)
+
+    weight = torch.tensor([0.75, 1.5, 0.75])[:, None].expand(3, 3)
+    torch.testing.assert_close(loss(torch.arange(3), weight), loss(rows, None))
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - set(WEIGHING)))
+def test_losses_that_cannot_weigh_are_refused(kind: str) -> None:
+    with pytest.raises(ConfigError, match=f"actor_objective = 'soft': must be bc: a {kind} policy's loss"):
+        make(OPTIONS["soft"], kind=kind)
+
+
+def test_held_out_episodes_are_validated_on_and_not_learned_from() -> None:
+    config = replace(SMALL, bc=replace(SMALL.bc, validation_share=0.25, validation_every=1))
+    agent = make(config)
+    assert len(agent._decisions) < len(make()._decisions)
+    (row,) = iterate(agent)
+    assert {"validation/loss", "bc/learning_rate"} <= row.keys()
 
 
 def test_images_are_seen_by_critics_of_their_own() -> None:
@@ -216,8 +270,10 @@ def test_images_are_seen_by_critics_of_their_own() -> None:
 def test_critics_that_a_policy_has_go_on() -> None:
     policy = make().fit(random_episodes(), STEPS)
     assert isinstance(policy.scorer, ChunkCritic)
-    again = IDQL(policy, SMALL)
-    assert again.critic.state_dict().keys() == policy.scorer.state_dict().keys()
+    had = {name: value.clone() for name, value in policy.scorer.state_dict().items()}
+    again = IDQL(policy, SMALL, seed=5)
+    for critic in (again.critic, again.target):
+        assert all(value.equal(had[name]) for name, value in critic.state_dict().items())
     with pytest.raises(ConfigError, match="the policy has critics already"):
         IDQL(policy, replace(SMALL, critic=CriticConfig()))
 

@@ -444,11 +444,14 @@ def put(name: str, values: Any) -> Callable[[Any], None]:
         (robomimic, put("data/demo_1/next_obs/object", None), ["demo_1", "next_obs has no 'object'"]),
         (robomimic, put("data/demo_x", np.zeros(1)), ["demo_x", "demo_ and a number"]),
         (maniskill, put("traj_1/obs", None), ["traj_1", "has no observations", "replay_trajectory"]),
-        (maniskill, put("traj_1/terminated", None), ["trajectory", "damaged or not a ManiSkill file", "terminated"]),
+        (maniskill, put("traj_1/terminated", None), ["trajectory", "traj_1: terminated is missing"]),
         (maniskill, put("traj_1/obs/agent/qpos", np.zeros((5, 3))), ["agent/qpos has the shape (5, 3); 5 actions ne"]),
         (maniskill, put("traj_1/obs/sensor_data/hand/rgb", None), ["traj_1", "differ in cameras: []", "['hand']"]),
         (maniskill, put("traj_1/obs/sensor_data/hand/rgb", np.zeros((6, 8, 7, 3), np.uint8)), ["traj_1", "(8, 7, 3)"]),
         (maniskill, put("traj_1/rewards", None), ["traj_1", "has no rewards, unlike the first"]),
+        (maniskill, put("traj_0/rewards", None), ["traj_1", "has rewards, unlike the first"]),
+        (maniskill, put("traj_1/success", None), ["traj_1", "has no word of success, unlike the first"]),
+        (d4rl, put("rewards", np.zeros((S, 2))), ["hopper.hdf5', episode 0", "damaged or not of"]),
     ],
 )  # fmt: skip
 def test_damage_in_hdf5_files(
@@ -464,7 +467,9 @@ def test_damage_in_hdf5_files(
         ({"traj_lengths": np.array([3, 0, 7])}, ["traj_lengths", "[3, 0, 7]"]),
         ({"rewards": REWARDS[:-1]}, ["rewards has 9 rows, actions have 10"]),
         ({"states": OBSERVATIONS[:, :3]}, ["episode 0: there are 3 numbers, but normalization.npz has (4,)"]),
-        ({"images": IMAGES}, ["episode 0: images are uint8 (10, 8, 6, 3)", "(S, 1 or 3, height, width)"]),
+        ({"images": IMAGES}, ["images are uint8 (10, 8, 6, 3)", "(steps, 1 or 3 for each camera, height, width)"]),
+        ({"images": REWARDS}, ["images are float32 (10,)"]),
+        ({"traj_lengths": np.array([3, np.nan])}, ["damaged or not of a data set of DPPO's code"]),
         ({"actions": np.array([[None, 1]] * S)}, ["Python objects"]),
         ({"actions": np.asfortranarray(ACTIONS)}, ["stored by columns"]),
     ],
@@ -490,7 +495,7 @@ def test_damage_in_replay_buffers(ends: list[int], words: str, tmp_path: Path) -
 def test_a_chunk_of_a_replay_buffer_that_is_damaged(tmp_path: Path) -> None:
     folder = zarr_buffer(tmp_path)
     (folder / "data/img/1.0.0.0").write_bytes(b"nonsense")
-    refused(folder, "pusht.zarr", "episode 1: data/img cannot be decoded")
+    refused(folder, "pusht.zarr", "episode 1: camera img cannot be read")
 
 
 @pytest.mark.parametrize("version", ["v2.1", "v3.0"])
@@ -543,6 +548,230 @@ def test_what_is_no_data_set_is_told(tmp_path: Path) -> None:
         refused(path, path.name, "holds no data set", "a Minari data set", "a data set of DPPO's code")
 
 
+# ------------------------------------------------------------------------------------------- images that do not fit
+
+
+@pytest.mark.parametrize(
+    ("write", "edit", "words"),
+    [
+        (robomimic, put("data/demo_1/obs/agentview_image", IMAGES[:4]), ["agentview_image is uint8 (5, 8, 6, 3)"]),
+        (robomimic, put("data/demo_1/obs/agentview_image", IMAGES[:9]), ["agentview_image is uint8 (10, 8, 6, 3)"]),
+        (robomimic, put("data/demo_1/next_obs/agentview_image", IMAGES[:4]), ["agentview_image has 4 images"]),
+        (maniskill, put("traj_1/obs/sensor_data/hand/rgb", IMAGES[:5]), ["rgb is uint8 (5, 8, 6, 3)", "(6, 8, 6, 3)"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("memory_map", [False, True])
+def test_as_many_images_as_steps(
+    write: Callable[[Path], Path], edit: Callable[[Any], None], words: list[str], memory_map: bool, tmp_path: Path
+) -> None:
+    file = edited(write(tmp_path), edit)
+    refused(file, *words)
+    with pytest.raises(DatasetError, match=re.escape(words[0])):
+        load_dataset(file, memory_map=memory_map)
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_damaged_images_in_hdf5(tmp_path: Path) -> None:
+    def compress(h5: Any) -> None:
+        images = h5["data/demo_1/obs/agentview_image"][()]
+        del h5["data/demo_1/obs/agentview_image"]
+        options = {"chunks": (1, 8, 6, 3), "compression": "gzip", "shuffle": False}
+        h5.create_dataset("data/demo_1/obs/agentview_image", data=images, **options)
+        places.append(h5["data/demo_1/obs/agentview_image"].id.get_chunk_info(2).byte_offset)
+
+    places: list[int] = []
+    file = edited(robomimic(tmp_path), compress)
+    content = bytearray(file.read_bytes())
+    content[places[0] : places[0] + 40] = bytes(40)
+    file.write_bytes(content)
+    refused(file, "demo_1: agentview_image cannot be read")
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+@pytest.mark.parametrize("visual", ["image", "video"])
+def test_images_of_another_size_than_was_said(version: str, visual: str, tmp_path: Path) -> None:
+    folder = lerobot(tmp_path, version, visual=visual)
+    info = json.loads((folder / "meta/info.json").read_text())
+    info["features"]["observation.images.top"]["shape"] = [SIDE, SIDE + 2, 3]
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    refused(folder, "episode 0: observation.images.top", "32, 34, 3")
+
+
+def test_channels_may_be_described_first(tmp_path: Path) -> None:
+    folder = lerobot(tmp_path, "v3.0")
+    info = json.loads((folder / "meta/info.json").read_text())
+    for shape, names in (([3, SIDE, SIDE], ["channels", "height", "width"]), ([3, SIDE, SIDE], None)):
+        info["features"]["observation.images.top"] = {"dtype": "video", "shape": shape, "names": names}
+        (folder / "meta/info.json").write_text(json.dumps(info))
+        check_data(load_dataset(folder), CASES["lerobot v3.0"])
+
+
+def test_one_camera_is_named_without_its_plural(tmp_path: Path) -> None:
+    folder = lerobot(tmp_path, "v3.0", visual="image")
+    text = (folder / "meta/info.json").read_text()
+    (folder / "meta/info.json").write_text(text.replace("observation.images.top", "observation.image"))
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for file in (folder / "data").rglob("*.parquet"):
+        table = parquet.read_table(file)
+        names = [n.replace("observation.images.top", "observation.image") for n in table.column_names]
+        parquet.write_table(table.rename_columns(names), file)
+    assert list(load_dataset(folder).images) == ["image"]
+
+
+def rewrite(folder: Path, name: str, rows: list[Any]) -> None:
+    """Put other values into a column of the first table."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file = min((folder / "data").rglob("*.parquet"))
+    table = parquet.read_table(file)
+    place = table.schema.get_field_index(name)
+    parquet.write_table(table.set_column(place, name, pyarrow.array(rows)), file)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "words"),
+    [
+        ("observation.state", [[1.0], [2.0, 3.0, 4.0], [5.0, 6.0]], "rows of different lengths"),
+        ("observation.state", [[1.0, 2.0], None, [3.0, 4.0]], "rows of different lengths, or without numbers"),
+        ("observation.environment_state", [1.0, None, 2.0], "rows without a number"),
+        ("next.reward", ["a", "b", "c"], "next.reward has the type"),
+        ("observation.images.top", [None, None, None], "step 0: there is no image"),
+    ],
+)
+def test_rows_that_do_not_fit(name: str, rows: list[Any], words: str, tmp_path: Path) -> None:
+    folder = lerobot(tmp_path, "v2.1", visual="image")
+    rewrite(folder, name, rows)
+    refused(folder, "episode_000000.parquet', episode 0", words)
+
+
+def test_success_on_the_way_is_no_termination(tmp_path: Path) -> None:
+    folder = lerobot(tmp_path, "v2.1", visual="image")
+    rewrite(folder, "next.success", [False, True, False])
+    data = load_dataset(folder)
+    assert (bool(data.success[0]), bool(data.terminated[0])) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "words"),
+    [
+        ("img", np.moveaxis(IMAGES, 3, 1), "data/img has the shape (10, 3, 8, 6); images are"),
+        ("img", IMAGES / 255, "float64 from 0.00784314 to 0.996078; images are uint8"),
+        ("img", IMAGES.astype(np.float32) * 2, "images are uint8, or floats from 0 to 255"),
+    ],
+)
+def test_images_of_replay_buffers(name: str, array: np.ndarray, words: str, tmp_path: Path) -> None:
+    folder = zarr_buffer(tmp_path)
+    root = pytest.importorskip("zarr").open_group(str(folder))
+    del root[f"data/{name}"]
+    root.create_array(f"data/{name}", data=array)
+    refused(folder, "pusht.zarr", words)
+
+
+def test_without_a_state_it_is_all_numbers_but_the_time(tmp_path: Path) -> None:
+    folder = zarr_buffer(tmp_path)
+    root = pytest.importorskip("zarr").open_group(str(folder))
+    del root["data/state"]
+    root.create_array("data/timestamp", data=np.full(S, 1.67e9))
+    assert load_dataset(folder).observations.shape == (S, 18)
+
+
+def test_images_of_two_cameras_in_one_array(tmp_path: Path) -> None:
+    file = npz(tmp_path, scaled=False, compressed=False)
+    with np.load(file) as before:
+        both = np.concatenate([before["images"], 255 - before["images"]], axis=1)
+        np.savez(tmp_path / "val.npz", **{**before, "images": both})
+    data = load_dataset(tmp_path / "val.npz")
+    np.testing.assert_array_equal(data.images["image_0"], IMAGES)
+    np.testing.assert_array_equal(data.images["image_1"], 255 - IMAGES)
+
+
+# -------------------------------------------------------------------------------------------------------------- caches
+
+
+def test_the_cache_follows_the_files_beside(tmp_path: Path) -> None:
+    file = npz(tmp_path)
+    scales = (tmp_path / "normalization.npz").rename(tmp_path / "aside.npz")
+    assert not np.allclose(load_dataset(file, memory_map=True).observations, OBSERVATIONS)
+    scales.rename(tmp_path / "normalization.npz")
+    np.testing.assert_allclose(load_dataset(file, memory_map=True).observations, OBSERVATIONS, atol=2e-6)
+    trajectories = maniskill(tmp_path)
+    load_dataset(trajectories, memory_map=True)
+    described = trajectories.with_suffix(".json")
+    described.write_text(described.read_text().replace('"episode_seed": 1', '"episode_seed": 2'))
+    assert load_dataset(trajectories, memory_map=True).seeds.tolist() == [20, 21, 22]
+
+
+def test_the_cache_follows_names_within_a_folder(tmp_path: Path) -> None:
+    folder = zarr_buffer(tmp_path)
+    (folder / "data/state").rename(folder / "data/pose")
+    first = load_dataset(folder, memory_map=True)
+    (folder / "data/pose").rename(folder / "data/state")
+    (folder / "data/keypoint").rename(folder / "data/zzz")
+    np.testing.assert_array_equal(load_dataset(folder, memory_map=True).observations, OBSERVATIONS)
+    assert first.observations.shape == (S, 22)
+
+
+def test_the_cache_follows_the_version_of_the_readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = d4rl(tmp_path)
+    first = load_dataset(file, memory_map=True).observations
+    monkeypatch.setattr("dprl.data.load.CACHE_VERSION", 99)
+    second = load_dataset(file, memory_map=True).observations
+    assert isinstance(first, OnDisk)
+    assert isinstance(second, OnDisk)
+    assert first.file != second.file
+
+
+def test_data_on_disk_are_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    d4rl(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    data = load_dataset("hopper.hdf5", memory_map=True)
+    monkeypatch.chdir(tmp_path.parent)
+    np.testing.assert_array_equal(data.observations[:3], OBSERVATIONS[:3])
+
+
+@pytest.mark.parametrize("write", [d4rl, robomimic, maniskill, npz, lambda p: zarr_buffer(p, zipped=True)])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_files_are_closed(write: Callable[[Path], Path], damaged: bool, tmp_path: Path) -> None:
+    path = write(tmp_path)
+
+    def opened() -> list[str]:
+        links = [file for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
+        return [str(file.readlink()) for file in links if str(tmp_path) in str(file.readlink())]
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("needs /proc")
+    if damaged:
+        with pytest.raises(DatasetError) as error:
+            open_dataset(path, DataOptions(keys=("nothing",)) if path.suffix in (".zip",) else None).read(10**6)
+        assert error.value
+        return
+    with open_dataset(path) as source:
+        source.read(0)
+        assert opened()
+    assert not opened()
+
+
+@pytest.mark.parametrize("dones", [np.zeros(0), np.float32(1), np.zeros((5, 2))])
+def test_flags_of_odd_shapes(dones: np.ndarray, tmp_path: Path) -> None:
+    refused(edited(robomimic(tmp_path), put("data/demo_1/dones", dones)), "demo_1", "dones has the shape")
+
+
+@pytest.mark.parametrize(
+    "described", [{"env_info": None}, {"episodes": [1]}, {"episodes": [{"episode_id": 0, "episode_seed": "x"}]}]
+)
+def test_odd_descriptions_of_trajectories(described: dict[str, Any], tmp_path: Path) -> None:
+    file = maniskill(tmp_path)
+    file.with_suffix(".json").write_text(json.dumps(described))
+    refused(file, file.name, "is damaged or not of a ManiSkill file")
+
+
+@pytest.mark.parametrize("change", [{"fps": 0}, {"chunks_size": 0}, {"features": {"action": {}}}, {"data_path": "{}"}])
+def test_odd_descriptions_of_lerobot_datasets(change: dict[str, Any], tmp_path: Path) -> None:
+    folder = lerobot(tmp_path, "v2.1")
+    info = json.loads((folder / "meta/info.json").read_text())
+    (folder / "meta/info.json").write_text(json.dumps(info | change))
+    refused(folder, "pusht")
+
+
 # -------------------------------------------------------------------------------------------------------------- options
 
 
@@ -579,6 +808,30 @@ def test_keys_pick_parts_in_their_order(
     refused(path, "there is no", "nothing", keys=("nothing",))
 
 
+def test_flat_observations_have_no_parts(tmp_path: Path) -> None:
+    refused(maniskill(tmp_path, grouped=False), "traj_0: there is no 'nonsense'", keys=("nonsense",))
+
+
+def test_depth_is_not_of_the_state(tmp_path: Path) -> None:
+    def edit(h5: Any) -> None:
+        for demo in h5["data"].values():
+            for group in ("obs", "next_obs"):
+                for name in ROBOT:
+                    demo.move(f"{group}/{name}", f"{group}/x_{name}")
+                del demo[f"{group}/object"]
+                del demo[f"{group}/robot0_joint_pos"]
+                demo[f"{group}/depth"] = np.zeros((len(demo["actions"]), 8, 6, 1), np.float32)
+
+    data = load_dataset(edited(robomimic(tmp_path), edit))
+    np.testing.assert_array_equal(data.observations, OBSERVATIONS[:, :3])
+
+
+def test_observations_of_another_precision_still_tell_where_episodes_end(tmp_path: Path) -> None:
+    doubled = led_to(OBSERVATIONS, FINAL).astype(np.float64) + 1e-12
+    file = edited(d4rl(tmp_path, timeouts=False), put("next_observations", doubled))
+    np.testing.assert_array_equal(load_dataset(file).ends, ENDS)
+
+
 @pytest.mark.parametrize("options", [{"filter_key": "train"}, {"keys": ("state",)}])
 def test_formats_without_an_option_refuse_it(options: dict[str, Any], tmp_path: Path) -> None:
     refused(d4rl(tmp_path), next(iter(options)), "hopper.hdf5", "no such choice", **options)
@@ -587,8 +840,18 @@ def test_formats_without_an_option_refuse_it(options: dict[str, Any], tmp_path: 
 def test_robomimics_shaped_rewards_are_no_success(tmp_path: Path) -> None:
     file = edited(robomimic(tmp_path, shaped=True), put("data/demo_0/dones", np.zeros(3)))
     data = load_dataset(file)
-    assert tuple(data.success) == (False, True, True)
+    assert tuple(data.success) == (False, False, False)
     assert tuple(data.terminated) == (False, True, True)
+
+
+def test_robomimics_files_of_other_simulators_say_nothing_of_success(tmp_path: Path) -> None:
+    args = json.dumps({"env_name": "Hopper-v2", "type": 2, "env_kwargs": {}})
+    file = edited(robomimic(tmp_path), lambda h5: h5["data"].attrs.update(env_args=args))
+    data = load_dataset(file)
+    assert data.env_id == "Hopper-v2"
+    assert not data.success.any()
+    with open_dataset(file) as source:
+        assert source.read(0).success is None
 
 
 def test_maniskill_without_its_json(tmp_path: Path) -> None:

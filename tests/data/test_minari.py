@@ -144,7 +144,7 @@ def test_truncated_file(folder, kept, with_manifest):
 def test_file_that_is_not_hdf5(folder):
     data_file(folder).write_text("episodes")
     (folder / "manifest.json").unlink()
-    refused(folder, "main_data.hdf5' is damaged or not a Minari data set")
+    refused(folder, "main_data.hdf5' is damaged or not of a Minari data set")
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ where the next observation is not what the action led to, if that is kept.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from dprl.data.formats.hdf5 import HDF5Source, top_level
-from dprl.data.source import DataOptions, Episode, numbers
+from dprl.data.source import Episode, numbers
 from dprl.errors import DatasetError
 from dprl.spec import BoolArray
 
@@ -27,18 +27,18 @@ class D4RL(HDF5Source):
 
     format: ClassVar[str] = "a D4RL file"
 
-    def __init__(self, path: Path, options: DataOptions) -> None:
-        super().__init__(path, options)
-        with self.damage_is_named():
-            steps = len(self.h5["actions"])
-            for name in (*NEEDED, "timeouts", "next_observations"):
-                rows = len(self.h5[name]) if name in self.h5 else steps
-                if rows != steps:
-                    raise DatasetError(f"'{path}': {name} has {rows} rows, actions have {steps}")
-            if steps == 0:
-                raise DatasetError(f"'{path}' has no episodes")
-            self._terminals = self._flags("terminals")
-            ends = self._terminals | (self._flags("timeouts") if "timeouts" in self.h5 else self._breaks(steps))
+    def open(self) -> None:
+        """See `Source.open`."""
+        super().open()
+        steps = len(self.h5["actions"])
+        for name in (*NEEDED, "timeouts", "next_observations"):
+            rows = len(self.h5[name]) if name in self.h5 else steps
+            if rows != steps:
+                raise DatasetError(f"'{self.path}': {name} has {rows} rows, actions have {steps}")
+        if steps == 0:
+            raise DatasetError(f"'{self.path}' has no episodes")
+        self._terminals = self._flags("terminals")
+        ends = self._terminals | (self._flags("timeouts") if "timeouts" in self.h5 else self._breaks(steps))
         ends[-1] = True
         self._ends = np.flatnonzero(ends) + 1
         self._starts = np.concatenate([[0], self._ends[:-1]])
@@ -49,26 +49,18 @@ class D4RL(HDF5Source):
         """See `Source.detects`."""
         return set(NEEDED) <= top_level(path)
 
-    def read(self, index: int) -> Episode:
-        """See `Source.read`."""
+    def _read(self, index: int) -> Episode:
         first, end = int(self._starts[index]), int(self._ends[index])
         where, steps = f"'{self.path}', episode {index} (from row {first})", end - first
-        with self.damage_is_named():
-            observations, actions, rewards = (
-                numbers(self.h5[name][first:end], name, steps, ndim, where)
-                for name, ndim in (("observations", 2), ("actions", 2), ("rewards", None))
-            )
-            if "next_observations" in self.h5:
-                last = numbers(self.h5["next_observations"][end - 1 : end], "next_observations", 1, 2, where)
-                observations = np.concatenate([observations, last])
-        return Episode(
-            where,
-            observations,
-            actions,
-            rewards.reshape(steps),
-            terminated=bool(self._terminals[end - 1]),
-            success=None,
+        observations, actions, rewards = (
+            numbers(self.h5[name][first:end], name, steps, ndim, where)
+            for name, ndim in (("observations", 2), ("actions", 2), ("rewards", None))
         )
+        if "next_observations" in self.h5:
+            last = numbers(self.h5["next_observations"][end - 1 : end], "next_observations", 1, 2, where)
+            observations = np.concatenate([observations, last])
+        terminated = bool(self._terminals[end - 1])
+        return Episode(where, observations, actions, rewards.reshape(steps), terminated=terminated, success=None)
 
     def _flags(self, name: str) -> BoolArray:
         flags: BoolArray = np.asarray(self.h5[name][()]).reshape(-1).astype(np.bool_)
@@ -80,6 +72,6 @@ class D4RL(HDF5Source):
         if "next_observations" in self.h5:
             for first in range(0, steps - 1, ROWS_AT_ONCE):
                 end = min(first + ROWS_AT_ONCE, steps - 1)
-                led_to: Any = self.h5["next_observations"][first:end]
-                ends[first:end] = (led_to != self.h5["observations"][first + 1 : end + 1]).any(axis=1)
+                led_to, seen = self.h5["next_observations"][first:end], self.h5["observations"][first + 1 : end + 1]
+                ends[first:end] = (led_to.astype(np.float32) != seen.astype(np.float32)).any(axis=1)
         return ends

@@ -3,16 +3,15 @@
     states (S, D), actions (S, A), traj_lengths (episodes,), and perhaps rewards, terminals (S,), images (S, C, h, w)
 
 States and actions are scaled to [-1, 1]; ``normalization.npz`` beside the file (obs_min, obs_max, action_min,
-action_max) says from what, and they are scaled back. What the last action of an episode led to is not kept.
+action_max) says from what, and they are scaled back. Images of several cameras are
+stored as one of many channels, and taken apart. What the last action of an episode led to is not kept.
 """
 
 from __future__ import annotations
 
 import math
 import zipfile
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,11 +19,12 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from dprl.data.source import DataOptions, Episode, Frames, Pixels, Source, numbers
+from dprl.data.source import Episode, Frames, Pixels, Source, damage_named, numbers
 from dprl.errors import DatasetError
 from dprl.spec import FloatArray
 
 NEEDED = ("states", "actions", "traj_lengths")
+KNOWN = (*NEEDED, "rewards", "terminals", "images")
 TINY = 1e-6
 """What the authors add to a range before they divide by it."""
 CHANNELS = (1, 3)
@@ -36,13 +36,14 @@ class DPPONpz(Source):
 
     format: ClassVar[str] = "a data set of DPPO's code"
 
-    def __init__(self, path: Path, options: DataOptions) -> None:
-        super().__init__(path, options)
-        with _damage_is_named(path):
-            self._archive = zipfile.ZipFile(path)
-            self._arrays = {n.removesuffix(".npy"): _Array(self._archive, n) for n in self._archive.namelist()}
-            lengths = self._arrays["traj_lengths"].rows(0, len(self._arrays["traj_lengths"])).reshape(-1)
-        self.lengths = [int(length) for length in lengths]
+    def open(self) -> None:
+        """See `Source.open`."""
+        path = self.path
+        archive = self._closing.enter_context(zipfile.ZipFile(path))
+        here = {name.removesuffix(".npy") for name in archive.namelist()}
+        self._arrays = {name: _Array(archive, f"{name}.npy", self._closing) for name in KNOWN if name in here}
+        lengths = self._arrays["traj_lengths"]
+        self.lengths = [int(length) for length in lengths.rows(0, len(lengths)).reshape(-1)]
         steps = len(self._arrays["actions"])
         if not self.lengths or min(self.lengths) < 1 or sum(self.lengths) > steps:
             raise DatasetError(f"'{path}': traj_lengths are {self.lengths[:5]}..., {sum(self.lengths)} steps in all; "
@@ -50,8 +51,26 @@ class DPPONpz(Source):
         for name in ("states", "rewards", "terminals", "images"):
             if name in self._arrays and len(self._arrays[name]) != steps:
                 raise DatasetError(f"'{path}': {name} has {len(self._arrays[name])} rows, actions have {steps}")
+        images = self._arrays.get("images")
+        if images is not None and (images.dtype != np.uint8 or len(images.shape) != 4 or not _cameras(images.shape[1])):
+            raise DatasetError(f"'{path}': images are {images.dtype} {images.shape}; they must be uint8 "
+                               "(steps, 1 or 3 for each camera, height, width)")  # fmt: skip
         self._starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
-        self._scales = _scales(path)
+        self._scales = _scales(self._beside) if self._beside is not None else None
+
+    @property
+    def _beside(self) -> Path | None:
+        """``PREFIXnormalization.npz`` beside ``PREFIXtrain.npz`` or ``PREFIXval.npz``."""
+        for name in ("train.npz", "val.npz"):
+            file = self.path.with_name(self.path.name.removesuffix(name) + "normalization.npz")
+            if self.path.name.endswith(name) and file.is_file():
+                return file
+        return None
+
+    @property
+    def files(self) -> list[Path]:
+        """See `Source.files`."""
+        return [self.path] + ([self._beside] if self._beside else [])
 
     @staticmethod
     def detects(path: Path) -> bool:
@@ -61,29 +80,25 @@ class DPPONpz(Source):
         with zipfile.ZipFile(path) as archive:
             return {f"{name}.npy" for name in NEEDED} <= set(archive.namelist())
 
-    def read(self, index: int) -> Episode:
-        """See `Source.read`."""
+    def _read(self, index: int) -> Episode:
         first, steps = int(self._starts[index]), self.lengths[index]
         where = f"'{self.path}', episode {index}"
 
         def part(name: str, ndim: int) -> FloatArray:
             return numbers(self._arrays[name].rows(first, first + steps), name, steps, ndim, where)
 
-        with _damage_is_named(self.path):
-            states, actions = part("states", 2), part("actions", 2)
-            rewards = part("rewards", 1) if "rewards" in self._arrays else None
-            terminated = "terminals" in self._arrays and bool(part("terminals", 1)[-1])
+        states, actions = part("states", 2), part("actions", 2)
+        rewards = part("rewards", 1) if "rewards" in self._arrays else None
+        terminated = "terminals" in self._arrays and bool(part("terminals", 1)[-1])
         images: dict[str, Frames] = {}
         if "images" in self._arrays:
-            images[CAMERA] = _Images(self.path, self._arrays["images"], first, steps, f"{where}: images")
+            array = self._arrays["images"]
+            for camera, channels in _cameras(array.shape[1]).items():
+                images[camera] = _Images(array, channels, first, steps, f"{where}: images")
         return Episode(
             where, self._raw("obs", states, where), self._raw("action", actions, where), rewards,
             terminated=terminated, success=None, images=images,
         )  # fmt: skip
-
-    def close(self) -> None:
-        """See `Source.close`."""
-        self._archive.close()
 
     def _raw(self, name: str, scaled: FloatArray, where: str) -> FloatArray:
         if self._scales is None:
@@ -95,12 +110,19 @@ class DPPONpz(Source):
         return raw
 
 
+def _cameras(channels: int) -> dict[str, slice]:
+    """Cameras and their channels: images of several are stored as one of many channels. None where they are odd."""
+    if channels in CHANNELS:
+        return {CAMERA: slice(channels)}
+    count, rest = divmod(channels, 3)
+    return {f"{CAMERA}_{i}": slice(3 * i, 3 * i + 3) for i in range(count)} if rest == 0 else {}
+
+
 class _Array:
     """One array of the archive, of which rows are read without the others."""
 
-    def __init__(self, archive: zipfile.ZipFile, name: str) -> None:
-        self._archive, self._name = archive, name
-        self._stream = archive.open(name)
+    def __init__(self, archive: zipfile.ZipFile, name: str, closing: ExitStack) -> None:
+        self._stream = closing.enter_context(archive.open(name))
         npy: Any = np.lib.format
         readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
         self.shape, fortran, self.dtype = readers[npy.read_magic(self._stream)](self._stream)
@@ -125,8 +147,8 @@ class _Array:
 class _Images:
     """The images of one episode, (T, C, height, width) in the file."""
 
-    path: Path
     array: _Array
+    channels: slice
     first: int
     length: int
     where: str
@@ -134,34 +156,15 @@ class _Images:
     @property
     def shape(self) -> tuple[int, ...]:
         """(height, width, channels)."""
-        channels, height, width = self.array.shape[1:]
-        return height, width, channels
+        return *self.array.shape[2:], self.channels.stop - (self.channels.start or 0)
 
     def read(self) -> Pixels:
         """See `Frames.read`."""
-        if self.array.dtype != np.uint8 or len(self.array.shape) != 4 or self.array.shape[1] not in CHANNELS:
-            raise DatasetError(f"{self.where} are {self.array.dtype} {self.array.shape}; they must be uint8 "
-                               "(S, 1 or 3, height, width)")  # fmt: skip
-        with _damage_is_named(self.path):
-            return np.moveaxis(self.array.rows(self.first, self.first + self.length), 1, 3)
+        images = self.array.rows(self.first, self.first + self.length)
+        return np.moveaxis(images[:, self.channels], 1, 3)
 
 
-def _scales(path: Path) -> dict[str, FloatArray] | None:
-    """What is in ``PREFIXnormalization.npz`` beside ``PREFIXtrain.npz``."""
-    for name in ("train.npz", "val.npz"):
-        file = path.with_name(path.name.removesuffix(name) + "normalization.npz")
-        if path.name.endswith(name) and file.is_file():
-            with _damage_is_named(file), np.load(file, allow_pickle=False) as arrays:
-                names = ("obs_min", "obs_max", "action_min", "action_max")
-                return {n: numbers(arrays[n], n, len(arrays[n]), 1, f"'{file}'") for n in names}
-    return None
-
-
-@contextmanager
-def _damage_is_named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except DatasetError:
-        raise
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise DatasetError(f"'{path}' is damaged or not {DPPONpz.format}: {error}") from error
+def _scales(file: Path) -> dict[str, FloatArray]:
+    with damage_named(f"'{file}'", "DPPO's code"), np.load(file, allow_pickle=False) as arrays:
+        names = ("obs_min", "obs_max", "action_min", "action_max")
+        return {name: numbers(arrays[name], name, len(arrays[name]), 1, f"'{file}'") for name in names}

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dprl.data.source import DataOptions, Frames, Pixels, Source, leaves, numbers, require_h5py
-from dprl.errors import DatasetError, MissingDependencyError
+from dprl.data.source import Frames, Pixels, Source, leaves, numbers, require_h5py
+from dprl.errors import DatasetError
 from dprl.observations import camera_name
 from dprl.spec import FloatArray
 
@@ -22,38 +21,28 @@ CHANNELS = (1, 3)
 class HDF5Source(Source):
     """A source that is one HDF5 file, or holds one."""
 
-    def __init__(self, path: Path, options: DataOptions, file: Path | None = None) -> None:
-        """Open `file`, by default `path` itself."""
-        super().__init__(path, options)
-        self.file = file or path
-        with self.damage_is_named():
-            self.h5 = require_h5py().File(self.file, "r")
+    @property
+    def file(self) -> Path:
+        """The HDF5 file."""
+        return self.path
 
-    @contextmanager
-    def damage_is_named(self) -> Iterator[None]:
-        """Turn what h5py raises on a damaged file into a DatasetError."""
-        try:
-            yield
-        except (DatasetError, MissingDependencyError):
-            raise
-        except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            raise DatasetError(f"'{self.file}' is damaged or not {self.format}: {error}") from error
+    def open(self) -> None:
+        """See `Source.open`."""
+        self.h5 = self._closing.enter_context(require_h5py().File(self.file, "r"))
 
-    def close(self) -> None:
-        """See `Source.close`."""
-        self.h5.close()
+
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
 def top_level(path: Path) -> set[str]:
     """Names in the root of an HDF5 file; none, where it is no such file."""
-    h5py = require_h5py()
-    try:
-        if not path.is_file() or not h5py.is_hdf5(path):
-            return set()
-        with h5py.File(path, "r") as h5:
-            return set(h5)
-    except OSError:
+    if not path.is_file():
         return set()
+    with path.open("rb") as stream:
+        if stream.read(len(SIGNATURE)) != SIGNATURE:
+            return set()
+    with require_h5py().File(path, "r") as h5:
+        return set(h5)
 
 
 def numbered(group: Any, prefix: str, file: Path) -> list[str]:
@@ -114,6 +103,8 @@ def state_and_images(
         if last is not None and (after is None or after.shape[1:] != dataset.shape[1:]):
             raise DatasetError(f"{where}: next_obs has no '{name}' of the shape {(steps, *dataset.shape[1:])}")
         if is_image(dataset):
+            if after is not None and len(after) != steps:
+                raise DatasetError(f"{where}: next_obs's {name} has {len(after)} images; {steps} actions need {steps}")
             camera = camera_name(name.removesuffix("_image").removesuffix("/rgb").removeprefix("sensor_data/"))
             if camera in images:
                 raise DatasetError(f"{where}: different parts are the same camera '{camera}': {', '.join(parts)}")

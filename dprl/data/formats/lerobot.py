@@ -14,8 +14,7 @@ without that, ``next.done``.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,14 +24,15 @@ import numpy as np
 import numpy.typing as npt
 
 from dprl.data.images import decode, stack
-from dprl.data.source import DataOptions, Episode, Frames, Pixels, Source, numbers
+from dprl.data.source import Episode, Frames, Pixels, Source, damage_named, numbers
 from dprl.errors import DatasetError, MissingDependencyError
-from dprl.observations import STATE, camera_name
+from dprl.observations import IMAGES, STATE, camera_name
 
 INFO = Path("meta") / "info.json"
 OBSERVATION = "observation."
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 VISUAL = ("image", "video")
+CHANNELS = (1, 3)
 
 
 @dataclass(frozen=True)
@@ -52,58 +52,76 @@ class LeRobot(Source):
     format: ClassVar[str] = "a LeRobotDataset"
     takes: ClassVar[tuple[str, ...]] = ("keys",)
 
-    def __init__(self, path: Path, options: DataOptions) -> None:
-        super().__init__(path, options)
-        with self._damage_is_named(path / INFO):
+    def open(self) -> None:
+        """See `Source.open`."""
+        path = self.path
+        with damage_named(f"'{path / INFO}'", self.format):
             info = json.loads((path / INFO).read_text(encoding="utf-8"))
-            version, self._features = str(info["codebase_version"]), dict(info["features"])
+            version, self._features, self._fps = (
+                str(info["codebase_version"]),
+                dict(info["features"]),
+                float(info["fps"]),
+            )
             if version not in VERSIONS:
                 raise DatasetError(f"'{path / INFO}': codebase_version is {version}; what is read is {VERSIONS}")
-            self._fps = float(info["fps"])
-            if "action" not in self._features:
-                raise DatasetError(f"'{path / INFO}': there is no feature 'action'")
-        self._parts = self._chosen()
-        with self._damage_is_named(path / "meta"):
-            self._places = (_places_of_v3 if version == "v3.0" else _places_of_v2)(path, info, self._videos())
-        if not self._places:
-            raise DatasetError(f"'{path}' has no episodes")
+            if "action" not in self._features or not self._fps > 0:
+                raise DatasetError(f"'{path / INFO}': there must be a feature 'action', and fps above 0")
+            self._parts = self._chosen()
+            self._kinds = {name: str(self._features[name]["dtype"]) for name in self._parts}
+            self._shapes = {n: _shape(self._features[n]) for n in self._parts if self._kinds[n] in VISUAL}
+        cameras = [_camera(name) for name in self._shapes]
+        if len(set(cameras)) < len(cameras):
+            raise DatasetError(f"'{path / INFO}': different features are the same camera: {', '.join(self._shapes)}")
+        with damage_named(f"'{path / 'meta'}'", self.format):
+            self._places = (_places_of_v3 if version == "v3.0" else _places_of_v2)(path, info, self._of_kind("video"))
+        if not self._places or min(place.length for place in self._places) < 1:
+            raise DatasetError(f"'{path}' has no episodes, or one without steps")
         self.lengths = [place.length for place in self._places]
-        self._read: tuple[Path, Any] | None = None  # the latest table, which the next episode may share
+        self._latest: tuple[Path, Any] | None = None  # a table that the next episode may share
+        self._closing.callback(setattr, self, "_latest", None)
+
+    @property
+    def files(self) -> list[Path]:
+        """See `Source.files`."""
+        return sorted(
+            file for part in ("meta", "data", "videos") for file in (self.path / part).rglob("*") if file.is_file()
+        )
 
     @staticmethod
     def detects(path: Path) -> bool:
         """See `Source.detects`."""
         return (path / INFO).is_file()
 
-    def read(self, index: int) -> Episode:
-        """See `Source.read`."""
+    def _read(self, index: int) -> Episode:
         place = self._places[index]
         where, steps = f"'{place.table}', episode {place.index}", place.length
-        with self._damage_is_named(place.table):
-            columns = self._rows(place)
+        columns = self._rows(place)
 
-            def part(name: str, ndim: int | None = None) -> npt.NDArray[Any]:
-                return numbers(_array(columns[name]), name, steps, ndim, where).reshape(steps, -1)
+        def part(name: str) -> npt.NDArray[Any]:
+            return numbers(_array(columns[name], f"{where}: {name}"), name, steps, None, where).reshape(steps, -1)
 
-            state = [part(name) for name in self._parts if self._features[name]["dtype"] not in VISUAL]
+        with damage_named(where, self.format):
+            state = [part(name) for name in self._parts if name not in self._shapes]
             observations = np.concatenate([np.zeros((steps, 0), np.float32), *state], axis=1)
             actions = part("action")
-            rewards = part("next.reward")[:, 0] if "next.reward" in columns else None
-            success = bool(part("next.success").any()) if "next.success" in columns else None
-            done = bool(part("next.done")[-1]) if "next.done" in columns else False
+            rewards, success, done = (
+                part(f"next.{name}")[:, 0] if f"next.{name}" in columns else None
+                for name in ("reward", "success", "done")
+            )
         images: dict[str, Frames] = {}
-        for name in self._videos():
-            file, start = place.videos[name]
-            images[camera_name(name)] = _Video(file, start, self._fps, steps, self._shape(name), f"{where}: {name}")
-        for name in self._parts:
-            if self._features[name]["dtype"] == "image":
-                images[camera_name(name)] = _Encoded(columns[name], self._shape(name), f"{where}: {name}")
-        terminated = done if success is None else success
-        return Episode(where, observations, actions, rewards, terminated, success, images=images)
-
-    def close(self) -> None:
-        """See `Source.close`."""
-        self._read = None
+        for name in self._of_kind("video"):
+            images[_camera(name)] = _Video(
+                *place.videos[name], self._fps, steps, self._shapes[name], f"{where}: {name}"
+            )
+        for name in self._of_kind("image"):
+            images[_camera(name)] = _Encoded(columns[name], self._shapes[name], f"{where}: {name}")
+        ended = done if success is None else success
+        return Episode(
+            where, observations, actions, rewards,
+            terminated=ended is not None and bool(ended[-1]),
+            success=None if success is None else bool(success.any()),
+            images=images,
+        )  # fmt: skip
 
     def _chosen(self) -> list[str]:
         """Parts of the observation, by name: numbers first, the state before others."""
@@ -111,45 +129,41 @@ class LeRobot(Source):
         if self.options.keys is not None:
             missing = [name for name in self.options.keys if name not in self._features]
             if missing:
-                raise DatasetError(
-                    f"'{self.path / INFO}': there is no feature '{missing[0]}': {', '.join(self._features)}"
-                )
+                known = ", ".join(self._features)
+                raise DatasetError(f"'{self.path / INFO}': there is no feature '{missing[0]}': {known}")
             return list(self.options.keys)
-        numeric = [name for name in seen if self._features[name]["dtype"] not in VISUAL]
-        visual = [name for name in seen if self._features[name]["dtype"] in VISUAL]
-        return sorted(numeric, key=lambda name: (name != STATE, name)) + sorted(visual)
+        return sorted(seen, key=lambda name: (self._features[name]["dtype"] in VISUAL, name != STATE, name))
 
-    def _videos(self) -> list[str]:
-        return [name for name in self._parts if self._features[name]["dtype"] == "video"]
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        """(height, width, channels), whichever order the feature is described in."""
-        shape: list[int] = list(self._features[name]["shape"])
-        names = [str(axis).rstrip("s") for axis in self._features[name].get("names") or ()]
-        wanted = ("height", "width", "channel")
-        return tuple(shape[names.index(axis)] for axis in wanted) if set(names) == set(wanted) else tuple(shape)
+    def _of_kind(self, kind: str) -> list[str]:
+        return [name for name in self._parts if self._kinds[name] == kind]
 
     def _rows(self, place: _Place) -> dict[str, Any]:
         """Columns of one episode's rows."""
-        if self._read is None or self._read[0] != place.table:
-            self._read = place.table, require_parquet().read_table(place.table)
-        table = self._read[1]
+        if self._latest is None or self._latest[0] != place.table:
+            with damage_named(f"'{place.table}'", self.format):
+                self._latest = place.table, require_parquet().read_table(place.table)
+        table = self._latest[1]
         rows = np.flatnonzero(np.asarray(table["episode_index"]) == place.index)
         if len(rows) != place.length or (np.diff(rows) != 1).any():
-            raise DatasetError(
-                f"'{place.table}': episode {place.index} has {len(rows)} rows, but {place.length} in meta"
-            )
+            found = f"{len(rows)} rows, but {place.length} in meta"
+            raise DatasetError(f"'{place.table}': episode {place.index} has {found}, or they are not in turn")
         part = table.slice(int(rows[0]), len(rows))
         return {name: part[name] for name in part.column_names}
 
-    @contextmanager
-    def _damage_is_named(self, file: Path) -> Iterator[None]:
-        try:
-            yield
-        except (DatasetError, MissingDependencyError):
-            raise
-        except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:  # pyarrow's are ValueErrors
-            raise DatasetError(f"'{file}' is damaged or not of {self.format}: {error!r}") from error
+
+def _camera(name: str) -> str:
+    """``observation.images.top`` and ``observation.top`` are the camera ``top``."""
+    return camera_name(name.removeprefix(IMAGES).removeprefix(OBSERVATION))
+
+
+def _shape(feature: dict[str, Any]) -> tuple[int, ...]:
+    """(height, width, channels), whichever order the feature is described in."""
+    shape = [int(size) for size in feature["shape"]]
+    names = [str(axis).rstrip("s") for axis in feature.get("names") or ()]
+    wanted = ("height", "width", "channel")
+    if set(names) == set(wanted):
+        return tuple(shape[names.index(axis)] for axis in wanted)
+    return (*shape[1:], shape[0]) if shape[0] in CHANNELS and shape[-1] not in CHANNELS else tuple(shape)
 
 
 def _places_of_v2(path: Path, info: dict[str, Any], videos: list[str]) -> list[_Place]:
@@ -180,11 +194,16 @@ def _places_of_v3(path: Path, info: dict[str, Any], videos: list[str]) -> list[_
     return sorted(found, key=lambda place: place.index)
 
 
-def _array(column: Any) -> npt.NDArray[Any]:
+def _array(column: Any, where: str) -> npt.NDArray[Any]:
     """A column of numbers, or of lists of as many numbers each, as rows."""
     values, rows = column.combine_chunks(), len(column)
     while hasattr(values.type, "value_type"):
+        lengths = {None if item is None else len(item) for item in values.to_pylist()}
+        if len(lengths) != 1 or None in lengths:
+            raise DatasetError(f"{where} has rows of different lengths, or without numbers")
         values = values.flatten()
+    if values.null_count:
+        raise DatasetError(f"{where} has rows without a number")
     array = np.asarray(values)
     return array if len(array) == rows else array.reshape(rows, -1)
 
@@ -199,7 +218,12 @@ class _Encoded:
 
     def read(self) -> Pixels:
         """See `Frames.read`."""
-        frames = [decode(row["bytes"], f"{self.where}, step {i}") for i, row in enumerate(self.column.to_pylist())]
+        frames = []
+        for step, row in enumerate(self.column.to_pylist()):
+            encoded = row["bytes"] if isinstance(row, dict) else row
+            if not isinstance(encoded, bytes):
+                raise DatasetError(f"{self.where}, step {step}: there is no image")
+            frames.append(decode(encoded, f"{self.where}, step {step}"))
         return stack(frames, self.where)
 
 
@@ -218,13 +242,15 @@ class _Video:
         """See `Frames.read`."""
         half = 0.5 / self.fps  # between two frames, so that rounding cannot reach the one before
         seek = ["-ss", f"{self.start - half:.6f}"] if self.start > half else []
+        passed = ["-fps_mode", "passthrough"]  # frames as they are, however their times lie
         try:
-            stream = require_ffmpeg().read_frames(str(self.file), input_params=seek)
-            width, height = next(stream)["size"]
-            if (height, width, 3) != self.shape:
-                raise DatasetError(f"{self.where}: '{self.file}' has images of {(height, width, 3)}, not {self.shape}")
-            frames = [np.frombuffer(f, np.uint8).reshape(height, width, 3) for f in islice(stream, self.length)]
-            stream.close()
+            with closing(
+                require_ffmpeg().read_frames(str(self.file), input_params=seek, output_params=passed)
+            ) as stream:
+                width, height = next(stream)["size"]
+                if (height, width, 3) != self.shape:
+                    raise DatasetError(f"{self.where}: '{self.file}' is {(height, width, 3)}, not {self.shape}")
+                frames = [np.frombuffer(f, np.uint8).reshape(self.shape) for f in islice(stream, self.length)]
         except (OSError, RuntimeError, StopIteration) as error:
             raise DatasetError(f"{self.where}: '{self.file}' cannot be decoded: {str(error)[-300:]}") from error
         if len(frames) != self.length:

@@ -13,10 +13,8 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 from dprl.data.formats.hdf5 import HDF5Source, chosen_parts, is_image, numbered, state_and_images, top_level
-from dprl.data.source import DataOptions, Episode, leaves, numbers
+from dprl.data.source import Episode, leaves, numbers
 from dprl.errors import DatasetError
 
 NOT_STATE = ("sensor_data/", "sensor_param/")
@@ -28,41 +26,57 @@ class ManiSkill(HDF5Source):
     format: ClassVar[str] = "a ManiSkill file"
     takes: ClassVar[tuple[str, ...]] = ("keys",)
 
-    def __init__(self, path: Path, options: DataOptions) -> None:
-        super().__init__(path, options)
-        with self.damage_is_named():
-            self._names = numbered(self.h5, "traj_", path)
-            self.lengths = [len(self.h5[name]["actions"]) for name in self._names]
-        described = _described(path.with_suffix(".json"))
+    def open(self) -> None:
+        """See `Source.open`."""
+        super().open()
+        self._names = numbered(self.h5, "traj_", self.path)
+        self.lengths = [len(self.h5[name]["actions"]) for name in self._names]
+        described = _described(self._json)
         self.env_id = described.get("env_info", {}).get("env_id")
-        self._seeds = {e.get("episode_id"): e.get("episode_seed") for e in described.get("episodes", [])}
+        self._seeds = {e["episode_id"]: e.get("episode_seed") for e in described.get("episodes", [])}
+
+    @property
+    def _json(self) -> Path:
+        return self.path.with_suffix(".json")
+
+    @property
+    def files(self) -> list[Path]:
+        """See `Source.files`."""
+        return [file for file in (self.path, self._json) if file.is_file()]
 
     @staticmethod
     def detects(path: Path) -> bool:
         """See `Source.detects`."""
         return any(name.startswith("traj_") for name in top_level(path))
 
-    def read(self, index: int) -> Episode:
-        """See `Source.read`."""
+    def _read(self, index: int) -> Episode:
         name, steps = self._names[index], self.lengths[index]
         where = f"'{self.path}', {name}"
-        with self.damage_is_named():
-            trajectory = self.h5[name]
-            obs = trajectory.get("obs")
-            if obs is None or (hasattr(obs, "keys") and not len(obs)):
-                raise DatasetError(f"{where}: has no observations, but simulator states: replay it first, with "
-                                   "python -m mani_skill.trajectory.replay_trajectory -o state")  # fmt: skip
-            grouped = hasattr(obs, "keys")
-            parts = chosen_parts(obs, self.options.keys, _default(obs), where) if grouped else {"obs": obs}
-            observations, images = state_and_images(parts, None, steps + 1, steps, where)
-            actions = numbers(trajectory["actions"][()], "actions", steps, 2, where)
-            rewards = (
-                numbers(trajectory["rewards"][()], "rewards", steps, 1, where) if "rewards" in trajectory else None
-            )
-            success = bool(np.asarray(trajectory["success"]).any()) if "success" in trajectory else None
-            terminated = bool(np.asarray(trajectory["terminated"])[-1])
+        trajectory = self.h5[name]
+        obs = trajectory.get("obs")
+        grouped = hasattr(obs, "keys")
+        if obs is None or (grouped and len(obs) == 0):
+            raise DatasetError(f"{where}: has no observations, but simulator states: replay it first, with "
+                               "python -m mani_skill.trajectory.replay_trajectory -o state")  # fmt: skip
+        if not grouped and self.options.keys is not None:
+            raise DatasetError(f"{where}: there is no '{self.options.keys[0]}': the observations have no named parts")
+        parts = chosen_parts(obs, self.options.keys, _default(obs), where) if grouped else {"obs": obs}
+        observations, images = state_and_images(parts, None, steps + 1, steps, where)
+        actions, *flags = (
+            numbers(trajectory[part][()], part, steps, ndim, where) if part in trajectory else None
+            for part, ndim in (("actions", 2), ("rewards", 1), ("success", 1), ("terminated", 1))
+        )
+        rewards, success, terminated = flags
+        if actions is None or terminated is None:
+            raise DatasetError(f"{where}: {'actions' if actions is None else 'terminated'} is missing")
         seed = self._seeds.get(int(name.removeprefix("traj_")))
-        return Episode(where, observations, actions, rewards, terminated, success, -1 if seed is None else seed, images)
+        return Episode(
+            where, observations, actions, rewards,
+            terminated=bool(terminated[-1]),
+            success=None if success is None else bool(success.any()),
+            seed=-1 if seed is None else int(seed),
+            images=images,
+        )  # fmt: skip
 
 
 def _default(obs: Any) -> list[str]:

@@ -30,7 +30,7 @@ from dprl import checkpoint
 from dprl.data.episodes import Episodes, RewardsFrom
 from dprl.data.formats.hdf5 import HDF5Source, RawFrames, is_image, numbered
 from dprl.data.images import decode, png, stack
-from dprl.data.source import DataOptions, Episode, Frames, Pixels, leaves, numbers, require_h5py
+from dprl.data.source import Episode, Frames, Pixels, damage_named, leaves, numbers, require_h5py
 from dprl.errors import CheckpointError, DatasetError
 from dprl.observations import IMAGES, STATE, camera_name
 from dprl.spec import EnvSpec, FloatArray
@@ -48,30 +48,40 @@ class Minari(HDF5Source):
 
     format: ClassVar[str] = "a Minari data set"
 
-    def __init__(self, path: Path, options: DataOptions) -> None:
-        super().__init__(path, options, path / DATA_FILE)
+    @property
+    def file(self) -> Path:
+        """See `HDF5Source.file`."""
+        return self.path / DATA_FILE
+
+    @property
+    def files(self) -> list[Path]:
+        """See `Source.files`."""
+        return [file for file in (self.file, self.path / METADATA_FILE) if file.is_file()]
+
+    def open(self) -> None:
+        """See `Source.open`."""
         try:
-            checkpoint.verify(path)
+            checkpoint.verify(self.path)
         except CheckpointError as error:
             raise DatasetError(str(error)) from error
-        metadata = _read_metadata(path / METADATA_FILE)
-        self.env_id = _env_id(metadata, path / METADATA_FILE)
-        self.rewards_from: RewardsFrom = metadata.get(REWARDS_KEY, "data")
-        if self.rewards_from not in get_args(RewardsFrom):
-            raise DatasetError(f"'{path / METADATA_FILE}': {REWARDS_KEY} is {self.rewards_from!r}")
-        with self.damage_is_named():
+        with damage_named(f"'{self.file}'", self.format):
+            super().open()
             self._names = numbered(self.h5, "episode_", self.file)
             self.lengths = [self._length(name) for name in self._names]
+        metadata = _read_metadata(self.path / METADATA_FILE)
+        self.env_id = _env_id(metadata, self.path / METADATA_FILE)
+        self.rewards_from: RewardsFrom = metadata.get(REWARDS_KEY, "data")
+        if self.rewards_from not in get_args(RewardsFrom):
+            raise DatasetError(f"'{self.path / METADATA_FILE}': {REWARDS_KEY} is {self.rewards_from!r}")
 
     @staticmethod
     def detects(path: Path) -> bool:
         """See `Source.detects`."""
         return (path / DATA_FILE).exists()
 
-    def read(self, index: int) -> Episode:
-        """See `Source.read`."""
+    def _read(self, index: int) -> Episode:
         steps, where = self.lengths[index], self._where(self._names[index])
-        with self.damage_is_named():
+        with damage_named(where, self.format):
             group = self.h5[self._names[index]]
             state, images = _split_parts(group["observations"], steps, where)
             arrays = {
@@ -80,11 +90,9 @@ class Minari(HDF5Source):
             }
             infos = group.get("infos", {})
             success = np.asarray(infos["success"]).any() if "success" in infos else group.attrs.get("success")
-            if not group.attrs.get("final_known", True):
-                state = state[:-1]
             return Episode(
                 where,
-                state,
+                state if group.attrs.get("final_known", True) else state[:-1],
                 arrays["actions"],
                 arrays["rewards"] if self.rewards_from == "data" else None,
                 terminated=bool(arrays["terminations"][-1]),
@@ -277,8 +285,8 @@ def _to_the_end(rows: Any, steps: int) -> Any:
 def _write_parts(group: Any, state: FloatArray, episode: Episode) -> None:
     if state.shape[1]:
         group.create_dataset(STATE, data=state)
-    for camera, images in episode.images.items():
-        frames = _to_the_end(images.read(), len(episode))
+    for camera in episode.images:
+        frames = _to_the_end(episode.read_images(camera), len(episode))
         if min(frames.shape[1:3]) < MINARI_IMAGE:
             chunk = (1, *frames.shape[1:])
             group.create_dataset(IMAGES + camera, data=frames, chunks=chunk, compression="gzip", compression_opts=1)

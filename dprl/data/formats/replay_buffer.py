@@ -3,23 +3,21 @@
     data/action (S, A), data/<part> (S, ...)    all steps one after the other
     meta/episode_ends (episodes,)               index after each episode's last step
 
-The state is ``state`` where there is one, else all numbers in alphabetical order, unless `keys` says otherwise; images
-(S, height, width, 3), uint8 or floats from 0 to 255, become cameras. There are no rewards, and what the last action of
-an episode led to is not kept.
+The state is ``state`` where there is one, else all numbers but ``timestamp`` in alphabetical order, unless `keys` says
+otherwise; images (S, height, width, 3), uint8 or floats from 0 to 255, become cameras. There are no rewards, and what
+the last action of an episode led to is not kept.
 """
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from dprl.data.source import DataOptions, Episode, Frames, Pixels, Source, leaves, numbers
+from dprl.data.source import Episode, Frames, Pixels, Source, leaves, numbers
 from dprl.errors import DatasetError, MissingDependencyError
 from dprl.observations import camera_name
 
@@ -33,12 +31,13 @@ class ReplayBuffer(Source):
     format: ClassVar[str] = "a zarr replay buffer"
     takes: ClassVar[tuple[str, ...]] = ("keys",)
 
-    def __init__(self, path: Path, options: DataOptions) -> None:
-        super().__init__(path, options)
-        with self._damage_is_named():
-            self._root = require_zarr().open_group(_store(path), mode="r")
-            self._ends = np.asarray(self._root[ENDS][:]).astype(np.int64)
-            parts = dict(leaves(self._root["data"]))
+    def open(self) -> None:
+        """See `Source.open`."""
+        path = self.path
+        self._root = require_zarr().open_group(_store(path), mode="r")
+        self._closing.callback(self._root.store.close)
+        self._ends = np.asarray(self._root[ENDS][:]).astype(np.int64)
+        parts = dict(leaves(self._root["data"]))
         if "action" not in parts:
             raise DatasetError(f"'{path}': data/action is missing")
         self._actions = parts.pop("action")
@@ -47,18 +46,32 @@ class ReplayBuffer(Source):
             raise DatasetError(f"'{path}': {ENDS} is {self._ends.tolist()[:5]}...; it must rise to the {steps} steps")
         self._starts = np.concatenate([[0], self._ends[:-1]])
         self.lengths = (self._ends - self._starts).tolist()
-        images = [name for name, array in parts.items() if array.ndim == 4 and array.shape[3] in CHANNELS]
-        state = [name for name in parts if name not in images]
+        images = [name for name, array in parts.items() if array.ndim >= 4]
+        state = [name for name in parts if name not in (*images, "timestamp")]
         default = (["state"] if "state" in parts else state) + images
-        wanted = default if options.keys is None else list(options.keys)
+        wanted = default if self.options.keys is None else list(self.options.keys)
+        self._state, self._images = dict[str, Any](), dict[str, Any]()
         for name in wanted:
             if name not in parts:
                 raise DatasetError(f"'{path}': there is no '{name}' in data: {', '.join(parts)}")
-            rows = parts[name].shape[0]
-            if rows != steps:
-                raise DatasetError(f"'{path}': data/{name} has {rows} rows, data/action has {steps}")
-        self._state = {name: parts[name] for name in wanted if name not in images}
-        self._images = {name: parts[name] for name in wanted if name in images}
+            self._take(name, parts[name], steps)
+
+    def _take(self, name: str, array: Any, steps: int) -> None:
+        """Let a part be of the state, or a camera."""
+        if array.shape[0] != steps:
+            raise DatasetError(f"'{self.path}': data/{name} has {array.shape[0]} rows, data/action has {steps}")
+        if array.ndim < 4:
+            self._state[name] = array
+            return
+        camera = camera_name(name)
+        if array.ndim != 4 or array.shape[3] not in CHANNELS:
+            raise DatasetError(
+                f"'{self.path}': data/{name} has the shape {array.shape}; images are (steps, height, width, 1 or 3). "
+                "keys can leave it out"
+            )
+        if camera in self._images:
+            raise DatasetError(f"'{self.path}': different parts are the same camera '{camera}'")
+        self._images[camera] = array
 
     @staticmethod
     def detects(path: Path) -> bool:
@@ -70,34 +83,19 @@ class ReplayBuffer(Source):
         with zipfile.ZipFile(path) as archive:
             return any(name.startswith(f"{ENDS}/") for name in archive.namelist())
 
-    def read(self, index: int) -> Episode:
-        """See `Source.read`."""
+    def _read(self, index: int) -> Episode:
         rows, steps = slice(int(self._starts[index]), int(self._ends[index])), self.lengths[index]
         where = f"'{self.path}', episode {index}"
-        with self._damage_is_named(where):
-            actions = numbers(self._actions[rows], "data/action", steps, 2, where)
-            columns = [np.zeros((steps, 0), np.float32)]
-            for name, array in self._state.items():
-                columns.append(numbers(array[rows], f"data/{name}", steps, None, where).reshape(steps, -1))
+        actions = numbers(self._actions[rows], "data/action", steps, 2, where)
+        columns = [np.zeros((steps, 0), np.float32)]
+        for name, array in self._state.items():
+            columns.append(numbers(array[rows], f"data/{name}", steps, None, where).reshape(steps, -1))
         images: dict[str, Frames] = {
-            camera_name(name): _Frames(array, rows, f"{where}: data/{name}") for name, array in self._images.items()
+            camera: _Frames(array, rows, f"{where}: camera {camera}") for camera, array in self._images.items()
         }
         return Episode(
             where, np.concatenate(columns, axis=1), actions, None, terminated=False, success=None, images=images
         )
-
-    def close(self) -> None:
-        """See `Source.close`."""
-        self._root.store.close()
-
-    @contextmanager
-    def _damage_is_named(self, where: str = "") -> Iterator[None]:
-        try:
-            yield
-        except (DatasetError, MissingDependencyError):
-            raise
-        except Exception as error:  # zarr and its codecs raise almost any kind
-            raise DatasetError(f"{where or repr(str(self.path))} is damaged or not {self.format}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -115,14 +113,12 @@ class _Frames:
 
     def read(self) -> Pixels:
         """See `Frames.read`."""
-        try:
-            frames = np.asarray(self.array[self.rows])
-        except Exception as error:  # zarr and its codecs raise almost any kind
-            raise DatasetError(f"{self.where} cannot be decoded: {error}") from error
+        frames = np.asarray(self.array[self.rows])
         if frames.dtype == np.uint8:
             return frames
-        if not (np.isfinite(frames).all() and frames.min() >= 0 and frames.max() <= 255):
-            raise DatasetError(f"{self.where} is {frames.dtype}; images are uint8, or floats from 0 to 255")
+        if not (np.isfinite(frames).all() and frames.min() >= 0 and 1 < frames.max() <= 255):
+            raise DatasetError(f"{self.where} is {frames.dtype} from {frames.min():g} to {frames.max():g}; images are "
+                               "uint8, or floats from 0 to 255")  # fmt: skip
         return frames.round().astype(np.uint8)
 
 

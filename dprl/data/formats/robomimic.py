@@ -6,7 +6,7 @@
 
 The state is robomimic's own choice, pose and gripper of each robot and the object, unless `keys` says otherwise; images
 become cameras, ``agentview_image`` the camera ``agentview``. Rewards that robosuite gives without shaping are 1 in
-success, so an episode with one of them succeeded.
+success, so an episode with one of them succeeded; of others nobody knows.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 from dprl.data.formats.hdf5 import HDF5Source, chosen_parts, is_image, numbered, state_and_images, top_level
-from dprl.data.source import DataOptions, Episode, leaves, numbers
+from dprl.data.source import Episode, leaves, numbers
 from dprl.errors import DatasetError, did_you_mean
 
 ROBOT_PARTS = ("eef_pos", "eef_quat", "gripper_qpos")
@@ -31,43 +29,43 @@ class Robomimic(HDF5Source):
     format: ClassVar[str] = "a robomimic file"
     takes: ClassVar[tuple[str, ...]] = ("filter_key", "keys")
 
-    def __init__(self, path: Path, options: DataOptions) -> None:
-        super().__init__(path, options)
-        with self.damage_is_named():
-            data = self.h5["data"]
-            names = numbered(data, "demo_", path)
-            self._names = names if options.filter_key is None else self._masked(names, options.filter_key)
-            for name in self._names:
-                if "actions" not in data[name]:
-                    raise DatasetError(f"'{path}', {name}: actions is missing")
-            self.lengths = [len(data[name]["actions"]) for name in self._names]
-            env = json.loads(data.attrs["env_args"]) if "env_args" in data.attrs else {}
-            env_name, kwargs = env.get("env_name"), env.get("env_kwargs", {})
-            self.env_id = f"robosuite/{env_name}" if env_name and "robots" in kwargs else env_name
-            self._sparse = not kwargs.get("reward_shaping", False)
+    def open(self) -> None:
+        """See `Source.open`."""
+        super().open()
+        data = self.h5["data"]
+        names = numbered(data, "demo_", self.path)
+        self._names = names if self.options.filter_key is None else self._masked(names, self.options.filter_key)
+        for name in self._names:
+            if "actions" not in data[name]:
+                raise DatasetError(f"'{self.path}', {name}: actions is missing")
+        self.lengths = [len(data[name]["actions"]) for name in self._names]
+        env = json.loads(data.attrs["env_args"]) if "env_args" in data.attrs else {}
+        env_name, kwargs = env.get("env_name"), env.get("env_kwargs", {})
+        is_robosuite = "robots" in kwargs
+        self.env_id = f"robosuite/{env_name}" if env_name and is_robosuite else env_name
+        self._sparse = is_robosuite and not kwargs.get("reward_shaping", False)
 
     @staticmethod
     def detects(path: Path) -> bool:
         """See `Source.detects`."""
         return "data" in top_level(path)
 
-    def read(self, index: int) -> Episode:
-        """See `Source.read`."""
+    def _read(self, index: int) -> Episode:
         name, steps = self._names[index], self.lengths[index]
         where = f"'{self.path}', {name}"
-        with self.damage_is_named():
-            demo = self.h5["data"][name]
-            if "obs" not in demo:
-                raise DatasetError(f"{where}: has no observations, but simulator states: extract them first, with "
-                                   "robomimic's dataset_states_to_obs")  # fmt: skip
-            parts = chosen_parts(demo["obs"], self.options.keys, _default(demo["obs"]), where)
-            last = dict(leaves(demo["next_obs"])) if "next_obs" in demo else None
-            observations, images = state_and_images(parts, last, steps, steps, where)
-            actions = numbers(demo["actions"][()], "actions", steps, 2, where)
-            rewards = numbers(demo["rewards"][()], "rewards", steps, 1, where) if "rewards" in demo else None
-            done = bool(np.asarray(demo["dones"])[-1]) if "dones" in demo else False
-        success = done if rewards is None or not self._sparse else bool(rewards.max() > 0)
-        return Episode(where, observations, actions, rewards, terminated=done, success=success, images=images)
+        demo = self.h5["data"][name]
+        if "obs" not in demo:
+            raise DatasetError(f"{where}: has no observations, but simulator states: extract them first, with "
+                               "robomimic's dataset_states_to_obs")  # fmt: skip
+        parts = chosen_parts(demo["obs"], self.options.keys, _default(demo["obs"]), where)
+        last = dict(leaves(demo["next_obs"])) if "next_obs" in demo else None
+        observations, images = state_and_images(parts, last, steps, steps, where)
+        actions = numbers(demo["actions"][()], "actions", steps, 2, where)
+        rewards = numbers(demo["rewards"][()], "rewards", steps, 1, where) if "rewards" in demo else None
+        dones = numbers(demo["dones"][()], "dones", steps, 1, where) if "dones" in demo else None
+        success = bool(rewards.max() > 0) if self._sparse and rewards is not None else None
+        terminated = dones is not None and bool(dones[-1])
+        return Episode(where, observations, actions, rewards, terminated=terminated, success=success, images=images)
 
     def _masked(self, names: list[str], filter_key: str) -> list[str]:
         masks = self.h5.get("mask", {})
@@ -90,4 +88,4 @@ def _default(obs: Any) -> list[str]:
     parts = dict(leaves(obs))
     images = [name for name, dataset in parts.items() if is_image(dataset)]
     standard = [name for name in STANDARD if name in parts]
-    return (standard or [name for name in parts if name not in images]) + images
+    return (standard or [name for name, dataset in parts.items() if dataset.ndim <= 2]) + images  # not depth images
