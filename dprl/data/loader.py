@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dprl.data.episodes import Chunks, Episodes, OnDisk
 from dprl.data.transitions import Decisions
-from dprl.observations import TensorObservation, map_parts
+from dprl.observations import TensorObservation, map_parts, put
 
 
 class Batch(NamedTuple):
@@ -143,8 +143,10 @@ class DecisionBatches(RowBatches[DecisionBatch]):
         """See `RowBatches`."""
         super().__init__(DecisionRows(data, decisions), len(decisions), data, device, num_workers)
         if self.num_workers == 0:
-            every = np.arange(int(data.ends[-1]) + data.n_episodes)
-            self._obs = map_parts(self._moved, data.observe_outcomes(every))
+            finals = int(data.ends[-1]) + np.arange(data.n_episodes)
+            self._obs = map_parts(self._moved, data.observe(slice(None)))
+            self._final = map_parts(self._moved, data.observe_outcomes(finals))
+            self._n_steps = int(data.ends[-1])
             self._actions = self._moved(data.actions)
             cut = (decisions.observation_rows, decisions.action_rows, decisions.next_rows)
             self._index = [self._moved(column) for column in cut]
@@ -152,7 +154,10 @@ class DecisionBatches(RowBatches[DecisionBatch]):
 
     def _gathered(self, rows: Tensor) -> DecisionBatch:
         seen, did, following = (index[rows] for index in self._index)
-        obs, next_obs = (map_parts(lambda part, at=at: part[at], self._obs) for at in (seen, following))
+        is_final = following >= self._n_steps
+        obs = map_parts(lambda part: part[seen], self._obs)
+        next_obs = map_parts(lambda part: part[following.clamp(max=self._n_steps - 1)], self._obs)
+        put(next_obs, is_final, map_parts(lambda part: part[following[is_final] - self._n_steps], self._final))
         reward, discount = (column[rows] for column in self._numbers)
         return DecisionBatch(obs, self._actions[did], next_obs, reward, discount)
 

@@ -10,7 +10,8 @@ import torch
 
 from dprl.data import Episodes, load, load_dataset, save_dataset
 from dprl.data.episodes import OnDisk
-from dprl.data.loader import Batch, ChunkBatches
+from dprl.data.loader import Batch, ChunkBatches, DecisionBatches
+from dprl.data.transitions import decisions
 from dprl.observations import IMAGES, STATE, Camera, map_parts
 from dprl.policy import Features
 from dprl.spec import EnvSpec
@@ -152,3 +153,41 @@ def test_what_does_not_fit_stays_on_disk_and_is_read_by_workers(on_disk: Path, m
         assert batches.num_workers == workers
         assert all(isinstance(images, OnDisk) == (workers > 0) for images in data.images.values())
         assert_same(list(batches.read(PICKS)), read(load_dataset(on_disk, memory_map=False)))
+
+
+# ----------------------------------------------------------------------------------------------------------- decisions
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("sees", SEES)
+def test_decisions_come_with_what_they_led_to(sees: str, num_workers: int) -> None:
+    data = random_episodes(SEES[sees])
+    cut = decisions(data, 2, 3, 0.9)
+    batches = DecisionBatches(data, cut, CPU, num_workers=num_workers)
+    assert len(batches) == len(cut)
+    rows = np.arange(len(cut))
+    (batch,) = batches.read(torch.as_tensor(rows)[None])
+    expected = {
+        "obs": data.observe(cut.observation_rows),
+        "next_obs": data.observe_outcomes(cut.next_rows),
+    }
+    for name, observation in expected.items():
+        ours, theirs = (o if isinstance(o, dict) else {STATE: o} for o in (getattr(batch, name), observation))
+        assert ours.keys() == theirs.keys()
+        for part, values in theirs.items():
+            np.testing.assert_array_equal(ours[part], values)
+    np.testing.assert_array_equal(batch.actions, data.actions[cut.action_rows])
+    np.testing.assert_array_equal(batch.reward, cut.rewards)
+    np.testing.assert_array_equal(batch.discount, cut.discounts)
+
+
+def test_what_an_episode_led_to_is_its_own(on_disk: Path) -> None:
+    """Rows beyond the last step are final observations, in memory or on disk."""
+    held, mapped = load_dataset(on_disk), load_dataset(on_disk, memory_map=True)
+    rows = np.array([[0, int(held.ends[-1]) + 2], [int(held.ends[-1]), 3]])
+    for data in (held, mapped):
+        seen = data.observe_outcomes(rows)
+        np.testing.assert_array_equal(seen[STATE][0, 1], held.final_observations[2])
+        np.testing.assert_array_equal(seen[STATE][1], [held.final_observations[0], held.observations[3]])
+        for camera, final in held.final_images.items():
+            np.testing.assert_array_equal(seen[IMAGES + camera][0, 1], final[2])
