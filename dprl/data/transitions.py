@@ -31,7 +31,7 @@ class Decisions:
     next_rows: IntArray
     """(N, O) of what it led to: rows of the observations, followed by those of the final ones."""
     rewards: FloatArray
-    """(N,) discounted sum over the executed steps."""
+    """(N,) sum over the executed steps, as rollouts have it."""
     discounts: FloatArray
     """(N,) of what follows: gamma to the power of the executed steps, 0 where the episode terminated."""
 
@@ -71,7 +71,8 @@ def decisions(data: Episodes, n_obs_steps: int, n_action_steps: int, gamma: floa
     kept = ~is_last | terminated | known
     if not kept.any():
         raise DatasetError("no decision is left: what follows is known of none")
-    rewards = _discounted(np.asarray(data.rewards), step, end, n_action_steps, gamma)
+    sums = np.concatenate([[0.0], np.cumsum(np.asarray(data.rewards), dtype=np.float64)])
+    rewards = (sums[after] - sums[step]).astype(np.float32)
     observation_rows = np.maximum(step[:, None] + np.arange(1 - n_obs_steps, 1), first[:, None])
     next_rows = np.maximum(after[:, None] + np.arange(1 - n_obs_steps, 1), first[:, None])
     beyond = next_rows >= end[:, None]
@@ -80,12 +81,3 @@ def decisions(data: Episodes, n_obs_steps: int, n_action_steps: int, gamma: floa
     discounts = np.where(terminated, 0.0, gamma**n_steps).astype(np.float32)
     columns = (observation_rows, action_rows, n_steps, next_rows, rewards, discounts)
     return Decisions(*(column[kept] for column in columns))
-
-
-def _discounted(rewards: FloatArray, step: IntArray, end: IntArray, n: int, gamma: float) -> FloatArray:
-    """Sum of gamma^i r_{t+i} over the n steps from each on, within its episode."""
-    total = np.zeros(len(rewards), np.float64)
-    for i in range(n):
-        rows = step + i
-        total += np.where(rows < end, gamma**i * rewards[np.minimum(rows, end - 1)], 0.0)
-    return total.astype(np.float32)

@@ -24,7 +24,7 @@ def by_hand(data: Episodes, n_obs: int, n_act: int, gamma: float) -> list[tuple[
             last = t + n == end - start
             if last and not data.terminated[i] and not known:
                 continue
-            reward = sum(gamma**j * data.rewards[start + t + j] for j in range(n))
+            reward = sum(data.rewards[start + t + j] for j in range(n))
             discount = 0.0 if last and data.terminated[i] else gamma**n
             seen, following = ([states[max(0, at + j)] for j in range(1 - n_obs, 1)] for at in (t, t + n))
             did = [data.actions[min(start + t + j, end - 1)] for j in range(n_act)]
