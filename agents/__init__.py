@@ -7,5 +7,6 @@ from dprl.agents.bc import BC, BCConfig
 from dprl.agents.dppo import DPPO
 from dprl.agents.dppo_config import DPPOConfig
 from dprl.agents.idql import IDQL, IDQLConfig
+from dprl.agents.online_idql import OnlineIDQL, OnlineIDQLConfig
 
-__all__ = ["BC", "DPPO", "IDQL", "BCConfig", "DPPOConfig", "IDQLConfig"]
+__all__ = ["BC", "DPPO", "IDQL", "BCConfig", "DPPOConfig", "IDQLConfig", "OnlineIDQL", "OnlineIDQLConfig"]

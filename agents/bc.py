@@ -214,7 +214,7 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
         config, step = self.config, self.timesteps
         if step < config.warmup_steps:
             return config.learning_rate * (step + 1) / config.warmup_steps
-        progress = (step - config.warmup_steps) / max(self._total_steps - config.warmup_steps, 1)
+        progress = min(1.0, (step - config.warmup_steps) / max(self._total_steps - config.warmup_steps, 1))
         span = config.learning_rate - config.final_learning_rate
         return config.final_learning_rate + 0.5 * (1 + math.cos(math.pi * progress)) * span
 

@@ -53,6 +53,9 @@ class IDQLConfig:
     """The critics'."""
     gamma: float = 0.99
     """Discount of one environment step."""
+    bootstrap_truncated: bool | None = None
+    """Whether something follows where an episode of the data was cut off. Default: unless the data have no rewards and
+    they were made of success."""
     tau: float = 0.005
     """How far the target critics move towards the others at each step."""
 
@@ -60,6 +63,16 @@ class IDQLConfig:
         validate(self, at_least={"batch_size": 1}, above={"learning_rate": 0, "tau": 0})
         check(0 <= self.gamma <= 1, "gamma", self.gamma, "must be from 0 to 1")
         check(self.tau <= 1, "tau", self.tau, "must be at most 1")
+
+
+Figures = tuple[Tensor, ...]
+
+
+def metrics_of(figures: list[Figures]) -> dict[str, float]:
+    """Means of what `IDQL.update_critic` returned."""
+    names = ("value_loss", "q_loss", "q_mean", "value_mean", "advantage_std")
+    means = torch.stack([torch.stack(row) for row in figures]).mean(0).tolist()
+    return {f"idql/{name}": value for name, value in zip(names, means, strict=True)}
 
 
 class Picks(NamedTuple):
@@ -125,37 +138,38 @@ class IDQL(Agent[Picks]):
         """Take `data` to learn from; `total_steps` shapes the learning rate's decay."""
         policy, bc = self.policy, self.config.bc
         shown, _ = data.split(bc.validation_share, self.seed)  # as the behaviour policy's own
-        cut = decisions(shown, policy.config.n_obs_steps, policy.n_action_steps, self.config.gamma)
+        cut = decisions(
+            shown, policy.config.n_obs_steps, policy.n_action_steps, self.config.gamma,
+            bootstrap_truncated=self.config.bootstrap_truncated,
+        )  # fmt: skip
         self.actor.set_data(data, total_steps)
-        self._decisions = DecisionBatches(shown, cut, policy.device, num_workers=bc.num_workers)
+        self.decisions = DecisionBatches(shown, cut, policy.device, num_workers=bc.num_workers)
 
     def collect(self) -> Picks:
         """Draw the minibatches of one iteration, with replacement."""
         chunks = self.actor.collect()
         shape = (len(chunks), self.config.batch_size)
-        picks = torch.randint(len(self._decisions), shape, generator=self._generator, device=self.policy.device)
+        picks = torch.randint(len(self.decisions), shape, generator=self._generator, device=self.policy.device)
         return Picks(chunks, picks)
 
     def update(self, batch: Picks) -> dict[str, float]:
         """Take one gradient step of critics and behaviour policy for each minibatch."""
         start = time.perf_counter()
         losses, figures = [], []
-        for chunks, decision in zip(self.actor.read(batch.chunks), self._decisions.read(batch.decisions), strict=True):
-            figures.append(self._update_critic(decision))
+        for chunks, decision in zip(self.actor.read(batch.chunks), self.decisions.read(batch.decisions), strict=True):
+            figures.append(self.update_critic(decision))
             weight = None
             if self.config.actor_objective != "bc":
                 advantage = self.target.advantage(chunks.obs, chunks.actions)
                 weight = actor_weight(self.config.actor_objective, advantage, self.config.critic.objective)
             losses.append(self.actor.step(chunks, weight))
-        names = ("value_loss", "q_loss", "q_mean", "value_mean", "advantage_std")
-        means = torch.stack([torch.stack(row) for row in figures]).mean(0).tolist()
         return {
-            **{f"idql/{name}": value for name, value in zip(names, means, strict=True)},
+            **metrics_of(figures),
             **self.actor.metrics(torch.stack(losses)),
             "time/samples_per_s": batch.decisions.numel() / (time.perf_counter() - start),
         }
 
-    def _update_critic(self, batch: DecisionBatch) -> tuple[Tensor, ...]:
+    def update_critic(self, batch: DecisionBatch) -> Figures:
         """One gradient step of Q and V; return figures of it."""
         critic, target = self.critic, self.target
         augmentation = self._generator if self.policy.features.cameras else None

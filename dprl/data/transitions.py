@@ -39,7 +39,9 @@ class Decisions:
         return len(self.action_rows)
 
 
-def decisions(data: Episodes, n_obs_steps: int, n_action_steps: int, gamma: float) -> Decisions:
+def decisions(
+    data: Episodes, n_obs_steps: int, n_action_steps: int, gamma: float, *, bootstrap_truncated: bool | None = None
+) -> Decisions:
     """Cut every decision out of `data`.
 
     Left out is a decision after which nobody knows what follows: its episode was cut off there, and what its last
@@ -50,6 +52,8 @@ def decisions(data: Episodes, n_obs_steps: int, n_action_steps: int, gamma: floa
         n_obs_steps: O; before an episode's start its first observation is repeated.
         n_action_steps: E.
         gamma: discount of one environment step.
+        bootstrap_truncated: whether something follows where an episode was cut off. Default: unless rewards were made
+            of success, see `Episodes.rewards_from`.
 
     Raises:
         DatasetError: the data have no rewards, or no decision is left.
@@ -66,7 +70,9 @@ def decisions(data: Episodes, n_obs_steps: int, n_action_steps: int, gamma: floa
     n_steps = np.minimum(n_action_steps, end - step)
     after = step + n_steps
     is_last = after == end
-    terminated = is_last & data.terminated[episode]
+    if bootstrap_truncated is None:
+        bootstrap_truncated = data.rewards_from == "data"
+    terminated = is_last & (data.terminated[episode] | (not bootstrap_truncated))
     known = np.ones(len(episode), np.bool_) if data.final_known is None else data.final_known[episode]
     kept = ~is_last | terminated | known
     if not kept.any():

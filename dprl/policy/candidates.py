@@ -14,6 +14,7 @@ from torch import Tensor
 from dprl.errors import ConfigError, check
 from dprl.observations import TensorObservation, batch_size, map_parts
 from dprl.policy.critic import ChunkCritic
+from dprl.seeding import draw_uniform
 
 Selection = Literal["argmax", "implicit", "softmax"]
 
@@ -36,6 +37,7 @@ def best_of(
     selection: Selection = "argmax",
     scale: float = 1.0,
     generator: torch.Generator | None = None,
+    uniform: Tensor | None = None,
 ) -> Tensor:
     """Draw `candidates` chunks for each observation and choose one.
 
@@ -47,7 +49,8 @@ def best_of(
         selection: `argmax` takes the best; `softmax` draws with probability proportional to exp(score * scale);
             `implicit` by the weights that the critic's value objective implies.
         scale: of the softmax.
-        generator: makes the choice; it also made the draws. Default: torch's own.
+        generator: makes the choice. Default: torch's own.
+        uniform: (B,) numbers in [0, 1) that make the choice instead.
 
     Returns:
         (B, H, A).
@@ -68,7 +71,7 @@ def best_of(
         chosen = scores.argmax(1)
     else:
         weight = scores if selection == "implicit" else torch.softmax(scale * scores, dim=1)
-        chosen = _pick(weight, generator)
+        chosen = _pick(weight, draw_uniform((n,), generator, weight.device) if uniform is None else uniform)
     return chunks.view(n, candidates, *chunks.shape[1:])[torch.arange(n, device=chunks.device), chosen]
 
 
@@ -85,10 +88,8 @@ def _scores(scorer: Scorer, obs: TensorObservation, chunks: Tensor, selection: S
     return scores.to(chunks.device)
 
 
-def _pick(weight: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw a column of each row (B, N) with probability proportional to its weight; all alike where none has any."""
+def _pick(weight: Tensor, uniform: Tensor) -> Tensor:
+    """Pick a column of each row (B, N) with probability proportional to its weight; all alike where none has any."""
     weight = torch.where(weight.sum(1, keepdim=True) > 0, weight, 1.0)
     edges = weight.cumsum(1)
-    device = weight.device if generator is None else generator.device
-    draws = torch.rand(len(weight), 1, generator=generator, device=device).to(weight.device)
-    return (edges < draws * edges[:, -1:]).sum(1).clamp(max=weight.shape[1] - 1)
+    return (edges < uniform[:, None] * edges[:, -1:]).sum(1).clamp(max=weight.shape[1] - 1)

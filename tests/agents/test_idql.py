@@ -127,7 +127,7 @@ def test_values_are_those_of_what_follows(n_action_steps: int) -> None:
 def test_gradients_are_those_of_the_two_losses() -> None:
     """In float64, against losses written out."""
     agent = make()
-    batch = next(agent._decisions.read(agent.collect().decisions))
+    batch = next(agent.decisions.read(agent.collect().decisions))
     for module in (agent.policy, agent.critic, agent.target):
         module.double()
     batch = batch._replace(**{name: getattr(batch, name).double() for name in batch._fields})
@@ -140,7 +140,7 @@ def test_gradients_are_those_of_the_two_losses() -> None:
     expected = expected + sum(((q - goal) ** 2).mean() for q in agent.critic.q(seen, batch.actions))
     gradients = torch.autograd.grad(expected, list(agent.critic.parameters()))
     agent._learner.step = lambda: None
-    agent._update_critic(batch)
+    agent.update_critic(batch)
     for ours, theirs in zip(agent.critic.parameters(), gradients, strict=True):
         assert ours.grad is not None
         torch.testing.assert_close(ours.grad, theirs)
@@ -161,8 +161,8 @@ def test_targets_move_towards_the_critics(rate: float, seed: int) -> None:
 def test_an_update_moves_the_targets_a_little() -> None:
     agent = make(replace(SMALL, tau=0.1))
     before = [p.clone() for p in agent.target.parameters()]
-    batch = next(agent._decisions.read(agent.collect().decisions))
-    agent._update_critic(batch)
+    batch = next(agent.decisions.read(agent.collect().decisions))
+    agent.update_critic(batch)
     for old, new, goal in zip(before, agent.target.parameters(), agent.critic.parameters(), strict=True):
         torch.testing.assert_close(new, old + 0.1 * (goal - old))
     assert all(not p.requires_grad and p.grad is None for p in agent.target.parameters())
@@ -250,7 +250,7 @@ def test_losses_that_cannot_weigh_are_refused(kind: str) -> None:
 def test_held_out_episodes_are_validated_on_and_not_learned_from() -> None:
     config = replace(SMALL, bc=replace(SMALL.bc, validation_share=0.25, validation_every=1))
     agent = make(config)
-    assert len(agent._decisions) < len(make()._decisions)
+    assert len(agent.decisions) < len(make().decisions)
     (row,) = iterate(agent)
     assert {"validation/loss", "bc/learning_rate"} <= row.keys()
 

@@ -13,7 +13,9 @@ from dprl.errors import ConfigError, DatasetError
 from tests.policy.small import FEATURES, random_episodes
 
 
-def by_hand(data: Episodes, n_obs: int, n_act: int, gamma: float) -> list[tuple[object, ...]]:
+def by_hand(
+    data: Episodes, n_obs: int, n_act: int, gamma: float, *, bootstraps: bool = True
+) -> list[tuple[object, ...]]:
     """What each decision saw, did, earned and led to."""
     found = []
     for i, (start, end) in enumerate(zip(data.starts, data.ends, strict=True)):
@@ -22,10 +24,11 @@ def by_hand(data: Episodes, n_obs: int, n_act: int, gamma: float) -> list[tuple[
         for t in range(end - start):
             n = min(n_act, end - start - t)
             last = t + n == end - start
-            if last and not data.terminated[i] and not known:
+            over = last and (data.terminated[i] or not bootstraps)
+            if last and not over and not known:
                 continue
             reward = sum(data.rewards[start + t + j] for j in range(n))
-            discount = 0.0 if last and data.terminated[i] else gamma**n
+            discount = 0.0 if over else gamma**n
             seen, following = ([states[max(0, at + j)] for j in range(1 - n_obs, 1)] for at in (t, t + n))
             did = [data.actions[min(start + t + j, end - 1)] for j in range(n_act)]
             found.append((seen, did, n, following, reward, discount))
@@ -38,20 +41,21 @@ def by_hand(data: Episodes, n_obs: int, n_act: int, gamma: float) -> list[tuple[
     n_act=st.integers(1, 4),
     gamma=st.sampled_from([0.0, 0.5, 0.99, 1.0]),
     seed=st.integers(0, 5),
+    bootstraps=st.booleans(),
 )
 def test_decisions_are_what_the_definition_says(
-    lengths: list[int], n_obs: int, n_act: int, gamma: float, seed: int
+    lengths: list[int], n_obs: int, n_act: int, gamma: float, seed: int, bootstraps: bool
 ) -> None:
     rng = np.random.default_rng(seed)
     data = random_episodes(FEATURES, tuple(lengths), seed)
     flags = [rng.random(len(lengths)) < 0.5 for _ in range(2)]
     data = replace(data, terminated=flags[0], final_known=flags[1])
-    expected = by_hand(data, n_obs, n_act, gamma)
+    expected = by_hand(data, n_obs, n_act, gamma, bootstraps=bootstraps)
     if not expected:
         with pytest.raises(DatasetError, match="no decision is left"):
-            decisions(data, n_obs, n_act, gamma)
+            decisions(data, n_obs, n_act, gamma, bootstrap_truncated=bootstraps)
         return
-    cut = decisions(data, n_obs, n_act, gamma)
+    cut = decisions(data, n_obs, n_act, gamma, bootstrap_truncated=bootstraps)
     everything = np.concatenate([data.observations, data.final_observations])
     seen, did, n, following, reward, discount = (np.array(column) for column in zip(*expected, strict=True))
     np.testing.assert_array_equal(data.observations[cut.observation_rows], seen)
@@ -61,6 +65,14 @@ def test_decisions_are_what_the_definition_says(
     np.testing.assert_allclose(cut.rewards, reward, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(cut.discounts, discount, rtol=1e-6)
     assert len(cut) == len(expected)
+
+
+def test_where_rewards_are_made_of_success_nothing_follows_a_cut() -> None:
+    data = replace(random_episodes(), terminated=np.zeros(4, np.bool_), final_known=np.zeros(4, np.bool_))
+    made = decisions(replace(data, rewards_from="success"), 1, 2, 0.9)
+    assert (made.discounts[made.next_rows[:, 0] >= 28] == 0).all()
+    assert len(made) == 28
+    assert len(decisions(data, 1, 2, 0.9)) == 28 - 2 * 4
 
 
 def test_data_without_rewards_are_refused() -> None:

@@ -1,0 +1,257 @@
+"""IDQL that goes on in an environment (arXiv:2304.10573, section 5.3).
+
+Every iteration takes decisions in every environment, each chosen among samples of the behaviour policy, and puts them
+into a replay buffer. Then critics learn as they did from data, of minibatches that are mixed from buffer and data. The
+behaviour policy stays as it is, and the best sample is taken; or it goes on being cloned from the same mixture, and
+samples are drawn by their implicit weights.
+
+Shapes: T decisions, N environments, B decisions of a minibatch, O observation steps, H actions of a chunk of which the
+first E are executed, A action size, M candidates.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dprl import checkpoint
+from dprl.agents.idql import IDQL, IDQLConfig, metrics_of
+from dprl.config import validate
+from dprl.data import Episodes
+from dprl.data.loader import Batch, DecisionBatch
+from dprl.data.replay import ReplayBuffer
+from dprl.errors import check
+from dprl.mdp import Chain
+from dprl.observations import Observation, TensorObservation, batch_size, map_parts
+from dprl.policy import ChunkCritic, DiffusionPolicy
+from dprl.policy.candidates import Selection, best_of
+from dprl.rollout import Rollout, RolloutPool, as_pool
+from dprl.rollout.pool import require_fit
+from dprl.seeding import torch_generator
+from dprl.spec import BatchedEnv, EnvState
+from dprl.training import Agent, LoopConfig, train
+
+
+@dataclass(frozen=True)
+class OnlineIDQLConfig:
+    """How IDQL acts and learns in an environment."""
+
+    idql: IDQLConfig = field(default_factory=IDQLConfig)
+    """How critics, and a behaviour policy that goes on, learn; `critic` is the policy's own, if it has any."""
+    actor: Literal["frozen", "continues"] = "frozen"
+    """Whether the behaviour policy stays as it is, or goes on being cloned."""
+    candidates: int = 64
+    """M, samples of which one is executed."""
+    selection: Selection | None = None
+    """How it is chosen, see `InferenceConfig`. Default: argmax of a frozen policy, implicit of one that goes on."""
+    n_steps: int = 25
+    """T, decisions per environment and iteration."""
+    updates_per_decision: float = 1.0
+    """Gradient steps for each decision that was taken."""
+    start_decisions: int = 1_000
+    """No updates before so many are in the buffer."""
+    capacity: int = 200_000
+    """Of the buffer, in decisions."""
+    data_share: float = 0.5
+    """Share of each minibatch that comes from the data, where there are any."""
+
+    def __post_init__(self) -> None:
+        counts = ("candidates", "n_steps", "start_decisions", "capacity")
+        validate(self, at_least=dict.fromkeys(counts, 1), above={"updates_per_decision": 0})
+        check(0 <= self.data_share < 1, "data_share", self.data_share, "must be at least 0 and below 1")
+
+    @property
+    def chosen_by(self) -> Selection:
+        """`selection`, or its default."""
+        return self.selection or ("argmax" if self.actor == "frozen" else "implicit")
+
+
+class CandidateActor:
+    """Acts in a pool: draws candidates for each decision and executes one. Chains are the chunks alone."""
+
+    def __init__(self, policy: DiffusionPolicy, candidates: int, selection: Selection) -> None:
+        self.policy, self.candidates, self.selection = policy, candidates, selection
+
+    @property
+    def n_action_steps(self) -> int:
+        """E, how many actions of a chunk are executed."""
+        return self.policy.n_action_steps
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(draws, H, A): all of each candidate, and one whose first number makes the choice."""
+        shape = self.policy.config.horizon, self.policy.features.action_size
+        return self.policy.n_draws() * self.candidates + 1, *shape
+
+    @torch.no_grad()
+    def sample(self, obs: TensorObservation, *, noise: Tensor) -> Chain:
+        """Return a chunk for each observation (B, O, D), of `noise` (draws, B, H, A)."""
+        policy, m, n = self.policy, self.candidates, batch_size(obs)
+        noise = noise.to(policy.device)
+        draws = noise[:-1].unflatten(0, (policy.n_draws(), m)).transpose(1, 2).flatten(1, 2)
+
+        def draw(every: TensorObservation) -> Tensor:
+            return policy.sample(every, noise=draws)
+
+        if m == 1:
+            actions = draw(obs)
+        else:
+            uniform = torch.special.ndtr(noise[-1, :, 0, 0])
+            actions = best_of(draw, policy.checked(obs), m, policy.scorer, selection=self.selection, uniform=uniform)
+        return Chain(actions[:, None], torch.zeros(n, 1, 1, 1), actions)
+
+    def cpu(self) -> Self:
+        """Return the same on the CPU."""
+        on_cpu = self.policy.device.type == "cpu"
+        return self if on_cpu else type(self)(copy.deepcopy(self.policy).cpu(), self.candidates, self.selection)
+
+
+class OnlineIDQL(Agent[Rollout]):
+    """Lets a policy and its critics, learned from data, go on learning in an environment."""
+
+    name = "online-idql"
+    config: OnlineIDQLConfig
+
+    def __init__(
+        self,
+        policy: DiffusionPolicy,
+        env: BatchedEnv | RolloutPool,
+        config: OnlineIDQLConfig | None = None,
+        *,
+        data: Episodes | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Prepare to go on.
+
+        Args:
+            policy: the behaviour policy, with the critics that `IDQL` gave it, or without.
+            env: where it acts; a batched environment is put in a pool.
+            config: the numbers.
+            data: what it was learned from, to be mixed in.
+            seed: of minibatches and noise.
+
+        Raises:
+            ConfigError: a policy that is no diffusion policy or flow, or settings at odds.
+            EnvError: the policy does not fit the environment.
+            DatasetError: the data have no rewards, or do not fit the policy.
+        """
+        self.config = config or OnlineIDQLConfig()
+        if isinstance(policy.scorer, ChunkCritic):
+            self.config = replace(self.config, idql=replace(self.config.idql, critic=policy.scorer.config))
+        known = isinstance(policy, DiffusionPolicy)
+        check(known, "policy", type(policy).__name__, "must be a diffusion policy or flow, whose noise can be replayed")
+        whole = policy.n_action_steps == policy.config.horizon
+        check(self.config.actor == "frozen" or whole, "actor", self.config.actor,
+              "must be frozen: only what was executed can be cloned, and this policy plans further")  # fmt: skip
+        self.pool = as_pool(env, seed)
+        require_fit(policy, self.pool.spec)
+        self.seed, self.timesteps = seed, 0
+        self.policy = policy
+        self.learner = IDQL(policy, self.config.idql, seed=seed)
+        if data is not None:
+            self.learner.set_data(data, 1)
+        self._has_data = data is not None and self.config.data_share > 0
+        self._actor = CandidateActor(policy, self.config.candidates, self.config.chosen_by)
+        self._buffer = ReplayBuffer(
+            self.config.capacity, policy.blank_observation(1), policy.n_action_steps, policy.features.action_size,
+            policy.device,
+        )  # fmt: skip
+        asked = self.config.idql.bootstrap_truncated
+        self._bootstraps = self.pool.spec.reward != "sparse" if asked is None else asked
+        self._generator = torch_generator(seed, "online", device=policy.device)
+
+    def learn(self, total_timesteps: int, *, progress_bar: bool = False) -> Self:
+        """Collect and update for `total_timesteps` more environment steps, as stable-baselines3 does."""
+        train(self, LoopConfig(self.timesteps + total_timesteps), progress_bar=progress_bar)
+        return self
+
+    def collect(self) -> Rollout:
+        """Take `n_steps` decisions in every environment."""
+        rollout = self.pool.collect(self._actor, self.config.n_steps)
+        self.timesteps += int(rollout.n_steps.sum())
+        return rollout
+
+    def update(self, batch: Rollout) -> dict[str, float]:
+        """Put the decisions into the buffer and learn from the mixture."""
+        start = time.perf_counter()
+        self._buffer.add(self._decisions(batch))
+        metrics = batch.episode_metrics() | {
+            "idql/buffer": float(len(self._buffer)),
+            "time/inference_s": batch.inference_s,
+        }
+        if len(self._buffer) < self.config.start_decisions:
+            return metrics
+        n = max(1, round(self.config.updates_per_decision * batch.rewards.size))
+        figures, losses = [], []
+        for minibatch in self._mixed(n):
+            figures.append(self.learner.update_critic(minibatch))
+            if self.config.actor == "continues":
+                losses.append(self.learner.actor.step(Batch(minibatch.obs, minibatch.actions, None)))
+        metrics |= metrics_of(figures) | {
+            "time/samples_per_s": n * self.config.idql.batch_size / (time.perf_counter() - start)
+        }
+        return metrics | ({"bc/loss": float(torch.stack(losses).mean())} if losses else {})
+
+    def _decisions(self, rollout: Rollout) -> DecisionBatch:
+        """A rollout (T, N, ...) as decisions (T·N, ...)."""
+        device, over = self.policy.device, rollout.terminated if self._bootstraps else rollout.ended
+        discount = np.where(over, 0.0, self.config.idql.gamma**rollout.n_steps).astype(np.float32)
+
+        def rows(part: Any) -> Tensor:
+            return torch.as_tensor(part, device=device).flatten(0, 1)
+
+        def seen(observation: Observation) -> TensorObservation:
+            moved: TensorObservation = map_parts(rows, observation)
+            return moved
+
+        actions = rows(rollout.chains[:, :, 0])[:, : self.policy.n_action_steps]
+        return DecisionBatch(
+            seen(rollout.observations), actions, seen(rollout.final_observations), rows(rollout.rewards), rows(discount)
+        )
+
+    def _mixed(self, n: int) -> Iterator[DecisionBatch]:
+        """Yield n minibatches."""
+        size = self.config.idql.batch_size
+        from_data = round(self.config.data_share * size) if self._has_data else 0
+        if not from_data:
+            for _ in range(n):
+                yield self._buffer.sample(size, self._generator)
+            return
+        batches = self.learner.decisions
+        picks = torch.randint(len(batches), (n, from_data), generator=self._generator, device=self.policy.device)
+        for old in batches.read(picks):
+            new = self._buffer.sample(size - from_data, self._generator)
+            yield DecisionBatch(
+                *(map_parts(lambda a, b: torch.cat([a, b]), a, b) for a, b in zip(old, new, strict=True))
+            )
+
+    def state(self) -> dict[str, Any]:
+        """Return all that a resumed run needs beside the policy."""
+        pool = self.pool.state()
+        return {
+            "timesteps": self.timesteps,
+            "learner": self.learner.state(),
+            "buffer": self._buffer.state(),
+            "generator": self._generator.get_state(),
+            "pool": {
+                "episodes": torch.from_numpy(pool.episodes),
+                "lengths": torch.from_numpy(pool.lengths),
+                "actions": torch.from_numpy(pool.actions),
+            },
+        }
+
+    def restore(self, state: checkpoint.StateTree) -> None:
+        """Take up what `state` returned; the pool must be freshly built, and the policy loaded."""
+        self.timesteps = state["timesteps"]
+        self.learner.restore(state["learner"])
+        self._buffer.restore(state["buffer"])
+        self._generator.set_state(state["generator"])
+        pool = state["pool"]
+        self.pool.restore(EnvState(pool["episodes"].numpy(), pool["lengths"].numpy(), pool["actions"].numpy()))

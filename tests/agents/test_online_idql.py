@@ -1,0 +1,188 @@
+"""IDQL in an environment: what it executes, what it keeps and mixes, that it goes on exactly, and that it learns."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dprl.agents import IDQL, BCConfig, IDQLConfig, OnlineIDQL, OnlineIDQLConfig
+from dprl.agents.online_idql import CandidateActor
+from dprl.errors import ConfigError, DatasetError, EnvError
+from dprl.networks import MLPConfig
+from dprl.policy import CriticConfig, DiffusionConfig, DiffusionPolicy, Features, GaussianPolicy, InferenceConfig
+from dprl.rollout import InProcessPool, evaluate
+from dprl.seeding import torch_generator
+from tests.toys import make_toy, reach_demonstrations, reach_spec, toy_policy
+
+IDQL_SMALL = IDQLConfig(BCConfig(batch_size=8), critic=CriticConfig(hidden_size=8, n_layers=1), batch_size=16)
+SMALL = OnlineIDQLConfig(IDQL_SMALL, candidates=3, n_steps=5, updates_per_decision=0.5, start_decisions=20, capacity=50)
+
+
+def agent(data: bool = False, **changes: object) -> OnlineIDQL:
+    config = replace(SMALL, **changes)
+    return OnlineIDQL(toy_policy(), make_toy(reach_spec(), 4), config, data=reach_demonstrations(0) if data else None)
+
+
+def weights(online: OnlineIDQL) -> list[torch.Tensor]:
+    learner = online.learner
+    modules = (learner.critic, learner.target, online.policy, learner.actor._online)
+    return [value for module in modules for value in module.state_dict().values()]
+
+
+def test_the_best_candidate_is_executed() -> None:
+    online = agent()
+    actor, policy = online._actor, online.policy
+    obs = torch.rand(4, 1, 2)
+    noise = torch.randn(actor.noise_shape[0], 4, *actor.noise_shape[1:], generator=torch_generator(0))
+    chain = actor.sample(obs, noise=noise)
+    draws = noise[:-1].view(policy.n_draws(), 3, 4, *noise.shape[2:])
+    every = torch.stack([policy.sample(obs, noise=draws[:, i]) for i in range(3)], dim=1)
+    scores = torch.stack([policy.scorer.score(obs, every[:, i]) for i in range(3)], dim=1)
+    torch.testing.assert_close(chain.actions, every[torch.arange(4), scores.argmax(1)])
+    assert chain.steps.shape == (4, 1, *noise.shape[2:])
+
+
+@pytest.mark.parametrize("selection", ["argmax", "implicit", "softmax"])
+def test_the_same_noise_makes_the_same_choice(selection: str) -> None:
+    actor = CandidateActor(agent().policy, 4, selection)
+    obs = torch.rand(6, 1, 2)
+    noise = torch.randn(actor.noise_shape[0], 6, *actor.noise_shape[1:])
+    assert actor.sample(obs, noise=noise).actions.equal(actor.sample(obs, noise=noise).actions)
+
+
+def test_decisions_are_those_of_the_rollout() -> None:
+    online = agent(n_steps=60)
+    rollout = online.collect()
+    assert rollout.truncated.any()
+    batch = online._decisions(rollout)
+    n = rollout.rewards.size
+    np.testing.assert_array_equal(batch.obs.view(60, 4, 1, 2), rollout.observations)
+    np.testing.assert_array_equal(batch.next_obs.view(60, 4, 1, 2), rollout.final_observations)
+    np.testing.assert_array_equal(batch.actions.view(60, 4, 2, 1), rollout.chains[:, :, 0])
+    np.testing.assert_array_equal(batch.reward.view(60, 4), rollout.rewards)
+    np.testing.assert_allclose(batch.discount, np.where(rollout.ended, 0.0, 0.99**rollout.n_steps).flatten(), rtol=1e-6)
+    assert len(batch.reward) == n
+    bootstrapping = agent(n_steps=60, idql=replace(IDQL_SMALL, bootstrap_truncated=True))
+    discount = bootstrapping._decisions(rollout).discount.view(60, 4)
+    assert bool((discount[torch.as_tensor(rollout.truncated)] > 0).all())
+
+
+def test_no_updates_before_there_is_enough() -> None:
+    online = agent(start_decisions=40)
+    before = [value.clone() for value in weights(online)]
+    first = online.update(online.collect())
+    assert "idql/q_loss" not in first
+    assert first["idql/buffer"] == 20
+    assert all(a.equal(b) for a, b in zip(before, weights(online), strict=True))
+    second = online.update(online.collect())
+    assert {"idql/q_loss", "idql/value_loss"} <= second.keys()
+    assert not all(a.equal(b) for a, b in zip(before, weights(online), strict=True))
+
+
+def test_minibatches_are_mixed_from_data_and_buffer() -> None:
+    online = agent(data=True, data_share=0.25)
+    online._buffer.add(online._decisions(online.collect()))
+    online.learner.decisions._numbers[0].fill_(7.0)  # rewards of the data
+    for batch in online._mixed(3):
+        assert int((batch.reward == 7).sum()) == 4
+        assert len(batch.reward) == 16
+    alone = agent(data=True, data_share=0.0)
+    alone._buffer.add(alone._decisions(alone.collect()))
+    assert all(len(batch.reward) == 16 for batch in alone._mixed(2))
+
+
+def test_a_frozen_policy_stays_and_one_that_continues_does_not() -> None:
+    for actor in ("frozen", "continues"):
+        online = agent(actor=actor)
+        before = [value.clone() for value in online.policy.state_dict().values()]
+        metrics = online.update(online.collect())
+        stays = all(a.equal(b) for a, b in zip(before, online.policy.state_dict().values(), strict=True))
+        assert stays == (actor == "frozen")
+        assert ("bc/loss" in metrics) == (actor == "continues")
+        assert online._actor.selection == ("argmax" if actor == "frozen" else "implicit")
+
+
+OPTIONS = {
+    "frozen": {},
+    "with data": {"data": True},
+    "continues": {"actor": "continues"},
+    "softmax": {"selection": "softmax"},
+    "a small buffer": {"capacity": 25},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_resumed_run_goes_on_exactly(name: str, tmp_path: Path) -> None:
+    options = OPTIONS[name]
+    whole = agent(**options)
+    for _ in range(3):
+        whole.update(whole.collect())
+    whole.save(tmp_path / "saved")
+    rows = [whole.update(whole.collect()) for _ in range(2)]
+    resumed = agent(**options)
+    resumed.load_state(tmp_path / "saved")
+    again = [resumed.update(resumed.collect()) for _ in range(2)]
+    for ours, theirs in zip(again, rows, strict=True):
+        assert all(value == theirs[key] for key, value in ours.items() if not key.startswith("time/"))
+    assert all(a.equal(b) for a, b in zip(weights(resumed), weights(whole), strict=True))
+    assert resumed.timesteps == whole.timesteps
+
+
+def test_critics_that_were_learned_from_data_go_on() -> None:
+    policy, data = toy_policy(), reach_demonstrations(0)
+    IDQL(policy, IDQL_SMALL).fit(data, 5)
+    learned = {name: value.clone() for name, value in policy.scorer.state_dict().items()}
+    online = OnlineIDQL(policy, make_toy(reach_spec(), 4), replace(SMALL, idql=IDQLConfig()), data=data)
+    assert online.config.idql.critic == IDQL_SMALL.critic
+    for critic in (online.learner.critic, online.learner.target):
+        assert all(value.equal(learned[name]) for name, value in critic.state_dict().items())
+
+
+@pytest.mark.timeout(180)
+def test_it_learns() -> None:
+    """Critics that start from nothing make a half-trained reacher better, which itself stays as it is."""
+    from dprl.agents import BC
+
+    data = reach_demonstrations(0)
+    small = DiffusionConfig(horizon=2, num_train_timesteps=8, denoiser=MLPConfig(hidden_size=64))
+    policy = DiffusionPolicy.for_dataset(data, small)
+    BC(policy).fit(data, steps=300)
+    before = evaluate(policy, reach_spec(), 100, seed=1_000).success_rate
+    config = OnlineIDQLConfig(
+        IDQLConfig(critic=CriticConfig(hidden_size=64), learning_rate=1e-3, tau=0.02), candidates=16, n_steps=20
+    )
+    online = OnlineIDQL(policy, InProcessPool(make_toy(reach_spec(), 16)), config, data=data)
+    online.learn(12_000)
+    after = evaluate(policy, reach_spec(), 100, seed=1_000, inference=InferenceConfig(candidates=16)).success_rate
+    assert before is not None
+    assert after is not None
+    assert after > before + 0.15, (before, after)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"actor": "melts"}, "actor = 'melts': must be one of frozen, continues"),
+        ({"data_share": 1.0}, "data_share = 1.0: must be at least 0 and below 1"),
+        ({"candidates": 0}, "candidates = 0"),
+        ({"updates_per_decision": 0.0}, "updates_per_decision = 0.0"),
+    ],
+)
+def test_bad_settings_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(SMALL, **changes)
+
+
+def test_what_cannot_go_on_is_refused() -> None:
+    env = make_toy(reach_spec(), 4)
+    with pytest.raises(ConfigError, match="policy = 'GaussianPolicy': must be a diffusion policy or flow"):
+        OnlineIDQL(GaussianPolicy(Features(2, 1)), env, SMALL)
+    with pytest.raises(EnvError):
+        OnlineIDQL(DiffusionPolicy(Features(3, 1)), env, SMALL)
+    plans = DiffusionPolicy(Features(2, 1), DiffusionConfig(horizon=4, n_action_steps=2))
+    with pytest.raises(ConfigError, match="actor = 'continues': must be frozen"):
+        OnlineIDQL(plans, env, replace(SMALL, actor="continues"))
+    with pytest.raises(DatasetError, match="neither rewards nor success"):
+        OnlineIDQL(toy_policy(), env, SMALL, data=replace(reach_demonstrations(0), rewards_from="none"))
