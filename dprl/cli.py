@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from dprl.agents import BC, DPPO, IDQL
+from dprl.agents import BC, DPPO, IDQL, OnlineIDQL
 from dprl.config import to_json
 from dprl.data import DataOptions, open_dataset, summarize
 from dprl.data import convert as convert_dataset
@@ -157,7 +157,10 @@ def _names(what: str) -> list[tuple[str, str]]:
     if what == "experiments":
         demos = [(f"dprl demo {experiment.name}", experiment.summary) for experiment in CATALOGUE]
         return demos + [(f"dprl experiment {name}", summary) for name, (_, summary) in STUDIES.items()]
-    return [(agent.name, (sys.modules[agent.__module__].__doc__ or "").splitlines()[0]) for agent in (BC, DPPO, IDQL)]
+    return [
+        (agent.name, (sys.modules[agent.__module__].__doc__ or "").splitlines()[0])
+        for agent in (BC, DPPO, IDQL, OnlineIDQL)
+    ]
 
 
 @app.command(name="train-expert")
@@ -257,9 +260,10 @@ def offline(config: Annotated[runs.OfflineConfig, Flat], *, out: Out, quiet: Qui
 
 @app.command
 def finetune(config: Annotated[runs.FinetuneConfig, Flat], *, out: Out, quiet: Quiet = False) -> None:
-    """Improve a pretrained policy with reward (DPPO)."""
+    """Improve a pretrained policy with reward: DPPO, or IDQL that goes on after 'dprl offline'."""
     runs.finetune(config, out, progress_bar=not quiet)
-    print(f"The policy is in {out}. Next: dprl evaluate {out} --env {config.env} --episodes 100")
+    how = f" --candidates {config.acting.candidates}" if config.acting.candidates else ""
+    print(f"The policy is in {out}. Next: dprl evaluate {out} --env {config.env} --episodes 100{how}")
 
 
 @app.command

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import tyro
 from tyro.conf import AvoidSubcommands
 
 from dprl import checkpoint
-from dprl.agents import BC, DPPO, IDQL, BCConfig, DPPOConfig, IDQLConfig
+from dprl.agents import BC, DPPO, IDQL, BCConfig, DPPOConfig, IDQLConfig, OnlineIDQL, OnlineIDQLConfig
 from dprl.config import from_json, to_json, validate
 from dprl.data import Episodes, load_dataset, save_dataset
 from dprl.data.images import require_pillow
@@ -33,6 +33,7 @@ from dprl.policy import (
     BeTConfig,
     CategoricalConfig,
     DiffusionConfig,
+    DiffusionPolicy,
     GaussianConfig,
     GMMConfig,
     IBCConfig,
@@ -251,7 +252,7 @@ class OfflineConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """DPPO: improve a pretrained policy with reward."""
+    """DPPO, or IDQL going on online: improve a pretrained policy with reward."""
 
     policy: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="POLICY")]]
     """Folder of the policy, or of the run that trained it."""
@@ -267,7 +268,13 @@ class FinetuneConfig:
     """Ray workers that share the environments; 0 runs them in this process. Default: what suits the machine."""
     slice_size: int | None = None
     """Environments per inference batch. Runs with equal slices give equal results on any number of workers."""
+    agent: Literal["dppo", "idql"] = "dppo"
+    """What improves it: `dppo` tunes its denoising steps; `idql` lets critics go on learning, which choose its samples,
+    best after `dprl offline`."""
     dppo: DPPOConfig = field(default_factory=DPPOConfig)
+    idql: OnlineIDQLConfig = field(default_factory=OnlineIDQLConfig)
+    data: str | None = None
+    """With idql, the data set that the critics were learned from, to be mixed in."""
     checkpoint_every: int = 10
     """Iterations between checkpoints."""
     eval_every: int = 10
@@ -276,7 +283,7 @@ class FinetuneConfig:
     eval_workers: int = 0
     """Ray workers that evaluate while training goes on; 0: training waits for its evaluations."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
-    """How the policy acts in these evaluations."""
+    """How the policy acts in these evaluations; with idql by default among as many candidates as in training."""
     options: EnvOptions = field(default_factory=EnvOptions)
     seed: int = 0
     device: str = "cpu"
@@ -288,6 +295,14 @@ class FinetuneConfig:
         validate(
             self, at_least={**dict.fromkeys(counts, 1), "workers": 0, "eval_workers": 0, "eval_every": 0, "seed": 0}
         )
+        check(self.data is None or self.agent == "idql", "data", self.data, "is for the agent idql only")
+
+    @property
+    def acting(self) -> InferenceConfig:
+        """How the policy is evaluated."""
+        if self.agent == "dppo" or self.inference.candidates is not None:
+            return self.inference
+        return replace(self.inference, candidates=self.idql.candidates)
 
 
 KINDS: dict[str, type[PretrainConfig] | type[OfflineConfig] | type[FinetuneConfig]] = {
@@ -370,12 +385,13 @@ def _on_data(config: AnyTraining, kind: str, out: Path, *, progress_bar: bool) -
 
 
 def finetune(config: FinetuneConfig, out: Path, *, progress_bar: bool = True) -> RunFolder:
-    """Fine-tune a policy with DPPO in the new run folder `out`."""
+    """Fine-tune a policy with DPPO, or let IDQL go on, in the new run folder `out`."""
     RunFolder.require_free(out)
     config = replace(config, policy=str(Path(config.policy).resolve()))
+    config = config if config.data is None else replace(config, data=str(Path(config.data).resolve()))
     prepared = _prepare_finetune(config, find_policy(Path(config.policy)))
     with _pool(config, prepared.spec, shown=progress_bar) as pool, _scoring(config, prepared, pool) as score:
-        agent = DPPO(prepared.policy, pool, config.dppo, seed=config.seed)
+        agent = _agent(config, prepared, pool)
         run = RunFolder.create(out, "finetune", to_json(config))
         _finetune(config, run, agent, score, resume=False, progress_bar=progress_bar)
     return run
@@ -401,7 +417,7 @@ def resume(path: Path, *, data: Path | None = None, progress_bar: bool = True) -
             return run
         prepared = _prepare_finetune(config, run.last or find_policy(Path(config.policy)))
         with _pool(config, prepared.spec, shown=progress_bar) as pool, _scoring(config, prepared, pool) as score:
-            agent = DPPO(prepared.policy, pool, config.dppo, seed=config.seed)
+            agent = _agent(config, prepared, pool)
             _finetune(config, run, agent, score, resume=started, progress_bar=progress_bar)
     return run
 
@@ -454,6 +470,7 @@ class _Finetuning:
 
     policy: Policy
     spec: EnvSpec
+    data: Episodes | None = None
 
 
 def _prepare_training(config: PretrainConfig | OfflineConfig) -> _Training:
@@ -508,20 +525,34 @@ def _prepare_finetune(config: FinetuneConfig, folder: Path) -> _Finetuning:
     dppo, spec = config.dppo, resolve(config.env, config.options)
     policy = Policy.from_pretrained(folder, device=config.device)
     require_fit(policy, spec)
-    policy.check_inference(config.inference)
-    mdp_of(policy, dppo.tuned_steps, dppo.exploration, dppo.solver, exact=dppo.likelihood == "exact")
+    data: Episodes | None = None
+    if config.agent == "dppo":
+        policy.check_inference(config.inference)
+        mdp_of(policy, dppo.tuned_steps, dppo.exploration, dppo.solver, exact=dppo.likelihood == "exact")
+    elif config.data is not None:
+        data = load_dataset(config.data)
     slices = config.n_envs // checked_slice_size(config.n_envs, config.slice_size)
     fits = not config.workers or slices % config.workers == 0
     check(fits, "workers", config.workers, f"must divide the number of slices, which is {slices}; see slice_size")
     if config.n_action_steps is not None:
         policy.set_n_action_steps(config.n_action_steps)
-    return _Finetuning(policy, with_n_obs_steps(spec, policy.config.n_obs_steps))
+    return _Finetuning(policy, with_n_obs_steps(spec, policy.config.n_obs_steps), data)
+
+
+def _agent(config: FinetuneConfig, prepared: _Finetuning, pool: RolloutPool) -> DPPO | OnlineIDQL:
+    """What learns; everything that can be wrong with it is found here."""
+    if config.agent == "dppo":
+        return DPPO(prepared.policy, pool, config.dppo, seed=config.seed)
+    policy = cast("DiffusionPolicy", prepared.policy)  # or it is refused
+    agent = OnlineIDQL(policy, pool, config.idql, data=prepared.data, seed=config.seed)
+    policy.check_inference(config.acting)
+    return agent
 
 
 def _finetune(
     config: FinetuneConfig,
     run: RunFolder,
-    agent: DPPO,
+    agent: DPPO | OnlineIDQL,
     score: Evaluate,
     *,
     resume: bool,
@@ -544,14 +575,14 @@ def _scoring(config: FinetuneConfig, prepared: _Finetuning, pool: RolloutPool) -
     """Let the pool evaluate, while training waits; or workers that have nothing else to do, while it goes on."""
     policy, episodes, seed = prepared.policy, config.eval_episodes, _selection(config)
     if not config.eval_workers:
-        yield lambda: pool.evaluate(policy, episodes, seed, inference=config.inference)
+        yield lambda: pool.evaluate(policy, episodes, seed, inference=config.acting)
         return
     from dprl.rollout.ray_pool import RayEvaluator
 
     with _called("eval_workers"):
         evaluator = RayEvaluator(prepared.spec, num_workers=config.eval_workers)
     with evaluator:
-        yield lambda: evaluator.start(policy, episodes, seed, inference=config.inference)
+        yield lambda: evaluator.start(policy, episodes, seed, inference=config.acting)
 
 
 def _selection(config: PretrainConfig | OfflineConfig | FinetuneConfig) -> int:

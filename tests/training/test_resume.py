@@ -48,6 +48,12 @@ def command(kind: str, inputs: Path, out: Path) -> list[str]:
                 "--idql.bc.steps-per-iteration", "50", "--idql.bc.batch-size", "16", "--idql.batch-size", "16",
                 "--idql.critic.hidden-size", "8", "--quiet",
                 "ln-resnet", "--policy.denoiser.hidden-size", "8"]  # fmt: skip
+    if kind == "online":
+        return ["finetune", str(inputs / "policy"), "--agent", "idql", "--env", PUSH, "--out", str(out), "--n-envs", "4",
+                "--total-timesteps", "440", "--idql.n-steps", "5", "--idql.start-decisions", "30", "--idql.candidates",
+                "3", "--idql.idql.critic.hidden-size", "8", "--data", str(inputs / "data"), "--checkpoint-every", "1",
+                "--eval-every", "0", "--options.max-episode-steps", "30", "--options.reward", "dense",
+                "--quiet"]  # fmt: skip
     return ["finetune", str(inputs / "policy"), "--env", PUSH, "--out", str(out), "--n-envs", "4",
             "--total-timesteps", "440", "--dppo.tuned-steps", "3", "--dppo.n-steps", "5", "--dppo.batch-size", "20",
             "--dppo.n-epochs", "2", "--checkpoint-every", "1", "--eval-every", "0",
@@ -82,7 +88,7 @@ def assert_same_checkpoint(a: Path, b: Path) -> None:
         assert (a / name).read_text() == (b / name).read_text()
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "offline", "finetune"])
+@pytest.mark.parametrize("kind", ["pretrain", "offline", "online", "finetune"])
 def test_killed_and_resumed_equals_uninterrupted(kind: str, inputs: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(command(kind, inputs, whole)) == 0
@@ -99,7 +105,7 @@ def test_killed_and_resumed_equals_uninterrupted(kind: str, inputs: Path, tmp_pa
 
 @pytest.mark.full
 @pytest.mark.parametrize("iteration", [0, 1, 2, 4, 5])
-@pytest.mark.parametrize("kind", ["pretrain", "offline", "finetune"])
+@pytest.mark.parametrize("kind", ["pretrain", "offline", "online", "finetune"])
 def test_killed_anywhere(kind: str, iteration: int, inputs: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(command(kind, inputs, whole)) == 0
