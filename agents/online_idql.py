@@ -43,7 +43,7 @@ from dprl.training import Agent, LoopConfig, train
 class OnlineIDQLConfig:
     """How IDQL acts and learns in an environment."""
 
-    idql: IDQLConfig = field(default_factory=IDQLConfig)
+    learner: IDQLConfig = field(default_factory=IDQLConfig)
     """How critics, and a behaviour policy that goes on, learn; `critic` is the policy's own, if it has any."""
     actor: Literal["frozen", "continues"] = "frozen"
     """Whether the behaviour policy stays as it is, or goes on being cloned."""
@@ -144,7 +144,7 @@ class OnlineIDQL(Agent[Rollout]):
         """
         self.config = config or OnlineIDQLConfig()
         if isinstance(policy.scorer, ChunkCritic):
-            self.config = replace(self.config, idql=replace(self.config.idql, critic=policy.scorer.config))
+            self.config = replace(self.config, learner=replace(self.config.learner, critic=policy.scorer.config))
         known = isinstance(policy, DiffusionPolicy)
         check(known, "policy", type(policy).__name__, "must be a diffusion policy or flow, whose noise can be replayed")
         whole = policy.n_action_steps == policy.config.horizon
@@ -154,7 +154,7 @@ class OnlineIDQL(Agent[Rollout]):
         require_fit(policy, self.pool.spec)
         self.seed, self.timesteps = seed, 0
         self.policy = policy
-        self.learner = IDQL(policy, self.config.idql, seed=seed)
+        self.learner = IDQL(policy, self.config.learner, seed=seed)
         if data is not None:
             self.learner.set_data(data, 1)
         self._has_data = data is not None and self.config.data_share > 0
@@ -163,7 +163,7 @@ class OnlineIDQL(Agent[Rollout]):
             self.config.capacity, policy.blank_observation(1), policy.n_action_steps, policy.features.action_size,
             policy.device,
         )  # fmt: skip
-        asked = self.config.idql.bootstrap_truncated
+        asked = self.config.learner.bootstrap_truncated
         self._bootstraps = self.pool.spec.reward != "sparse" if asked is None else asked
         self._generator = torch_generator(seed, "online", device=policy.device)
 
@@ -195,14 +195,14 @@ class OnlineIDQL(Agent[Rollout]):
             if self.config.actor == "continues":
                 losses.append(self.learner.actor.step(Batch(minibatch.obs, minibatch.actions, None)))
         metrics |= metrics_of(figures) | {
-            "time/samples_per_s": n * self.config.idql.batch_size / (time.perf_counter() - start)
+            "time/samples_per_s": n * self.config.learner.batch_size / (time.perf_counter() - start)
         }
         return metrics | ({"bc/loss": float(torch.stack(losses).mean())} if losses else {})
 
     def _decisions(self, rollout: Rollout) -> DecisionBatch:
         """A rollout (T, N, ...) as decisions (T·N, ...)."""
         device, over = self.policy.device, rollout.terminated if self._bootstraps else rollout.ended
-        discount = np.where(over, 0.0, self.config.idql.gamma**rollout.n_steps).astype(np.float32)
+        discount = np.where(over, 0.0, self.config.learner.gamma**rollout.n_steps).astype(np.float32)
 
         def rows(part: Any) -> Tensor:
             return torch.as_tensor(part, device=device).flatten(0, 1)
@@ -218,7 +218,7 @@ class OnlineIDQL(Agent[Rollout]):
 
     def _mixed(self, n: int) -> Iterator[DecisionBatch]:
         """Yield n minibatches."""
-        size = self.config.idql.batch_size
+        size = self.config.learner.batch_size
         from_data = round(self.config.data_share * size) if self._has_data else 0
         if not from_data:
             for _ in range(n):

@@ -64,7 +64,7 @@ def test_decisions_are_those_of_the_rollout() -> None:
     np.testing.assert_array_equal(batch.reward.view(60, 4), rollout.rewards)
     np.testing.assert_allclose(batch.discount, np.where(rollout.ended, 0.0, 0.99**rollout.n_steps).flatten(), rtol=1e-6)
     assert len(batch.reward) == n
-    bootstrapping = agent(n_steps=60, idql=replace(IDQL_SMALL, bootstrap_truncated=True))
+    bootstrapping = agent(n_steps=60, learner=replace(IDQL_SMALL, bootstrap_truncated=True))
     discount = bootstrapping._decisions(rollout).discount.view(60, 4)
     assert bool((discount[torch.as_tensor(rollout.truncated)] > 0).all())
 
@@ -134,8 +134,8 @@ def test_critics_that_were_learned_from_data_go_on() -> None:
     policy, data = toy_policy(), reach_demonstrations(0)
     IDQL(policy, IDQL_SMALL).fit(data, 5)
     learned = {name: value.clone() for name, value in policy.scorer.state_dict().items()}
-    online = OnlineIDQL(policy, make_toy(reach_spec(), 4), replace(SMALL, idql=IDQLConfig()), data=data)
-    assert online.config.idql.critic == IDQL_SMALL.critic
+    online = OnlineIDQL(policy, make_toy(reach_spec(), 4), replace(SMALL, learner=IDQLConfig()), data=data)
+    assert online.config.learner.critic == IDQL_SMALL.critic
     for critic in (online.learner.critic, online.learner.target):
         assert all(value.equal(learned[name]) for name, value in critic.state_dict().items())
 
