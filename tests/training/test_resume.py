@@ -53,7 +53,8 @@ def command(kind: str, inputs: Path, out: Path) -> list[str]:
                 "--n-envs", "4",
                 "--total-timesteps", "440", "--idql.n-steps", "5", "--idql.start-decisions", "30", "--idql.candidates",
                 "3", "--idql.learner.critic.hidden-size", "8", "--data", str(inputs / "data"),
-                "--checkpoint-every", "1", "--eval-every", "0", "--options.max-episode-steps", "30", "--options.reward", "dense",
+                "--checkpoint-every", "1", "--eval-every", "0",
+                "--options.max-episode-steps", "30", "--options.reward", "dense",
                 "--quiet"]  # fmt: skip
     return ["finetune", str(inputs / "policy"), "--env", PUSH, "--out", str(out), "--n-envs", "4",
             "--total-timesteps", "440", "--dppo.tuned-steps", "3", "--dppo.n-steps", "5", "--dppo.batch-size", "20",
