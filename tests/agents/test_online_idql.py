@@ -140,6 +140,7 @@ def test_critics_that_were_learned_from_data_go_on() -> None:
         assert all(value.equal(learned[name]) for name, value in critic.state_dict().items())
 
 
+@pytest.mark.full
 @pytest.mark.timeout(180)
 def test_it_learns() -> None:
     """Critics that start from nothing make a half-trained reacher better, which itself stays as it is."""
