@@ -271,11 +271,9 @@ class Episodes:
         if not final.any():
             return seen
         episodes = rows[final] - steps
-        after: Observation = self.final_observations[episodes]
-        if self.images:
-            images = {IMAGES + camera: np.asarray(array[episodes]) for camera, array in self.final_images.items()}
-            after = {STATE: after, **images} if self.observations.shape[1] else images
-        put(seen, final, after)
+        state: FloatArray = self.final_observations[episodes]
+        images = {IMAGES + camera: np.asarray(array[episodes]) for camera, array in self.final_images.items()}
+        put(seen, final, {STATE: state, **images} if isinstance(seen, Mapping) else state)
         return seen
 
     def chunks(self, n_obs_steps: int, horizon: int, *, pad_after: int = 0) -> Chunks:

@@ -173,20 +173,24 @@ class Policy(nn.Module, ABC):
         """What chooses among candidates. A critic (`ChunkCritic`) is saved with the policy, but is no part of it."""
         return self._scorer[0] if self._scorer else None
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; a scorer, even if it is a module, does not become one of this module's."""
-        if name != "scorer":
-            super().__setattr__(name, value)
-            return
+    @scorer.setter
+    def scorer(self, value: Scorer | None) -> None:
         fits = value is None or isinstance(value, Scorer)
         check(fits, "scorer", type(value).__name__, "must have a method score(obs, actions)")
         self._scorer = [] if value is None else [value]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; a scorer, even if it is a module, does not become one of this module's."""
+        if name == "scorer":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Move the critic, too, wherever the policy is moved."""
         if isinstance(self.scorer, nn.Module):
             self.scorer._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+        return cast("Self", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     @property
     def n_action_steps(self) -> int:
