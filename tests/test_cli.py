@@ -157,7 +157,7 @@ ERRORS = {
     "no episodes (experiment)": ("experiment multimodal --out new --quiet --scale 0.0001 --episodes 0", "episodes = 0"),
     "no jobs": ("experiment multimodal --out new --quiet --jobs 0", "jobs = 0"),
     "validation of everything": (f"{PRETRAIN} --bc.validation-share 1", "validation_share = 1"),
-    "missing data": ("pretrain nowhere --out new", "nowhere", "main_data.hdf5"),
+    "missing data": ("pretrain nowhere --out new", "nowhere", "holds no data set"),
     "corrupt data": ("pretrain corrupt --out new", "main_data.hdf5", "damaged"),
     "cut data": ("pretrain cut --out new", "main_data.hdf5", "damaged"),
     "missing policy": (f"evaluate nowhere --env {PENDULUM}", "nowhere", "config.json"),

@@ -165,6 +165,6 @@ class _Images:
 
 
 def _scales(file: Path) -> dict[str, FloatArray]:
-    with damage_named(f"'{file}'", "DPPO's code"), np.load(file, allow_pickle=False) as arrays:
+    with damage_named(f"'{file}'", "DPPO's code"), np.load(file) as arrays:
         names = ("obs_min", "obs_max", "action_min", "action_max")
         return {name: numbers(arrays[name], name, len(arrays[name]), 1, f"'{file}'") for name in names}
