@@ -79,7 +79,7 @@ def test_a_file_is_read_with_less_memory_than_it_has(size: int, tmp_path: Path) 
     file = tmp_path / "large.hdf5"
     write(file, size // ROW // EPISODE * EPISODE)
     before = peak(file, "nothing")
-    for what in ("load", "inspect", "convert"):
+    for what in ("load", "inspect", "convert") if size > 1_000 * MB else ("load",):
         used = peak(file, what)
         print(f"{size / MB:,.0f} MB, {what}: {used} MB at most; {before} before anything was read")
         assert used < 1_000
