@@ -76,17 +76,12 @@ class OnPolicyAgent(Agent[Rollout]):
 
     def state(self) -> dict[str, Any]:
         """Return all that a resumed run needs beside the policy."""
-        pool = self.pool.state()
         return {
             "timesteps": self.timesteps,
             "iteration": self.iteration,
             "mdp": self.mdp.state(),
             "generator": self.generator.get_state(),
-            "pool": {
-                "episodes": torch.from_numpy(pool.episodes),
-                "lengths": torch.from_numpy(pool.lengths),
-                "actions": torch.from_numpy(pool.actions),
-            },
+            "pool": pool_state(self.pool),
         }
 
     def restore(self, state: checkpoint.StateTree) -> None:
@@ -94,7 +89,21 @@ class OnPolicyAgent(Agent[Rollout]):
         self.timesteps, self.iteration = state["timesteps"], state["iteration"]
         self.mdp.restore(state.get("mdp", {}))
         self.generator.set_state(state["generator"])
-        pool = state["pool"]
-        if "generators" in pool:
-            raise CheckpointError("this run was begun by an earlier dprl, whose noise was another: begin it anew")
-        self.pool.restore(EnvState(pool["episodes"].numpy(), pool["lengths"].numpy(), pool["actions"].numpy()))
+        restore_pool(self.pool, state["pool"])
+
+
+def pool_state(pool: RolloutPool) -> dict[str, torch.Tensor]:
+    """Where the environments of a pool are, to be saved."""
+    state = pool.state()
+    return {name: torch.from_numpy(getattr(state, name)) for name in ("episodes", "lengths", "actions")}
+
+
+def restore_pool(pool: RolloutPool, state: dict[str, torch.Tensor]) -> None:
+    """Bring a freshly built pool to where `pool_state` was.
+
+    Raises:
+        CheckpointError: the run was begun by a version whose noise was another.
+    """
+    if "generators" in state:
+        raise CheckpointError("this run was begun by an earlier dprl, whose noise was another: begin it anew")
+    pool.restore(EnvState(state["episodes"].numpy(), state["lengths"].numpy(), state["actions"].numpy()))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dprl import checkpoint
 from dprl.agents.idql import IDQL, IDQLConfig, metrics_of
+from dprl.agents.on_policy import pool_state, restore_pool
 from dprl.config import validate
 from dprl.data import Episodes
 from dprl.data.loader import Batch, DecisionBatch
@@ -35,7 +36,7 @@ from dprl.policy.candidates import Selection, best_of
 from dprl.rollout import Rollout, RolloutPool, as_pool
 from dprl.rollout.pool import require_fit
 from dprl.seeding import torch_generator
-from dprl.spec import BatchedEnv, EnvState
+from dprl.spec import BatchedEnv
 from dprl.training import Agent, LoopConfig, train
 
 
@@ -234,17 +235,12 @@ class OnlineIDQL(Agent[Rollout]):
 
     def state(self) -> dict[str, Any]:
         """Return all that a resumed run needs beside the policy."""
-        pool = self.pool.state()
         return {
             "timesteps": self.timesteps,
             "learner": self.learner.state(),
             "buffer": self._buffer.state(),
             "generator": self._generator.get_state(),
-            "pool": {
-                "episodes": torch.from_numpy(pool.episodes),
-                "lengths": torch.from_numpy(pool.lengths),
-                "actions": torch.from_numpy(pool.actions),
-            },
+            "pool": pool_state(self.pool),
         }
 
     def restore(self, state: checkpoint.StateTree) -> None:
@@ -253,5 +249,4 @@ class OnlineIDQL(Agent[Rollout]):
         self.learner.restore(state["learner"])
         self._buffer.restore(state["buffer"])
         self._generator.set_state(state["generator"])
-        pool = state["pool"]
-        self.pool.restore(EnvState(pool["episodes"].numpy(), pool["lengths"].numpy(), pool["actions"].numpy()))
+        restore_pool(self.pool, state["pool"])

@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dprl.data.source import Pixels
+from dprl.data.source import CHANNELS, Pixels
 from dprl.errors import DatasetError, MissingDependencyError
-
-CHANNELS = (1, 3)
 
 
 def decode(encoded: bytes, where: str) -> Pixels:

@@ -20,6 +20,8 @@ from dprl.spec import FloatArray
 
 Pixels = npt.NDArray[np.uint8]
 FLAGS = ("terminations", "truncations")
+CHANNELS = (1, 3)
+"""Of an image."""
 
 
 class Frames(Protocol):

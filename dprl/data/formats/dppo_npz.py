@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from dprl.data.source import Episode, Frames, Pixels, Source, damage_named, numbers
+from dprl.data.source import CHANNELS, Episode, Frames, Pixels, Source, damage_named, numbers
 from dprl.errors import DatasetError
 from dprl.spec import FloatArray
 
@@ -27,7 +27,6 @@ NEEDED = ("states", "actions", "traj_lengths")
 KNOWN = (*NEEDED, "rewards", "terminals", "images")
 TINY = 1e-6
 """What the authors add to a range before they divide by it."""
-CHANNELS = (1, 3)
 CAMERA = "image"
 
 

@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from dprl.data.source import Frames, Pixels, Source, leaves, numbers, require_h5py
+from dprl.data.source import CHANNELS, Frames, Pixels, Source, leaves, numbers, require_h5py
 from dprl.errors import DatasetError
 from dprl.observations import camera_name
 from dprl.spec import FloatArray
-
-CHANNELS = (1, 3)
 
 
 class HDF5Source(Source):

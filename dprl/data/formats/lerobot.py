@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dprl.data.images import decode, stack
-from dprl.data.source import Episode, Frames, Pixels, Source, damage_named, numbers
+from dprl.data.source import CHANNELS, Episode, Frames, Pixels, Source, damage_named, numbers
 from dprl.errors import DatasetError, MissingDependencyError
 from dprl.observations import IMAGES, STATE, camera_name
 
@@ -32,7 +32,6 @@ INFO = Path("meta") / "info.json"
 OBSERVATION = "observation."
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 VISUAL = ("image", "video")
-CHANNELS = (1, 3)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dprl.data.source import Episode, Frames, Pixels, Source, leaves, numbers
+from dprl.data.source import CHANNELS, Episode, Frames, Pixels, Source, leaves, numbers
 from dprl.errors import DatasetError, MissingDependencyError
 from dprl.observations import camera_name
 
-CHANNELS = (1, 3)
 ENDS = "meta/episode_ends"
 
 
