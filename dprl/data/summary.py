@@ -65,7 +65,7 @@ def summarize(source: Source, on_progress: Callable[[int], None] | None = None) 
         success.append(episode.success)
         terminated.append(episode.terminated)
         known.append(episode.final_known)
-        actions.append(episode.actions[-seen % stride :: stride])
+        actions.append(episode.actions[-seen % stride :: stride].copy())  # a view would hold all of them
         seen += len(episode)
         both = np.concatenate([episode.observations[: len(episode)], episode.actions], axis=1)
         lows.append(both.min(axis=0))
