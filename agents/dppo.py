@@ -29,6 +29,7 @@ from dprl.agents.on_policy import OnPolicyAgent
 from dprl.agents.restraint import Restraint
 from dprl.agents.targets import Pairs, Targets, epoch
 from dprl.cores import at_most_threads, available_cores
+from dprl.cuda_graphs import Replayed
 from dprl.errors import check
 from dprl.mdp import ActionMDP
 from dprl.observations import Observation, TensorObservation, batch_size, map_parts, take
@@ -96,6 +97,14 @@ class DPPO(OnPolicyAgent):
         self._clip_bounds = clip_bounds(config, numbers).to(policy.device)
         self._log_prob_of: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = self.mdp.log_prob
         self._compiled = False
+        self._targets: Targets | None = None
+        self._record()
+
+    def _record(self) -> None:
+        """Record gradient steps anew: what they use has moved. See `Replayed`."""
+        recordable = self.mdp.is_replayable
+        self._critic_step = Replayed(self._critic_figures, self.generator) if recordable else self._critic_figures
+        self._actor_step = Replayed(self._actor_figures, self.generator) if recordable else self._actor_figures
 
     def _critics(self) -> tuple[Critic, Critic | None]:
         """V(s), and where it is asked for the baseline V(s, x_{k+1}, k)."""
@@ -127,25 +136,43 @@ class DPPO(OnPolicyAgent):
             self.mdp.compile()
             self._log_prob_of = torch.compile(self._log_prob_of, dynamic=False)
             self._compiled = True
+            self._record()
 
     def update(self, batch: Rollout) -> dict[str, float]:
         """Improve actor and critic on one rollout; return metrics."""
         config = self.config
         targets, metrics = self._prepare(batch)
+        held = targets.in_place_of(self._targets)
+        if held is not self._targets:
+            self._targets = held
+            self._record()
         figures = UpdateFigures(config.tuned_steps, self.policy.device)
         actor_learns = self.iteration >= config.critic_warmup
         self._value_learner.set_rate(config.lr_schedule.at(self.iteration))
         self._actor_learner.set_rate(config.lr_schedule.at(max(0, self.iteration - config.critic_warmup)))
         with multiplying(config.precision), at_most_threads(available_cores()):
-            for decisions, pairs in self._minibatches(len(targets.returns)):
-                self._update_critic(targets, decisions, pairs, figures)
+            for decisions, pairs in self._minibatches(len(held.returns)):
+                figures.merge(self._critic_step(decisions, *pairs))
                 figures.gradient_steps += 1
                 if actor_learns:
-                    kl = self._update_actor(targets, pairs, figures)
-                    if config.target_kl is not None and kl > config.target_kl:
+                    found = self._actor_step(*pairs)
+                    figures.merge(found)
+                    if config.target_kl is not None and found["approx_kl"] > config.target_kl:
                         break
         self.iteration += 1
         return metrics | figures.metrics(self.name) | batch.episode_metrics() | {"time/inference_s": batch.inference_s}
+
+    def _critic_figures(self, decisions: Tensor, decision: Tensor, k: Tensor) -> dict[str, Tensor]:
+        assert self._targets is not None
+        figures = UpdateFigures(self.config.tuned_steps, self.policy.device)
+        self._update_critic(self._targets, decisions, Pairs(decision, k), figures)
+        return figures.tensors()
+
+    def _actor_figures(self, decision: Tensor, k: Tensor) -> dict[str, Tensor]:
+        assert self._targets is not None
+        figures = UpdateFigures(self.config.tuned_steps, self.policy.device)
+        self._update_actor(self._targets, Pairs(decision, k), figures)
+        return figures.tensors()
 
     def _update_critic(self, targets: Targets, decisions: Tensor, pairs: Pairs, figures: UpdateFigures) -> None:
         """One gradient step. V(s) is of the state only, so each decision counts once, not once per denoising step."""
@@ -165,8 +192,8 @@ class DPPO(OnPolicyAgent):
             (share * config.vf_coef * loss).backward()
         figures.add("critic_grad_norm", self._value_learner.step())
 
-    def _update_actor(self, targets: Targets, pairs: Pairs, figures: UpdateFigures) -> Tensor:
-        """One gradient step; return the approximate KL."""
+    def _update_actor(self, targets: Targets, pairs: Pairs, figures: UpdateFigures) -> None:
+        """One gradient step."""
         advantage = normalized_advantage(targets.advantage[pairs], self.config.advantage_quantiles)
         advantage, bounds = advantage * self._discounts[pairs.k], self._clip_bounds[:, pairs.k]
         log_ratios = []
@@ -181,7 +208,7 @@ class DPPO(OnPolicyAgent):
                 loss = loss + self._restraint(targets, part, figures)
             (share * loss).backward()
         figures.add("actor_grad_norm", self._actor_learner.step())
-        return figures.add_ratio(torch.cat(log_ratios), bounds, pairs.k)
+        figures.add_ratio(torch.cat(log_ratios), bounds, pairs.k)
 
     def _parts(self, n: int) -> Iterator[tuple[slice, float]]:
         """What of a minibatch goes through the networks at once, in as equal parts as may be, and its share of it."""
@@ -288,3 +315,4 @@ class DPPO(OnPolicyAgent):
         self._actor_learner.restore(state.get("actor_optimizer", {}))
         self._value_learner.restore(state.get("critic_optimizer", {}))
         self._reward_scaler.restore(state["reward_scaler"])
+        self._targets = None

@@ -7,12 +7,12 @@ chunk, A action size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dprl.observations import TensorObservation
+from dprl.observations import TensorObservation, map_parts
 
 
 class Pairs(NamedTuple):
@@ -44,6 +44,19 @@ class Targets(NamedTuple):
     returns: Tensor
     """(D,)."""
 
+    def in_place_of(self, former: Targets | None) -> Targets:
+        """Return these; on a GPU, copied into `former` where its shapes are the same: see `Replayed`."""
+        if not self.returns.is_cuda:
+            return self
+        if former is None or former._shapes() != self._shapes():
+            return Targets(*(map_parts(_copy, part) for part in self))
+        for place, part in zip(former, self, strict=True):
+            map_parts(Tensor.copy_, place, part)
+        return former
+
+    def _shapes(self) -> list[Any]:
+        return [map_parts(lambda tensor: tensor.shape, part) for part in self]
+
     def x(self, pairs: Pairs) -> Tensor:
         """What each step starts from, x_{k+1}: (B, H, A)."""
         return self.chains[pairs.decision, self.chains.shape[1] - 2 - pairs.k]
@@ -51,6 +64,10 @@ class Targets(NamedTuple):
     def x_next(self, pairs: Pairs) -> Tensor:
         """What it made, x_k: (B, H, A)."""
         return self.chains[pairs.decision, self.chains.shape[1] - 1 - pairs.k]
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)  # also of one that is expanded
 
 
 def epoch(

@@ -264,7 +264,7 @@ def _require_same(cell: Cell, config: StudyConfig) -> None:
     elif (run / RUN_FILE).exists():
         _, _, trained = RunFolder.open(run)
         stage = "pretrain" if cell.finetune is None else "finetune"
-        stored = ours | {stage: {key: trained.get(key) for key in ours[stage]}}
+        stored = ours | {stage: {key: trained[key] for key in ours[stage] if key in trained}}
     else:
         return
     differing = _differences(_with_defaults(stored, file), ours)

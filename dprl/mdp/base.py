@@ -87,21 +87,21 @@ class PolicyMDP(ABC):
         return self.policy.n_action_steps
 
     @cached_property
-    def _make(self) -> Callable[..., tuple[Tensor, ...]]:
+    def _make(self) -> Callable[..., dict[str, Tensor]]:
         return Replayed(self._chain_of) if self.is_replayable else self._chain_of
 
-    def _chain_of(self, condition: Tensor, frozen: Tensor, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _chain_of(self, condition: Tensor, frozen: Tensor, draws: Tensor) -> dict[str, Tensor]:
         chain = self.chain(condition, draws, frozen=frozen)
-        return chain.steps, chain.log_probs, chain.actions
+        return {"steps": chain.steps, "log_probs": chain.log_probs, "actions": chain.actions}
 
     def compile(self) -> None:
-        """Let torch.compile make chains faster from now on, on a CPU: a GPU replays them. A copy is not compiled.
+        """Let torch.compile make chains faster from now on. A copy is not compiled.
 
         A few decisions at a time then take half as long; many, of which the matrix products are most, as long as
         before. The first chain of each batch size compiles, one of 20 steps for half a minute.
         """
-        if self.is_replayable and self.policy.device.type == "cpu":
-            self._make = torch.compile(self._chain_of, dynamic=False)
+        if self.is_replayable:
+            self._make = Replayed(torch.compile(self._chain_of, dynamic=False))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_make"}  # bound to this one's weights
@@ -164,7 +164,7 @@ class PolicyMDP(ABC):
         draws = self.policy.drawn((n_draws, batch_size(obs), *chunk), noise, generator)
         if pretrained:
             return self.chain(self.condition(obs, pretrained=True), draws, pretrained=True)
-        return Chain(*self._make(*self.conditions(obs), draws))
+        return Chain(**self._make(*self.conditions(obs), draws))
 
     @abstractmethod
     def log_prob(self, condition: Tensor, x: Tensor, x_next: Tensor, k: Tensor) -> Tensor:

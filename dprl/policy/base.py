@@ -431,10 +431,11 @@ class Policy(nn.Module, ABC):
         for name, shape in shapes.items():
             part = torch.as_tensor(parts[name])
             self._check_part(name, part, shape)
-            moved[name] = part.to(self.device, torch.float32 if name == STATE else None)
-        if STATE in moved and not moved[STATE].isfinite().all():
-            row = int((~moved[STATE].isfinite()).flatten(1).any(1).nonzero()[0])
-            raise ConfigError(f"obs[{row}] = {moved[STATE][row].tolist()}: observations must be finite")
+            part = part.float() if name == STATE else part
+            if name == STATE and not part.isfinite().all():  # before it is moved: a GPU would be waited for
+                row = int((~part.isfinite()).flatten(1).any(1).nonzero()[0])
+                raise ConfigError(f"obs[{row}] = {part[row].tolist()}: observations must be finite")
+            moved[name] = part.to(self.device)
         sizes = {name: len(part) for name, part in moved.items()}
         check(len(set(sizes.values())) == 1, "obs", sizes, "all parts must have the same batch size")
         return moved if isinstance(obs, Mapping) else moved[STATE]

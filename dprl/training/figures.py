@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+BY_STEP = "by_step"
+
 
 class UpdateFigures:
     """Means over an iteration's minibatches; for the ratio, also of each denoising step."""
@@ -19,8 +21,8 @@ class UpdateFigures:
         self._means.setdefault(name, []).append(value.detach())
 
     @torch.no_grad()
-    def add_ratio(self, log_ratio: Tensor, bounds: Tensor, k: Tensor) -> Tensor:
-        """Take in log-ratios of pairs (B,), clip bounds (2, B) and denoising steps (B,); return the approximate KL.
+    def add_ratio(self, log_ratio: Tensor, bounds: Tensor, k: Tensor) -> None:
+        """Take in log-ratios of pairs (B,), clip bounds (2, B) and denoising steps (B,).
 
         The KL is estimated by E[(ρ - 1) - log ρ] (J. Schulman, Approximating KL divergence, 2020: k3).
         """
@@ -30,7 +32,21 @@ class UpdateFigures:
         self._by_step.index_add_(1, k, torch.stack([torch.ones_like(kl), clipped.to(kl.dtype), kl]))
         for name, value in (("approx_kl", kl), ("clip_fraction", clipped.to(kl.dtype)), ("ratio_mean", ratio)):
             self.add(name, value.mean())
-        return kl.mean()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all, for `merge`."""
+        means = {
+            name: values[0] if len(values) == 1 else torch.stack(values).mean() for name, values in self._means.items()
+        }
+        return means | {BY_STEP: self._by_step}
+
+    def merge(self, tensors: dict[str, Tensor]) -> None:
+        """Take in another's `tensors`, as one minibatch's figures."""
+        for name, value in tensors.items():
+            if name == BY_STEP:
+                self._by_step += value
+            else:
+                self.add(name, value)
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """Return all means, under `prefix`."""

@@ -17,12 +17,17 @@ class Learner:
     def __init__(self, module: nn.Module, learning_rate: float, max_grad_norm: float | None = None) -> None:
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._rate, self._max_grad_norm = learning_rate, max_grad_norm
-        self._optimizer = torch.optim.AdamW(self._parameters, learning_rate, weight_decay=0.0, fused=True)
+        recorded = all(p.is_cuda for p in self._parameters)  # then the rate has to lie on the GPU too
+        rate = torch.tensor(learning_rate, device=self._parameters[0].device) if recorded else learning_rate
+        self._optimizer = torch.optim.AdamW(self._parameters, rate, weight_decay=0.0, fused=True, capturable=recorded)
 
     def set_rate(self, factor: float) -> None:
         """Multiply the learning rate that was given by `factor`."""
         for group in self._optimizer.param_groups:
-            group["lr"] = self._rate * factor
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(self._rate * factor)
+            else:
+                group["lr"] = self._rate * factor
 
     def zero_grad(self) -> None:
         """Forget the gradient."""
