@@ -35,11 +35,11 @@ def gae(
     """
     delta = reward + gamma * next_value * ~terminated - value
     decay = gamma * gae_lambda * (~ended).to(delta.dtype)
-    advantage = torch.empty_like(delta)
-    trace = torch.zeros_like(delta[0])
-    for t in reversed(range(len(delta))):
-        advantage[t] = trace = delta[t] + decay[t] * trace
-    return advantage
+    trace, advantage = torch.zeros_like(delta[0]), []
+    for now, kept in zip(delta.flip(0).unbind(), decay.flip(0).unbind(), strict=True):
+        trace = now + kept * trace
+        advantage.append(trace)
+    return torch.stack(advantage).flip(0)
 
 
 def explained_variance(prediction: Tensor, target: Tensor) -> float:
@@ -74,12 +74,12 @@ class RunningReturnStd:
         `environments` (N,) are their indices where some are missing (default: none is); the missing start anew.
         """
         rows = torch.arange(len(self._returns)) if environments is None else environments
-        returns = self._returns[rows]
-        for t in range(len(reward)):
-            returns = returns * self._gamma + reward[t].cpu().double()
-            self._observe(returns)
-            returns[ended[t].cpu()] = 0.0
-        self._returns = torch.zeros_like(self._returns).index_put((rows,), returns)
+        running, returns = self._returns[rows], []
+        for now, over in zip(reward.cpu().double(), ended.cpu(), strict=True):
+            returns.append(running * self._gamma + now)
+            running = returns[-1].masked_fill(over, 0.0)
+        self._observe(torch.stack(returns))
+        self._returns = torch.zeros_like(self._returns).index_put((rows,), running)
         return (reward / self.std).clamp(-self._clip, self._clip)
 
     def state(self) -> dict[str, Tensor]:
@@ -92,7 +92,7 @@ class RunningReturnStd:
 
     def _observe(self, batch: Tensor) -> None:
         count, mean, squares = self._moments
-        n, batch_mean = len(batch), batch.mean()
+        n, batch_mean = batch.numel(), batch.mean()
         delta, total = batch_mean - mean, count + n
         squares = squares + ((batch - batch_mean) ** 2).sum() + delta**2 * count * n / total
         self._moments = torch.stack([total, mean + delta * n / total, squares])

@@ -95,13 +95,13 @@ class PolicyMDP(ABC):
         return {"steps": chain.steps, "log_probs": chain.log_probs, "actions": chain.actions}
 
     def compile(self) -> None:
-        """Let torch.compile make chains faster from now on. A copy is not compiled.
+        """Let torch.compile make chains faster from now on, on a CPU: a GPU replays them. A copy is not compiled.
 
         A few decisions at a time then take half as long; many, of which the matrix products are most, as long as
         before. The first chain of each batch size compiles, one of 20 steps for half a minute.
         """
-        if self.is_replayable:
-            self._make = Replayed(torch.compile(self._chain_of, dynamic=False))
+        if self.is_replayable and self.policy.device.type == "cpu":
+            self._make = torch.compile(self._chain_of, dynamic=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_make"}  # bound to this one's weights

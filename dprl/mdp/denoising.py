@@ -105,7 +105,7 @@ class DenoisingMDP(PolicyMDP):
         """See `PolicyMDP.compile`. Networks larger than an MLP are compiled themselves: whole chains take too long."""
         if isinstance(self.policy.base, FlatDenoiser):
             super().compile()
-        else:
+        elif self.policy.device.type == "cpu":
             for network in (self.policy.base, self.policy.tuned):
                 assert network is not None
                 network.compile(dynamic=False)
