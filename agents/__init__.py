@@ -4,9 +4,23 @@ if __name__ != "dprl.agents":
     raise ImportError("import this package as 'dprl.agents', not as 'agents'")
 
 from dprl.agents.bc import BC, BCConfig
+from dprl.agents.diffusion_ql import DiffusionQL, DiffusionQLConfig
 from dprl.agents.dppo import DPPO
 from dprl.agents.dppo_config import DPPOConfig
 from dprl.agents.idql import IDQL, IDQLConfig
+from dprl.agents.iql import IQL
 from dprl.agents.online_idql import OnlineIDQL, OnlineIDQLConfig
 
-__all__ = ["BC", "DPPO", "IDQL", "BCConfig", "DPPOConfig", "IDQLConfig", "OnlineIDQL", "OnlineIDQLConfig"]
+__all__ = [
+    "BC",
+    "DPPO",
+    "IDQL",
+    "IQL",
+    "BCConfig",
+    "DPPOConfig",
+    "DiffusionQL",
+    "DiffusionQLConfig",
+    "IDQLConfig",
+    "OnlineIDQL",
+    "OnlineIDQLConfig",
+]

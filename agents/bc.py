@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -188,8 +188,16 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
         """Yield the minibatches that `collect` drew."""
         return self._training.read(picks)
 
-    def step(self, batch: Batch, weight: Tensor | None = None) -> Tensor:
-        """Take one gradient step, the samples weighed by `weight` (B,), up to a factor; return the loss."""
+    def step(
+        self, batch: Batch, weight: Tensor | None = None, more: Callable[[AnyPolicy], Tensor] | None = None
+    ) -> Tensor:
+        """Take one gradient step; return the loss.
+
+        Args:
+            batch: what to imitate.
+            weight: (B,) of the samples, up to a factor. Default: all alike.
+            more: another term of the loss, of the policy that is trained.
+        """
         config, device = self.config, self.policy.device
         valid = batch.valid
         if weight is not None:
@@ -200,6 +208,7 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
         dropout = seeded_init(self.seed, "dropout", self.timesteps, device=device)
         with dropout, computing(config.precision, device):
             loss = self._online.loss(batch.obs, batch.actions, valid=valid, generator=self._generator)
+            loss = loss if more is None else loss + more(self._online)
         self._optimizer.zero_grad()
         loss.backward()
         if config.max_grad_norm is not None:

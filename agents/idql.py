@@ -26,11 +26,12 @@ from dprl import checkpoint
 from dprl.agents.bc import BC, BCConfig
 from dprl.config import validate
 from dprl.data import Episodes
-from dprl.data.loader import DecisionBatch, DecisionBatches
+from dprl.data.loader import Batch, DecisionBatch, DecisionBatches
 from dprl.data.transitions import decisions
 from dprl.errors import check
 from dprl.implicit import ActorObjective, actor_weight
 from dprl.networks import polyak_update
+from dprl.observations import TensorObservation
 from dprl.policy import ChunkCritic, CriticConfig, Policy
 from dprl.seeding import seeded_init, torch_generator
 from dprl.training import Agent, LoopConfig, train
@@ -158,11 +159,7 @@ class IDQL(Agent[Picks]):
         losses, figures = [], []
         for chunks, decision in zip(self.actor.read(batch.chunks), self.decisions.read(batch.decisions), strict=True):
             figures.append(self.update_critic(decision))
-            weight = None
-            if self.config.actor_objective != "bc":
-                advantage = self.target.advantage(chunks.obs, chunks.actions)
-                weight = actor_weight(self.config.actor_objective, advantage, self.config.critic.objective)
-            losses.append(self.actor.step(chunks, weight))
+            losses.append(self.update_actor(chunks))
         return {
             **metrics_of(figures),
             **self.actor.metrics(torch.stack(losses)),
@@ -175,7 +172,7 @@ class IDQL(Agent[Picks]):
         augmentation = self._generator if self.policy.features.cameras else None
         with torch.no_grad():
             q_target = target.q(target.see(batch.obs), batch.actions).amin(0)
-            bootstrapped = batch.reward + batch.discount * critic.v(critic.see(batch.next_obs))
+            bootstrapped = batch.reward + batch.discount * self.future(batch.next_obs)
         seen = critic.see(batch.obs, augmentation)
         q, value = critic.q(seen, batch.actions), critic.v(seen)
         value_loss = self.config.critic.objective.loss(q_target - value).mean()
@@ -187,6 +184,18 @@ class IDQL(Agent[Picks]):
         return tuple(
             x.detach() for x in (value_loss, q_loss, q.mean(), value.mean(), (q_target - value).std(correction=0))
         )
+
+    def future(self, next_obs: TensorObservation) -> Tensor:
+        """What follows is worth, without gradient: observations (B, O, D), or named parts, -> (B,)."""
+        return self.critic.v(self.critic.see(next_obs))
+
+    def update_actor(self, chunks: Batch) -> Tensor:
+        """One gradient step of the behaviour policy; return its loss."""
+        weight, objective = None, self.config.actor_objective
+        if objective != "bc":
+            advantage = self.target.advantage(chunks.obs, chunks.actions)
+            weight = actor_weight(objective, advantage, self.config.critic.objective)
+        return self.actor.step(chunks, weight)
 
     def state(self) -> dict[str, Any]:
         """Return all that a resumed run needs beside the policy."""

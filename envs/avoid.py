@@ -30,6 +30,9 @@ FINISH = 0.8  # y of the line
 GOAL_HALF_WIDTH = 0.15
 OBSTACLE_SPREAD, GOAL_SPREAD = (0.25, 0.2), 0.6
 MAX_EPISODE_STEPS = 100
+LIMITS = -1 - SPEED, 1 + SPEED
+"""Of x and y."""
+PICTURE_SIZE = 240
 
 IMAGE_SIZE = 48
 LOCAL_HALF_WIDTH = 0.4
@@ -118,6 +121,11 @@ class Avoid:
 
     def close(self) -> None:
         """Nothing to free."""
+
+    def picture(self) -> Pixels:
+        """Draw the first point's world: (240, 240, 3)."""
+        picture: Pixels = draw(self.position[:1], self.obstacle[:1], self.goal[:1], size=PICTURE_SIZE)[0]
+        return picture
 
     def _observe(self, indices: IntArray) -> Observation:
         position = self.position[indices]

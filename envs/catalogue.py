@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dprl.envs import avoid, envpool, metaworld, pusht
+from dprl.envs import avoid, envpool, maze, metaworld, pusht
 from dprl.errors import EnvError, MissingDependencyError, check, did_you_mean
 from dprl.spec import EnvOptions, EnvSpec
 
@@ -20,7 +20,7 @@ MUJOCO = (
 )  # fmt: skip
 METAWORLD = tuple(f"metaworld/{task}-v3" for task in metaworld.TASKS)
 METAWORLD_PIXELS = tuple(f"{name}-pixels" for name in METAWORLD)
-NAMES = avoid.IDS + pusht.IDS + METAWORLD + MUJOCO + METAWORLD_PIXELS
+NAMES = avoid.IDS + maze.IDS + pusht.IDS + METAWORLD + MUJOCO + METAWORLD_PIXELS
 
 
 def resolve(name: str, options: EnvOptions) -> EnvSpec:
@@ -32,6 +32,7 @@ def resolve(name: str, options: EnvOptions) -> EnvSpec:
     """
     for names, make_spec in (
         (avoid.IDS, avoid.make_spec),
+        (maze.IDS, maze.make_spec),
         (pusht.IDS, pusht.make_spec),
         (METAWORLD_PIXELS, _metaworld_pixels),
     ):

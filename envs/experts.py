@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 
 import numpy.typing as npt
 
-from dprl.envs import avoid, catalogue, pusht
+from dprl.envs import avoid, catalogue, maze, pusht
 from dprl.errors import EnvError, did_you_mean
 from dprl.spec import FloatArray, load
 
@@ -27,6 +27,7 @@ class Expert(Protocol):
 EXPERTS: dict[str, dict[str, str]] = {
     "scripted": {
         **dict.fromkeys(avoid.IDS, "dprl.envs.avoid:scripted"),
+        **dict.fromkeys(maze.IDS, "dprl.envs.maze:scripted"),
         **dict.fromkeys(pusht.IDS, "dprl.envs.pusht:scripted"),
         **dict.fromkeys(catalogue.METAWORLD, "dprl.envs.metaworld:scripted"),
         **dict.fromkeys(catalogue.METAWORLD_PIXELS, "dprl.envs.metaworld:scripted"),

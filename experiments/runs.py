@@ -16,7 +16,19 @@ import tyro
 from tyro.conf import AvoidSubcommands
 
 from dprl import checkpoint
-from dprl.agents import BC, DPPO, IDQL, BCConfig, DPPOConfig, IDQLConfig, OnlineIDQL, OnlineIDQLConfig
+from dprl.agents import (
+    BC,
+    DPPO,
+    IDQL,
+    IQL,
+    BCConfig,
+    DiffusionQL,
+    DiffusionQLConfig,
+    DPPOConfig,
+    IDQLConfig,
+    OnlineIDQL,
+    OnlineIDQLConfig,
+)
 from dprl.config import from_json, to_json, validate
 from dprl.data import Episodes, load_dataset, save_dataset
 from dprl.data.images import require_pillow
@@ -179,6 +191,8 @@ class PretrainConfig:
     """Gradient steps."""
     episodes: int | None = None
     """Use only the first so many episodes. Default: all."""
+    best: float = 1.0
+    """Use only this share of the episodes, those with the largest returns; 0.1 is known as filtered BC."""
     filter_key: str | None = None
     """Of robomimic's files: only the episodes of this mask."""
     keys: tuple[str, ...] | None = None
@@ -200,14 +214,15 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         counts = ("steps", "episodes", "checkpoint_every", "eval_episodes")
-        validate(self, at_least={**dict.fromkeys(counts, 1), "eval_every": 0, "seed": 0})
+        validate(self, at_least={**dict.fromkeys(counts, 1), "eval_every": 0, "seed": 0}, above={"best": 0})
+        check(self.best <= 1, "best", self.best, "must be at most 1, which is all of them")
         read_by_workers = not self.memory_map or self.bc.num_workers != 0
         check(read_by_workers, "bc.num_workers", 0, "must be at least 1 with memory_map: workers read what is on disk")
 
 
 @dataclass(frozen=True)
 class OfflineConfig:
-    """IDQL: learn from rewards in a data set, without a simulator; critics choose among a cloned policy's samples."""
+    """Learn from rewards in a data set, without a simulator. IDQL: critics choose among a cloned policy's samples."""
 
     data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
     """File or folder of the data set."""
@@ -223,7 +238,12 @@ class OfflineConfig:
     """Parts of the observation that make up the state, in this order, and cameras. Default: the format's own."""
     memory_map: bool | None = None
     """Leave the data on disk, where `bc.num_workers` read them. Default: if they would fill a third of the memory."""
+    agent: Literal["idql", "iql", "diffusion-ql"] = "idql"
+    """What learns: `idql`; `iql`, whose critics weigh what a policy with a density clones, such as `gaussian`; or
+    `diffusion-ql`, where a diffusion policy also follows the critics' gradient."""
     idql: IDQLConfig = field(default_factory=IDQLConfig)
+    """Of idql and iql."""
+    diffusion_ql: DiffusionQLConfig = field(default_factory=DiffusionQLConfig)
     checkpoint_every: int = 10
     """Iterations (of `idql.bc.steps_per_iteration` gradient steps) between checkpoints."""
     env: str | None = None
@@ -242,12 +262,18 @@ class OfflineConfig:
         counts = ("steps", "episodes", "checkpoint_every", "eval_episodes")
         validate(self, at_least={**dict.fromkeys(counts, 1), "eval_every": 0, "seed": 0})
         read = not self.memory_map or self.bc.num_workers != 0
-        check(read, "idql.bc.num_workers", 0, "must be at least 1 with memory_map: workers read what is on disk")
+        name = "diffusion_ql" if self.agent == "diffusion-ql" else "idql"
+        check(read, f"{name}.bc.num_workers", 0, "must be at least 1 with memory_map: workers read what is on disk")
+
+    @property
+    def learning(self) -> IDQLConfig:
+        """The agent's numbers."""
+        return self.diffusion_ql if self.agent == "diffusion-ql" else self.idql
 
     @property
     def bc(self) -> BCConfig:
         """Of the behaviour policy."""
-        return self.idql.bc
+        return self.learning.bc
 
 
 @dataclass(frozen=True)
@@ -482,12 +508,14 @@ def _prepare_training(config: PretrainConfig | OfflineConfig) -> _Training:
         fits = config.episodes <= data.n_episodes
         check(fits, "episodes", config.episodes, f"the data set has {data.n_episodes}")
         data = data.select(np.arange(config.episodes))
+    if isinstance(config, PretrainConfig):
+        data = data.best(config.best)
     kind = next(kind for kind in Policy.kinds.values() if kind.config_class is type(config.policy))
     shown, _ = data.split(config.bc.validation_share, config.seed)  # ranges and bins come from these alone
     policy = kind.for_dataset(shown, config.policy, seed=config.seed).to(config.device)
     agent: BC[Policy] | IDQL
     if isinstance(config, OfflineConfig):
-        agent = IDQL(policy, config.idql, seed=config.seed)
+        agent = _offline_agent(policy, config)
     else:
         agent = BC(policy, config.bc, seed=config.seed)
     policy.check_inference(config.inference)
@@ -500,6 +528,12 @@ def _prepare_training(config: PretrainConfig | OfflineConfig) -> _Training:
     spec = resolve(env)
     require_fit(policy, spec)
     return _Training(agent, spec)
+
+
+def _offline_agent(policy: Policy, config: OfflineConfig) -> IDQL:
+    if config.agent == "diffusion-ql":
+        return DiffusionQL(policy, config.diffusion_ql, seed=config.seed)
+    return (IQL if config.agent == "iql" else IDQL)(policy, config.idql, seed=config.seed)
 
 
 def _train_on_data(

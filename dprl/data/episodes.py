@@ -229,6 +229,12 @@ class Episodes:
         """Share of the episodes that succeeded."""
         return float(self.success.mean())
 
+    @property
+    def returns(self) -> npt.NDArray[np.float64]:
+        """(episodes,) sum of each one's rewards."""
+        sums: npt.NDArray[np.float64] = np.add.reduceat(np.asarray(self.rewards, np.float64), self.starts)
+        return sums
+
     def episodes(self) -> Iterator[Episode]:
         """Yield them one by one."""
         for i, (start, end) in enumerate(zip(self.starts.tolist(), self.ends.tolist(), strict=True)):
@@ -346,6 +352,21 @@ class Episodes:
             final_known=None if self.final_known is None else self.final_known[chosen],
             rewards_from=self.rewards_from,
         )
+
+    def best(self, share: float) -> Episodes:
+        """Return the share of the episodes, rounded up, whose returns are largest, in their order; all of 1.
+
+        Raises:
+            ConfigError: a share that is not above 0 and at most 1.
+            DatasetError: there are no rewards.
+        """
+        check(0 < share <= 1, "share", share, "must be above 0 and at most 1")
+        if share == 1:
+            return self
+        if self.rewards_from == "none":
+            raise DatasetError("the best episodes cannot be told: the data have neither rewards nor success")
+        n = math.ceil(share * self.n_episodes)
+        return self.select(np.sort(np.argsort(-self.returns, kind="stable")[:n]))
 
     def split(self, validation_share: float, seed: int) -> tuple[Episodes, Episodes | None]:
         """Return episodes to train on, and others to validate on: the share rounded, but at least one of each.

@@ -209,6 +209,42 @@ class DiffusionPolicy(Policy):
         draws = self.drawn(shape, noise, generator)
         return self._denoise(obs, steps, draws[0], draws[1:], temperature)
 
+    def rsample(self, obs: TensorObservation, generator: torch.Generator | None = None) -> Tensor:
+        """Draw chunks the policy's own way, through which gradients flow to the weights, as torch.distributions does.
+
+        Args:
+            obs: (B, O, D), or named parts; not normalised.
+            generator: draws the noise. Default: torch's own.
+
+        Returns:
+            Actions (B, H, A) in the environment's units.
+        """
+        steps = self._steps(SolverConfig())
+        draws = draw_normal((n_draws(steps), batch_size(obs), *self._chunk_shape), generator, self.device)
+        return self._denoise(obs, steps, draws[0], draws[1:], 1.0)
+
+    def denoise_once(self, obs: TensorObservation, actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Predict chunks from noisy ones at random timesteps, by one call of the network (EDP, arXiv:2305.20081).
+
+        Args:
+            obs: (B, O, D), or named parts; not normalised.
+            actions: (B, H, A) in the environment's units, to which noise is added.
+            generator: draws noise and timesteps. Default: torch's own.
+
+        Returns:
+            Actions (B, H, A) in the environment's units, through which gradients flow to the weights.
+        """
+        config, schedule = self.config, self.schedule
+        timesteps = torch.randint(
+            config.num_train_timesteps, (len(actions),), device=actions.device, generator=generator
+        )
+        noise = draw_normal(actions.shape, generator, actions.device)
+        noisy = schedule.add_noise(self.action_normalizer.normalize(actions), noise, timesteps)
+        prediction = self.base(noisy, timesteps, self.condition(obs))
+        return self.action_normalizer.unnormalize(
+            schedule.predict_clean(noisy, prediction, timesteps, config.clip_sample)
+        )
+
     def n_draws(self, solver: SolverConfig | None = None) -> int:
         """Return how many normal draws one sample takes."""
         return n_draws(self._steps(solver or SolverConfig()))

@@ -269,3 +269,23 @@ def test_arrays_that_do_not_fit_are_refused(changes, message):
 def test_chunks_of_nothing_are_refused(n_obs_steps, horizon):
     with pytest.raises(ConfigError, match="must be at least 1"):
         make([4]).chunks(n_obs_steps, horizon)
+
+
+def test_the_best_episodes_are_those_of_the_largest_returns():
+    episodes = make([2, 3, 1, 4])
+    episodes.rewards[:] = [1, 1, 0, 5, 0, 3, 0, 0, 0, 2]
+    assert episodes.returns.tolist() == [2, 5, 3, 2]
+    assert episodes.best(0.5).seeds.tolist() == [1, 2]
+    assert episodes.best(0.51).seeds.tolist() == [0, 1, 2]  # rounded up; of equal ones the first
+    assert episodes.best(1.0) is episodes
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.1])
+def test_impossible_shares_are_refused(share):
+    with pytest.raises(ConfigError, match="share = "):
+        make([2]).best(share)
+
+
+def test_the_best_of_data_without_rewards_cannot_be_told():
+    with pytest.raises(DatasetError, match="neither rewards nor success"):
+        replace(make([2, 2]), rewards_from="none").best(0.5)

@@ -1,0 +1,119 @@
+"""IQL and Diffusion-QL: what they learn on the bandit that IDQL is tested on, and that runs go on exactly."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dprl.agents import IQL, BCConfig, DiffusionQL, DiffusionQLConfig, IDQLConfig
+from dprl.data import Episodes
+from dprl.diffusion import SolverConfig
+from dprl.errors import ConfigError
+from dprl.networks import MLPConfig
+from dprl.policy import CriticConfig, DiffusionConfig, DiffusionPolicy, GaussianConfig, GaussianPolicy
+from dprl.seeding import torch_generator
+from tests.agents.test_idql import SMALL, bandit, in_better_mode, iterate
+from tests.policy.small import random_episodes, small_config
+
+BC_PART = BCConfig(batch_size=128)
+CRITIC = CriticConfig(hidden_size=64)
+NETWORK = DiffusionConfig(horizon=1, num_train_timesteps=10, denoiser=MLPConfig(hidden_size=64))
+
+
+def slope(n: int = 2_000) -> Episodes:
+    """One decision an episode: actions around 0, worth as much as they are large."""
+    actions = (0.3 * np.random.default_rng(0).standard_normal(n)).clip(-1, 1).astype(np.float32)[:, None]
+    no, zeros = np.zeros(n, np.bool_), np.zeros((n, 1), np.float32)
+    return Episodes(zeros, actions, actions[:, 0], zeros, np.arange(1, n + 1), ~no, no, np.arange(n))
+
+
+@pytest.mark.parametrize("improvement", ["one_step", "chain"])
+def test_diffusion_ql_goes_where_q_is_larger(improvement: str) -> None:
+    """And nowhere else without Q: η = 0 is cloning."""
+    data, generator, means = slope(), torch_generator(1), []
+    for eta in (0.0, 1.0):
+        config = DiffusionQLConfig(BC_PART, critic=CRITIC, eta=eta, improvement=improvement)  # type: ignore[arg-type]
+        policy = DiffusionQL(DiffusionPolicy.for_dataset(data, NETWORK), config).fit(data, 400)
+        means.append(float(policy.sample(torch.zeros(500, 1, 1), generator=generator).mean()))
+    assert abs(means[0]) < 0.06
+    assert means[1] > 0.12
+
+
+@pytest.mark.full
+def test_diffusion_ql_leaves_the_worse_mode() -> None:
+    data = bandit()
+    config = DiffusionQLConfig(BC_PART, critic=CRITIC, improvement="chain", eta=3.0)
+    policy = DiffusionQL(DiffusionPolicy.for_dataset(data, NETWORK), config).fit(data, 1_500)
+    cloned = (data.actions[:, 0] > 0).mean()
+    assert in_better_mode(policy.sample(torch.zeros(500, 1, 1), generator=torch_generator(1))) > cloned + 0.2
+
+
+def test_iql_weighs_what_a_gaussian_clones() -> None:
+    """By exp(3 A): the mean of a Gaussian, moved by 3 times its variance."""
+    data = slope()
+    gaussian = GaussianPolicy.for_dataset(data, GaussianConfig(horizon=1, hidden_size=64))
+    config = IDQLConfig(BC_PART, critic=replace(CRITIC, objective=replace(CRITIC.objective, level=0.5)))
+    policy = IQL(gaussian, config).fit(data, 1_000)
+    mean = float(policy.sample(torch.zeros(1, 1, 1), temperature=0.0))
+    assert mean == pytest.approx(3 * data.actions.var(), abs=0.08)
+
+
+@pytest.mark.parametrize("improvement", ["one_step", "chain"])
+def test_a_resumed_run_goes_on_exactly(improvement: str, tmp_path: Path) -> None:
+    config = DiffusionQLConfig(SMALL.bc, critic=SMALL.critic, batch_size=16, improvement=improvement)  # type: ignore[arg-type]
+
+    def make() -> DiffusionQL:
+        data = random_episodes()
+        agent = DiffusionQL(DiffusionPolicy.for_dataset(data, small_config("diffusion")), config)
+        agent.set_data(data, 20)
+        return agent
+
+    whole, first, second = make(), make(), make()
+    rows = iterate(whole, 3)
+    assert iterate(first) == rows[:1]
+    first.save(tmp_path / "saved")
+    second.load_state(tmp_path / "saved")
+    assert iterate(second, 2) == rows[1:]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda data: IQL(DiffusionPolicy.for_dataset(data, NETWORK)), "policy = 'diffusion': must have a density"),
+        (lambda data: DiffusionQL(GaussianPolicy.for_dataset(data, GaussianConfig())), "policy = 'gaussian': must be"),
+        (lambda data: DiffusionQLConfig(actor_objective="soft"), "actor_objective = 'soft': must be bc"),
+        (lambda data: DiffusionQLConfig(eta=-1.0), "eta = -1"),
+    ],
+)
+def test_what_does_not_fit_is_refused(make: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(bandit(20))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("solver", [None, SolverConfig("ddim", 3, 0.0)])
+def test_rsample_is_sample_with_gradients(solver: SolverConfig | None) -> None:
+    policy = DiffusionPolicy.for_dataset(random_episodes(), small_config("diffusion"))
+    if solver is not None:
+        policy.set_sampling(solver, 1.0)
+    obs = torch.randn(4, policy.config.n_obs_steps, 3)
+    drawn = policy.rsample(obs, torch_generator(0))
+    torch.testing.assert_close(drawn.detach(), policy.sample(obs, generator=torch_generator(0)))
+    drawn.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.base.parameters())
+
+
+def test_denoising_once_recovers_what_the_network_predicts() -> None:
+    """A network that predicts the noise exactly gives the actions back."""
+    policy = DiffusionPolicy.for_dataset(random_episodes(), small_config("diffusion"))
+    actions = 0.2 * torch.rand(6, 3, 2)
+    clean = policy.action_normalizer.normalize(actions)
+
+    def exact(noisy: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        signal, noise = (level[timesteps].view(-1, 1, 1) for level in policy.config.noise.levels())
+        return ((noisy - signal * clean) / noise).float()
+
+    policy.base.forward = exact  # type: ignore[method-assign]
+    obs = torch.randn(6, policy.config.n_obs_steps, 3)
+    torch.testing.assert_close(policy.denoise_once(obs, actions, torch_generator(0)), actions, atol=1e-3, rtol=1e-3)
