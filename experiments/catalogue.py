@@ -85,6 +85,10 @@ STUDIES = {
         "the same on Avoid-v0, whose clones keep both ways round the disc; --paper: the paper's numbers for D3IL's",
     ),
     "ablations": ("dprl.experiments.ablations:run", "what each of DPPO's choices does, on one Meta-World task"),
+    "offline-stitch": (
+        "dprl.experiments.offline:on_mazes",
+        "IDQL and its neighbours beside cloning, in point mazes whose routes are shown in pieces only",
+    ),
     "score-field": ("dprl.experiments.score_field:run", "what a denoiser learns of a 2-D distribution, drawn"),
 }
 

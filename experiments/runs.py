@@ -448,13 +448,17 @@ def resume(path: Path, *, data: Path | None = None, progress_bar: bool = True) -
     return run
 
 
-def run_or_resume(config: PretrainConfig | FinetuneConfig, out: Path, *, progress_bar: bool = True) -> RunFolder:
+def run_or_resume(
+    config: PretrainConfig | OfflineConfig | FinetuneConfig, out: Path, *, progress_bar: bool = True
+) -> RunFolder:
     """Do what `config` says in `out`, or go on with the run that is there."""
     if (out / RUN_FILE).exists():
-        data = Path(config.data) if isinstance(config, PretrainConfig) else None
+        data = None if isinstance(config, FinetuneConfig) else Path(config.data)
         return resume(out, data=data, progress_bar=progress_bar)
     if isinstance(config, PretrainConfig):
         return pretrain(config, out, progress_bar=progress_bar)
+    if isinstance(config, OfflineConfig):
+        return offline(config, out, progress_bar=progress_bar)
     return finetune(config, out, progress_bar=progress_bar)
 
 

@@ -42,7 +42,7 @@ from dprl.config import from_json, to_json
 from dprl.cores import one_thread
 from dprl.errors import CheckpointError, ConfigError, DprlError, check
 from dprl.experiments import plots, runs
-from dprl.experiments.runs import CollectConfig, FinetuneConfig, PretrainConfig
+from dprl.experiments.runs import CollectConfig, FinetuneConfig, OfflineConfig, PretrainConfig
 from dprl.log import read_metrics
 from dprl.policy import InferenceConfig, Policy
 from dprl.rollout import Evaluation, evaluate
@@ -60,6 +60,8 @@ HELD_OUT = 2_000_000
 MAX_SCALE = 1_000
 STUDY_FILE = "study.json"
 FORMAT_VERSION = 1
+PLACES = {"pretrain": "data", "offline": "data", "finetune": "policy"}
+"""Of each stage the field that says where something lies, which no result depends on. The last of a cell's is run."""
 REMEDY = "Remove it, and the same command makes it again"
 
 
@@ -75,6 +77,8 @@ class Look:
     """Also keep every trajectory's states."""
     blind: bool = False
     """Show the policy black images."""
+    env: str | None = None
+    """Where. Default: where it was shown."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +94,13 @@ class Cell:
     own."""
     finetune: FinetuneConfig | None = None
     """How; its `policy` is filled in."""
+    offline: OfflineConfig | None = None
+    """How, if rewards are learned from as well; its data, policy, steps and seed are those of `pretrain`."""
 
     @property
-    def training(self) -> PretrainConfig | FinetuneConfig:
+    def training(self) -> PretrainConfig | OfflineConfig | FinetuneConfig:
         """What is run."""
-        return self.finetune or self.pretrain
+        return self.finetune or self.offline or self.pretrain
 
 
 def tuned(base: Cell, name: str, finetune: FinetuneConfig) -> Cell:
@@ -230,6 +236,10 @@ def _scaled(cell: Cell, config: StudyConfig) -> Cell:
     steps = max(1, round(cell.pretrain.steps * config.scale))
     data = str(_data_folder(config, cell.collect).resolve())
     cell = replace(cell, pretrain=replace(cell.pretrain, data=data, steps=steps))
+    if cell.offline is not None:
+        own = cell.pretrain
+        offline = replace(cell.offline, data=data, policy=own.policy, steps=steps, seed=own.seed)
+        cell = replace(cell, offline=offline)
     if cell.finetune is None or cell.base is None:
         return cell
     timesteps = max(1, round(cell.finetune.total_timesteps * config.scale))
@@ -246,9 +256,9 @@ def _with_expert(collect: CollectConfig, config: StudyConfig) -> CollectConfig:
 def _settings(cell: Cell) -> Any:
     """What a cell's result depends on, as it reads in JSON; not where data and policies lie."""
     data = to_json(cell)
-    del data["pretrain"]["data"]
-    if data["finetune"] is not None:
-        del data["finetune"]["policy"]
+    for stage, place in PLACES.items():
+        if data[stage] is not None:
+            del data[stage][place]
     return json.loads(json.dumps(data))
 
 
@@ -263,7 +273,7 @@ def _require_same(cell: Cell, config: StudyConfig) -> None:
             raise CheckpointError(f"'{file}' is damaged: it has no settings. {REMEDY}")
     elif (run / RUN_FILE).exists():
         _, _, trained = RunFolder.open(run)
-        stage = "pretrain" if cell.finetune is None else "finetune"
+        stage = next(name for name in reversed(PLACES) if getattr(cell, name) is not None)
         stored = ours | {stage: {key: trained[key] for key in ours[stage] if key in trained}}
     else:
         return
@@ -278,9 +288,9 @@ def _with_defaults(stored: Any, file: Path) -> Any:
     """Settings of an earlier version, with what has been added since as it was then: at its default."""
     data = json.loads(json.dumps(stored))
     try:
-        data["pretrain"]["data"] = ""
-        if data["finetune"] is not None:
-            data["finetune"]["policy"] = ""
+        for stage, place in PLACES.items():
+            if data.get(stage) is not None:
+                data[stage][place] = ""
         return _settings(from_json(Cell, data, str(file)))
     except (ConfigError, KeyError, TypeError):
         return stored  # of another make: what differs is said
@@ -374,9 +384,9 @@ def _run_cell(cell: Cell, config: StudyConfig) -> str | None:
 def _train_and_look(cell: Cell, config: StudyConfig) -> None:
     folder = policy_folder(config, cell)
     run = runs.run_or_resume(cell.training, folder, progress_bar=False)
-    spec = resolve(cell.collect.env, cell.collect.options)
     looks = {}
     for look in cell.looks:
+        spec = resolve(look.env or cell.collect.env, cell.collect.options)
         policy = Policy.from_pretrained(folder)
         if look.n_action_steps is not None:
             policy.set_n_action_steps(look.n_action_steps)
