@@ -16,9 +16,10 @@ Shapes: B decisions, O observation steps, D observation size, E executed actions
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from dprl.config import validate
 from dprl.data import Episodes
 from dprl.data.loader import Batch, DecisionBatch, DecisionBatches
 from dprl.data.transitions import decisions
-from dprl.errors import check
+from dprl.errors import DatasetError, check
 from dprl.implicit import ActorObjective, actor_weight
 from dprl.networks import polyak_update
 from dprl.observations import TensorObservation
@@ -57,11 +58,16 @@ class IDQLConfig:
     bootstrap_truncated: bool | None = None
     """Whether something follows where an episode of the data was cut off. Default: unless the data have no rewards and
     they were made of success."""
+    return_range: float | None = None
+    """Rewards are multiplied by what brings the returns of the data's worst and best episode so far apart (1000 in the
+    paper on locomotion): what critics learn soonest is of the size of 1. Default: rewards stay as they are."""
     tau: float = 0.005
     """How far the target critics move towards the others at each step."""
 
     def __post_init__(self) -> None:
         validate(self, at_least={"batch_size": 1}, above={"learning_rate": 0, "tau": 0})
+        fits = self.return_range is None or self.return_range > 0
+        check(fits, "return_range", self.return_range, "must be above 0, or None")
         check(0 <= self.gamma <= 1, "gamma", self.gamma, "must be from 0 to 1")
         check(self.tau <= 1, "tau", self.tau, "must be at most 1")
 
@@ -114,6 +120,7 @@ class IDQL(Agent[Picks]):
             self.critic.load_state_dict(policy.scorer.state_dict())
         self.target.load_state_dict(self.critic.state_dict())
         policy.scorer = self.target.requires_grad_(False)
+        self.reward_scale = 1.0
         self._learner = Learner(self.critic, self.config.learning_rate)
         self._generator = torch_generator(seed, "idql", device=policy.device)
 
@@ -139,12 +146,24 @@ class IDQL(Agent[Picks]):
         """Take `data` to learn from; `total_steps` shapes the learning rate's decay."""
         policy, bc = self.policy, self.config.bc
         shown, _ = data.split(bc.validation_share, self.seed)  # as the behaviour policy's own
+        self.reward_scale = self._scale_of(shown)
+        if self.reward_scale != 1:
+            shown = replace(shown, rewards=np.asarray(shown.rewards) * np.float32(self.reward_scale))
         cut = decisions(
             shown, policy.config.n_obs_steps, policy.n_action_steps, self.config.gamma,
             bootstrap_truncated=self.config.bootstrap_truncated,
         )  # fmt: skip
         self.actor.set_data(data, total_steps)
         self.decisions = DecisionBatches(shown, cut, policy.device, num_workers=bc.num_workers)
+
+    def _scale_of(self, data: Episodes) -> float:
+        asked, returns = self.config.return_range, data.returns
+        if asked is None:
+            return 1.0
+        if returns.min() == returns.max():
+            raise DatasetError(f"return_range = {asked}: every episode has the return {returns[0]:g}, so that there is "
+                               "nothing to scale by; leave it out")  # fmt: skip
+        return float(asked / (returns.max() - returns.min()))
 
     def collect(self) -> Picks:
         """Draw the minibatches of one iteration, with replacement."""

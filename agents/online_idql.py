@@ -156,6 +156,8 @@ class OnlineIDQL(Agent[Rollout]):
         self.seed, self.timesteps = seed, 0
         self.policy = policy
         self.learner = IDQL(policy, self.config.learner, seed=seed)
+        scaled = self.config.learner.return_range
+        check(scaled is None or data is not None, "learner.return_range", scaled, "must be None: there are no data")
         if data is not None:
             self.learner.set_data(data, 1)
         self._has_data = data is not None and self.config.data_share > 0
@@ -214,7 +216,11 @@ class OnlineIDQL(Agent[Rollout]):
 
         actions = rows(rollout.chains[:, :, 0])[:, : self.policy.n_action_steps]
         return DecisionBatch(
-            seen(rollout.observations), actions, seen(rollout.final_observations), rows(rollout.rewards), rows(discount)
+            seen(rollout.observations),
+            actions,
+            seen(rollout.final_observations),
+            self.learner.reward_scale * rows(rollout.rewards),
+            rows(discount),
         )
 
     def _mixed(self, n: int) -> Iterator[DecisionBatch]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -370,24 +370,34 @@ def trained_expert(out: Path) -> tuple[Seen, Seen] | None:
     return sb3_experts.chosen(out) if (out / sb3_experts.RETURNS_FILE).exists() else None
 
 
-def collect(config: CollectConfig, out: Path, *, progress_bar: bool = True) -> Episodes:
-    """Play `config.episodes` episodes and write them to the new folder `out`."""
+def collect(
+    config: CollectConfig, out: Path, *, more: Sequence[CollectConfig] = (), progress_bar: bool = True
+) -> Episodes:
+    """Play `config.episodes` episodes, and those of `more` in the same environment; write them to the folder `out`."""
     RunFolder.require_free(out)
     require_h5py()
+    sources = [config, *more]
+    for other in more:
+        check(other.env == config.env, "env", other.env, f"must be {config.env}, as of what it is collected with")
     spec = resolve(config.env, config.options)
     if spec.cameras:
         require_pillow()
-    expert = make_expert(config.expert, config.env)
-    data = collect_episodes(
-        spec,
-        expert,
-        config.noise,
-        config.episodes,
-        config.seed,
-        transitions=config.transitions,
-        progress_bar=progress_bar,
-    )
-    save_dataset(data, out, spec, description=f"{config.expert} expert, action noise {config.noise}")
+    experts = [make_expert(source.expert, source.env) for source in sources]
+    played = [
+        collect_episodes(
+            spec,
+            expert,
+            source.noise,
+            source.episodes,
+            source.seed,
+            transitions=source.transitions,
+            progress_bar=progress_bar,
+        )
+        for source, expert in zip(sources, experts, strict=True)
+    ]
+    data = Episodes.concatenate(played)
+    shown = dict.fromkeys(f"{source.expert} expert, action noise {source.noise}" for source in sources)
+    save_dataset(data, out, spec, description="; ".join(shown))
     return data
 
 

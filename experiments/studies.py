@@ -94,6 +94,8 @@ class Cell:
     own."""
     finetune: FinetuneConfig | None = None
     """How; its `policy` is filled in."""
+    more: tuple[CollectConfig, ...] = ()
+    """Further demonstrations of the same environment."""
     offline: OfflineConfig | None = None
     """How, if rewards are learned from as well; its data, policy, steps and seed are those of `pretrain`."""
 
@@ -172,10 +174,11 @@ def run_cells(cells: Sequence[Cell], config: StudyConfig, *, progress_bar: bool 
     """
     cells = require_ready_for(cells, config)
     todo = [cell for cell in cells if not is_done(cell, config)]
-    for collect in dict.fromkeys(cell.collect for cell in todo):
-        folder = _data_folder(config, collect)
+    for collect, more in dict.fromkeys((cell.collect, cell.more) for cell in todo):
+        folder = _data_folder(config, collect, more)
         if not folder.exists():
-            runs.collect(_with_expert(collect, config), folder, progress_bar=progress_bar)
+            demonstrators = [_with_expert(source, config) for source in (collect, *more)]
+            runs.collect(demonstrators[0], folder, more=demonstrators[1:], progress_bar=progress_bar)
     failures: list[str] = []
     with ProgressBar("cells", len(cells), len(cells) - len(todo), shown=progress_bar) as bar:
         try:
@@ -234,7 +237,7 @@ def curve_file(config: StudyConfig, cell: str) -> Path:
 def _scaled(cell: Cell, config: StudyConfig) -> Cell:
     """The cell with its data's folder and as many gradient steps as the study's scale makes of them."""
     steps = max(1, round(cell.pretrain.steps * config.scale))
-    data = str(_data_folder(config, cell.collect).resolve())
+    data = str(_data_folder(config, cell.collect, cell.more).resolve())
     cell = replace(cell, pretrain=replace(cell.pretrain, data=data, steps=steps))
     if cell.offline is not None:
         own = cell.pretrain
@@ -453,8 +456,10 @@ def _save_paths(config: StudyConfig, cell: Cell, look: Look, trajectories: list[
     np.savez_compressed(file, *[t.states() for t in trajectories])
 
 
-def _data_folder(config: StudyConfig, collect: CollectConfig) -> Path:
-    digest = hashlib.sha256(json.dumps(to_json(collect), sort_keys=True).encode()).hexdigest()[:8]
+def _data_folder(config: StudyConfig, collect: CollectConfig, more: Sequence[CollectConfig] = ()) -> Path:
+    sources = [to_json(source) for source in (collect, *more)]
+    text = json.dumps(sources if more else sources[0], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return config.out / "data" / f"{collect.env.replace('/', '-')}-seed{collect.seed}-{digest}"
 
 

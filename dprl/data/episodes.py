@@ -208,6 +208,49 @@ class Episodes:
             where = f"episode {episode}, step {row - self.starts[episode]}"
         raise DatasetError(f"{name} of {where} are {array[row].tolist()}; they must be finite")
 
+    @staticmethod
+    def concatenate(parts: Sequence[Episodes]) -> Episodes:
+        """Return the episodes of all `parts`, one after the other, in memory.
+
+        Raises:
+            DatasetError: none, or they are not of one environment, one shape and one kind of reward.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        kinds = {
+            (p.env_id, p.rewards_from, p.observations.shape[1], p.actions.shape[1], *sorted(p.images)) for p in parts
+        }
+        if len(kinds) != 1:
+            raise DatasetError(f"data sets can be put together if they are alike; these are of {len(kinds)} kinds: "
+                               f"{sorted(map(str, kinds))}")  # fmt: skip
+        first = parts[0]
+        known = [np.ones(p.n_episodes, np.bool_) if p.final_known is None else p.final_known for p in parts]
+        steps = np.cumsum([0, *(len(p.actions) for p in parts)])
+
+        def joined(name: str) -> Any:
+            return np.concatenate([np.asarray(getattr(p, name)) for p in parts])
+
+        def images(name: str) -> dict[str, Any]:
+            return {
+                camera: np.concatenate([np.asarray(getattr(p, name)[camera]) for p in parts]) for camera in first.images
+            }
+
+        return Episodes(
+            observations=joined("observations"),
+            actions=joined("actions"),
+            rewards=joined("rewards"),
+            final_observations=joined("final_observations"),
+            ends=np.concatenate([p.ends + start for p, start in zip(parts, steps, strict=False)]),
+            terminated=joined("terminated"),
+            success=joined("success"),
+            seeds=joined("seeds"),
+            env_id=first.env_id,
+            images=images("images"),
+            final_images=images("final_images"),
+            final_known=None if all(k.all() for k in known) else np.concatenate(known),
+            rewards_from=first.rewards_from,
+        )
+
     @property
     def n_episodes(self) -> int:
         """How many."""

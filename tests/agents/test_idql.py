@@ -280,6 +280,18 @@ def test_critics_that_a_policy_has_go_on() -> None:
         IDQL(policy, replace(SMALL, critic=CriticConfig()))
 
 
+def test_a_range_of_returns_scales_the_rewards() -> None:
+    rewards = np.random.default_rng(0).normal(size=28).astype(np.float32)
+    data = replace(random_episodes(), rewards=rewards)
+    scale = 5 / (data.returns.max() - data.returns.min())
+    scaled = make(replace(SMALL, return_range=5.0), data)
+    assert scaled.reward_scale == pytest.approx(scale)
+    by_hand = make(SMALL, replace(data, rewards=(rewards * np.float32(scale))))
+    assert iterate(scaled) == iterate(by_hand)
+    with pytest.raises(DatasetError, match="return_range = 5.0: every episode has the return 0"):
+        make(replace(SMALL, return_range=5.0), random_episodes())
+
+
 def test_data_without_rewards_are_refused_and_nothing_is_begun() -> None:
     data = replace(random_episodes(), rewards_from="none")
     agent = IDQL(DiffusionPolicy.for_dataset(data, DIFFUSION), SMALL)

@@ -187,3 +187,13 @@ def test_what_cannot_go_on_is_refused() -> None:
         OnlineIDQL(plans, env, replace(SMALL, actor="continues"))
     with pytest.raises(DatasetError, match="neither rewards nor success"):
         OnlineIDQL(toy_policy(), env, SMALL, data=replace(reach_demonstrations(0), rewards_from="none"))
+
+
+def test_rewards_are_scaled_as_those_of_the_data() -> None:
+    plain, scaled = agent(data=True), agent(data=True, learner=replace(SMALL.learner, return_range=0.5))
+    rollout = plain.collect()
+    scale = scaled.learner.reward_scale
+    assert scale != 1
+    torch.testing.assert_close(scaled._decisions(rollout).reward, scale * plain._decisions(rollout).reward)
+    with pytest.raises(ConfigError, match=r"learner.return_range = 0.5: must be None: there are no data"):
+        agent(learner=replace(SMALL.learner, return_range=0.5))

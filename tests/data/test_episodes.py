@@ -289,3 +289,20 @@ def test_impossible_shares_are_refused(share):
 def test_the_best_of_data_without_rewards_cannot_be_told():
     with pytest.raises(DatasetError, match="neither rewards nor success"):
         replace(make([2, 2]), rewards_from="none").best(0.5)
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=6), cut=st.integers(0, 6))
+def test_parts_put_together_are_the_whole(lengths, cut):
+    whole = make(lengths)
+    whole.rewards[:] = np.arange(len(whole.rewards))
+    n, cut = whole.n_episodes, min(cut, len(lengths))
+    parts = [whole.select(rows) for rows in (np.arange(cut), np.arange(cut, n)) if len(rows)]
+    together = Episodes.concatenate(parts)
+    for name in ("observations", "actions", "rewards", "final_observations", "ends", "terminated", "success", "seeds"):
+        assert np.array_equal(getattr(together, name), getattr(whole, name)), name
+
+
+def test_parts_that_differ_are_not_put_together():
+    with pytest.raises(DatasetError, match="of 2 kinds"):
+        Episodes.concatenate([make([2]), replace(make([2]), env_id="other")])
