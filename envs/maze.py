@@ -98,7 +98,7 @@ LAYOUTS = {
         ),
         begin="S",
         goal="G",
-        pieces=(("S", "W", 0.75), ("T", "G", 0.25)),
+        pieces=(("S", "W", 0.85), ("T", "G", 0.15)),
         max_episode_steps=150,
     ),
     "PointMaze-Thirds": Layout(
@@ -115,7 +115,7 @@ LAYOUTS = {
         ),
         begin="S",
         goal="G",
-        pieces=(("S", "W", 0.4), ("T", "V", 0.4), ("U", "G", 0.2)),
+        pieces=(("S", "W", 0.5), ("T", "V", 0.35), ("U", "G", 0.15)),
         max_episode_steps=250,
     ),
 }

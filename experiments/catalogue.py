@@ -89,6 +89,18 @@ STUDIES = {
         "dprl.experiments.offline:on_mazes",
         "IDQL and its neighbours beside cloning, in point mazes whose routes are shown in pieces only",
     ),
+    "offline-metaworld": (
+        "dprl.experiments.offline:on_metaworld",
+        "the same on six Meta-World tasks, from demonstrations of three qualities",
+    ),
+    "offline-mujoco": (
+        "dprl.experiments.offline:on_all_of_mujoco",
+        "the same on Hopper, Walker2d and HalfCheetah: medium, medium-replay and medium-expert, after D4RL's recipe",
+    ),
+    **{
+        f"offline-{name}": (f"dprl.experiments.offline:on_{name}", f"offline-mujoco on {name} alone")
+        for name in ("hopper", "walker2d", "halfcheetah")
+    },
     "score-field": ("dprl.experiments.score_field:run", "what a denoiser learns of a 2-D distribution, drawn"),
 }
 

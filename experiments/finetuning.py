@@ -17,7 +17,7 @@ import numpy as np
 from dprl.agents import BCConfig, DPPOConfig
 from dprl.errors import check
 from dprl.experiments import plots, runs
-from dprl.experiments.runs import CollectConfig, ExpertConfig, FinetuneConfig, PolicyChoice, PretrainConfig
+from dprl.experiments.runs import CollectConfig, ExpertConfig, FinetuneConfig, PolicyChoice, PretrainConfig, Seen
 from dprl.experiments.studies import (
     Cell,
     Look,
@@ -224,16 +224,32 @@ def run(name: str, config: StudyConfig, *, progress_bar: bool = True) -> Path:
 
 def expert_of(env: str, cells: Sequence[Cell], config: StudyConfig, *, progress_bar: bool = True) -> str:
     """Train what demonstrates `env` where `cells` still need it, or go on with it; return how it did, in words."""
-    minutes = ExpertConfig.minutes * min(config.scale, 1.0)
-    folder = config.out / Path(MEDIUM.format(env=env)).parent
-    train = any(not is_done(cell, config) for cell in cells)
-    found = None if train else runs.trained_expert(folder)
-    expert, medium = found or runs.train_expert(ExpertConfig(env, minutes), folder, progress_bar=progress_bar)
+    expert, medium = demonstrators_of(env, cells, config, progress_bar=progress_bar)
     return (
-        f"The expert of {env}, the best policy of {minutes:g} minutes of PPO (stable-baselines3), has a return of "
-        f"{expert.return_mean:,.0f} after {expert.timesteps:,} steps; the `medium` one that demonstrates, "
+        f"The expert of {env}, the best policy of {minutes_for(config):g} minutes of PPO (stable-baselines3), has a "
+        f"return of {expert.return_mean:,.0f} after {expert.timesteps:,} steps; the `medium` one that demonstrates, "
         f"{medium.return_mean:,.0f} after {medium.timesteps:,}."
     )
+
+
+def demonstrators_of(
+    env: str, cells: Sequence[Cell], config: StudyConfig, *, progress_bar: bool = True
+) -> tuple[Seen, Seen]:
+    """Train what demonstrates `env` where `cells` still need it, or go on with it; return how expert and medium did."""
+    folder = expert_folder(env, config)
+    train = any(not is_done(cell, config) for cell in cells)
+    found = None if train else runs.trained_expert(folder)
+    return found or runs.train_expert(ExpertConfig(env, minutes_for(config)), folder, progress_bar=progress_bar)
+
+
+def expert_folder(env: str, config: StudyConfig) -> Path:
+    """Return where a study trains the demonstrators of `env`."""
+    return config.out / Path(MEDIUM.format(env=env)).parent
+
+
+def minutes_for(config: StudyConfig) -> float:
+    """Of training an expert."""
+    return ExpertConfig.minutes * min(config.scale, 1.0)
 
 
 def env_of(cell: Cell) -> str:

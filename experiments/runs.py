@@ -370,6 +370,14 @@ def trained_expert(out: Path) -> tuple[Seen, Seen] | None:
     return sb3_experts.chosen(out) if (out / sb3_experts.RETURNS_FILE).exists() else None
 
 
+def forerunners(out: Path) -> list[Seen]:
+    """Return how the policies did that an expert's training in `out` kept, up to the medium one."""
+    from dprl.interop import sb3_experts
+
+    _, medium = sb3_experts.chosen(out)
+    return [seen for seen in sb3_experts.seen_in(out) if seen.timesteps <= medium.timesteps]
+
+
 def collect(
     config: CollectConfig, out: Path, *, more: Sequence[CollectConfig] = (), progress_bar: bool = True
 ) -> Episodes:

@@ -59,7 +59,7 @@ def train_expert(config: ExpertConfig, out: Path, *, progress_bar: bool = True) 
     check(not spec.cameras, "env", config.env, "must be seen by its state: PPO's networks here see no images")
     checkpoints.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(out / SETTINGS_FILE, to_json(config))
-    seen = [Seen(**row) for row in checkpoint.read_json(out / RETURNS_FILE)] if (out / RETURNS_FILE).exists() else []
+    seen = seen_in(out) if (out / RETURNS_FILE).exists() else []
     if not seen or seen[-1].minutes < config.minutes:
         env, eval_env = _environments(spec, config, "expert"), _environments(spec, config, "expert evaluations")
         try:
@@ -84,7 +84,12 @@ def choose(out: Path, seen: list[Seen]) -> tuple[Seen, Seen]:
 
 def chosen(out: Path) -> tuple[Seen, Seen]:
     """Return how the expert and the medium policy of a training in the folder `out` did."""
-    return best_and_medium([Seen(**row) for row in checkpoint.read_json(out / RETURNS_FILE)])
+    return best_and_medium(seen_in(out))
+
+
+def seen_in(out: Path) -> list[Seen]:
+    """Return every evaluation of a training in the folder `out`."""
+    return [Seen(**row) for row in checkpoint.read_json(out / RETURNS_FILE)]
 
 
 def best_and_medium(seen: list[Seen]) -> tuple[Seen, Seen]:

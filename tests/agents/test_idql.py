@@ -288,7 +288,7 @@ def test_a_range_of_returns_scales_the_rewards() -> None:
     assert scaled.reward_scale == pytest.approx(scale)
     by_hand = make(SMALL, replace(data, rewards=(rewards * np.float32(scale))))
     assert iterate(scaled) == iterate(by_hand)
-    with pytest.raises(DatasetError, match="return_range = 5.0: every episode has the return 0"):
+    with pytest.raises(DatasetError, match=r"return_range = 5\.0: every episode has the return 0"):
         make(replace(SMALL, return_range=5.0), random_episodes())
 
 
