@@ -93,6 +93,10 @@ STUDIES = {
         "dprl.experiments.offline:on_metaworld",
         "the same on six Meta-World tasks, from demonstrations of three qualities",
     ),
+    "offline-to-online": (
+        "dprl.experiments.offline:to_online",
+        "IDQL that goes on online, its policy frozen or not, beside DPPO of the same policy",
+    ),
     "offline-mujoco": (
         "dprl.experiments.offline:on_all_of_mujoco",
         "the same on Hopper, Walker2d and HalfCheetah: medium, medium-replay and medium-expert, after D4RL's recipe",

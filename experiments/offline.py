@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dprl.agents import DiffusionQLConfig, IDQLConfig
+from dprl.agents import DiffusionQLConfig, DPPOConfig, IDQLConfig, OnlineIDQLConfig
 from dprl.experiments import plots, runs
 from dprl.experiments.finetuning import (
     GYM,
@@ -28,8 +28,18 @@ from dprl.experiments.finetuning import (
     score,
     score_of,
 )
-from dprl.experiments.runs import CollectConfig, OfflineConfig, PretrainConfig
-from dprl.experiments.studies import Cell, Look, Outcome, StudyConfig, grouped, run_cells, write_table
+from dprl.experiments.runs import CollectConfig, FinetuneConfig, OfflineConfig, PretrainConfig
+from dprl.experiments.studies import (
+    Cell,
+    Look,
+    Outcome,
+    StudyConfig,
+    curve_file,
+    grouped,
+    run_cells,
+    tuned,
+    write_table,
+)
 from dprl.implicit import ValueObjective
 from dprl.networks import MLPConfig
 from dprl.policy import CriticConfig, DiffusionConfig, GaussianConfig, InferenceConfig
@@ -269,6 +279,67 @@ def _setting(config: StudyConfig) -> str:
     )
 
 
+def online_cells(config: StudyConfig) -> list[Cell]:
+    """Offline learning, and from its policy and critics IDQL that goes on in both ways, and DPPO."""
+    found = []
+    for seed in config.seeds:
+        for task in ONLINE:
+            recipe = metaworld(task)
+            collect, *more = (replace(source, seed=seed) for source in recipe.sources)
+            look = Look("", InferenceConfig(candidates=64), episodes=config.episodes)
+            base = Cell(
+                f"{task}.offline.seed{seed}",
+                collect,
+                PretrainConfig("", recipe.policy, recipe.steps, bc=recipe.idql.bc, seed=seed),
+                (look,),
+                more=tuple(more),
+                offline=OfflineConfig("", idql=recipe.idql),
+            )
+            found.append(base)
+            common = FinetuneConfig("", collect.env, ONLINE_STEPS, n_envs=32, eval_every=5, eval_episodes=100)
+            for way in ("frozen", "continues"):
+                idql = OnlineIDQLConfig(recipe.idql, way)
+                cell = tuned(base, f"{task}.{way}.seed{seed}", replace(common, agent="idql", idql=idql))
+                acting = replace(look.inference, selection=idql.chosen_by)
+                found.append(replace(cell, looks=(replace(look, inference=acting),)))
+            dppo = DPPOConfig(tuned_steps=recipe.policy.num_train_timesteps)
+            cell = tuned(base, f"{task}.dppo.seed{seed}", replace(common, n_envs=64, dppo=dppo))
+            found.append(replace(cell, looks=(replace(look, inference=InferenceConfig()),)))
+    return found
+
+
+def to_online(config: StudyConfig, *, progress_bar: bool = True) -> Path:
+    """Study `offline-to-online`."""
+    name = "offline-to-online"
+    outcomes = run_cells(online_cells(config), config, progress_bar=progress_bar)
+    rows, panels = [], dict[str, dict[str, list[Path]]]()
+    for task, own in grouped(outcomes, _task).items():
+        found = grouped(own, _method)
+        for method, shown in WAYS.items():
+            o = found[method]
+            minutes = f"{np.mean([x.train_s for x in o]) / 60:.1f}"
+            rows.append([task, shown, score(o), ", ".join(f"{score_of(x):.2f}" for x in o), minutes])
+            if method != "offline":
+                panels.setdefault(task, {})[shown] = [curve_file(config, x.cell) for x in o]
+    plots.over_seeds(panels, config.out / f"{name}.png")
+    setting = (
+        f"Seeds {', '.join(map(str, config.seeds))}; {config.episodes} held-out episodes each. IDQL is learned from "
+        f"offline-metaworld's data, and goes on for {ONLINE_STEPS * config.scale:,.0f} environment steps, from "
+        "minibatches of half data and half replay buffer; DPPO tunes the same cloned policy, without its critics, for "
+        "as many."
+    )
+    columns = ["task", "method", "success (95 %)", "each seed", "minutes"]
+    return write_table(config, name, "From offline to online", columns, rows, [setting], outcomes)
+
+
+ONLINE = ("pick-place", "box-close")
+ONLINE_STEPS = 150_000
+WAYS = {
+    "offline": "IDQL, offline",
+    "frozen": "IDQL, the policy frozen",
+    "continues": "IDQL, the policy goes on",
+    "dppo": "DPPO",
+}
 PUBLISHED = (
     "Published for IDQL on D4RL's sets (arXiv:2304.10573; means of ten seeds), with scores against D4RL's references: "
     "65.4 on Hopper's medium, 92.1 on its medium-replay and 108.6 on its medium-expert. Those sets are of SAC, ten "

@@ -60,8 +60,8 @@ HELD_OUT = 2_000_000
 MAX_SCALE = 1_000
 STUDY_FILE = "study.json"
 FORMAT_VERSION = 1
-PLACES = {"pretrain": "data", "offline": "data", "finetune": "policy"}
-"""Of each stage the field that says where something lies, which no result depends on. The last of a cell's is run."""
+PLACES = {"pretrain": ("data",), "offline": ("data",), "finetune": ("policy", "data")}
+"""Of each stage the fields that say where something lies, on which no result depends. The last of a cell's is run."""
 REMEDY = "Remove it, and the same command makes it again"
 
 
@@ -93,7 +93,7 @@ class Cell:
     """The cell whose policy is fine-tuned, if this is a fine-tuning; it is run before. `collect` and `pretrain` are its
     own."""
     finetune: FinetuneConfig | None = None
-    """How; its `policy` is filled in."""
+    """How; its `policy` is filled in, and with idql its `data`."""
     more: tuple[CollectConfig, ...] = ()
     """Further demonstrations of the same environment."""
     offline: OfflineConfig | None = None
@@ -247,7 +247,8 @@ def _scaled(cell: Cell, config: StudyConfig) -> Cell:
         return cell
     timesteps = max(1, round(cell.finetune.total_timesteps * config.scale))
     policy = str((config.out / "runs" / cell.base).resolve())
-    return replace(cell, finetune=replace(cell.finetune, policy=policy, total_timesteps=timesteps))
+    finetune = replace(cell.finetune, policy=policy, total_timesteps=timesteps)
+    return replace(cell, finetune=finetune if finetune.agent == "dppo" else replace(finetune, data=data))
 
 
 def _with_expert(collect: CollectConfig, config: StudyConfig) -> CollectConfig:
@@ -259,8 +260,8 @@ def _with_expert(collect: CollectConfig, config: StudyConfig) -> CollectConfig:
 def _settings(cell: Cell) -> Any:
     """What a cell's result depends on, as it reads in JSON; not where data and policies lie."""
     data = to_json(cell)
-    for stage, place in PLACES.items():
-        if data[stage] is not None:
+    for stage, places in PLACES.items():
+        for place in places if data[stage] is not None else ():
             del data[stage][place]
     return json.loads(json.dumps(data))
 
@@ -291,7 +292,7 @@ def _with_defaults(stored: Any, file: Path) -> Any:
     """Settings of an earlier version, with what has been added since as it was then: at its default."""
     data = json.loads(json.dumps(stored))
     try:
-        for stage, place in PLACES.items():
+        for stage, (place, *_) in PLACES.items():
             if data.get(stage) is not None:
                 data[stage][place] = ""
         return _settings(from_json(Cell, data, str(file)))
