@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from dprl.agents import BCConfig, DiffusionQLConfig, IDQLConfig
 from dprl.errors import ConfigError
-from dprl.experiments.benchmarks import dppo, rollout, sampling, training
+from dprl.experiments.benchmarks import dppo, offline, rollout, sampling, training
 from dprl.networks import MLPConfig
-from dprl.policy import DiffusionConfig
+from dprl.policy import CriticConfig, DiffusionConfig
 
 MLP = MLPConfig(hidden_size=8)
 
@@ -37,6 +38,20 @@ def test_training(tmp_path, monkeypatch):
     assert [f["way"] for f in json.loads(file.read_text())] == list(training.WAYS)
     assert figures[0].speedup == 1
     assert all(f.step_ms > 0 for f in figures)
+
+
+def test_offline(tmp_path, monkeypatch, capsys):
+    small = IDQLConfig(BCConfig(batch_size=8), critic=CriticConfig(hidden_size=8), batch_size=8)
+    monkeypatch.setattr(offline, "PAPER", small)
+    monkeypatch.setattr(offline, "EDP", DiffusionQLConfig(**vars(small)))
+    monkeypatch.setattr(offline, "BEHAVIOUR", DiffusionConfig(num_train_timesteps=2, denoiser=MLP))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # which takes a minute
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: None)
+    file = tmp_path / "figures.json"
+    figures = offline.main(offline.OfflineBenchmark(steps=2, repeats=2, transitions=1_000, json=file))
+    assert [f["way"] for f in json.loads(file.read_text())] == [f.way for f in figures]
+    assert all(f.steps_per_s > 0 and 0 < f.loading < 1 and f.share_of_bare > 0 for f in figures)
+    assert "Diffusion-QL, chain" in capsys.readouterr().out
 
 
 def test_rollout(tmp_path, capsys):
