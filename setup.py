@@ -18,7 +18,7 @@ packages = [
 extras = {
     "envs": ["gymnasium[mujoco]>=1.0,<2", "mujoco>=3.3.0,<3.9", "metaworld>=3.1", "h5py>=3.10", "pillow>=10",
              'envpool>=1.2; sys_platform == "linux"'],
-    "data": ["h5py>=3.10", "pillow>=10", "zarr>=3.1", "pyarrow>=15,<26", "imageio-ffmpeg>=0.5"],
+    "data": ["h5py>=3.10", "minari>=0.5", "pillow>=10", "zarr>=3.1", "pyarrow>=15,<26", "imageio-ffmpeg>=0.5"],
     "plots": ["matplotlib>=3.8", "pillow>=10", "scipy>=1.11"],
     "tensorboard": ["tensorboard>=2.16"],
     "pusht": ["gym-pusht>=0.1.8"],

@@ -25,12 +25,13 @@ from dprl.data.formats.dppo_npz import DPPONpz
 from dprl.data.formats.lerobot import LeRobot
 from dprl.data.formats.maniskill import ManiSkill
 from dprl.data.formats.minari import Described, Minari, write
+from dprl.data.formats.minari_tables import MinariTables
 from dprl.data.formats.replay_buffer import ReplayBuffer
 from dprl.data.formats.robomimic import Robomimic
 from dprl.data.source import DataOptions, Episode, Source, damage_named
 from dprl.errors import CheckpointError, DatasetError, RunExistsError
 
-FORMATS: tuple[type[Source], ...] = (Minari, LeRobot, ReplayBuffer, D4RL, Robomimic, ManiSkill, DPPONpz)
+FORMATS: tuple[type[Source], ...] = (Minari, MinariTables, LeRobot, ReplayBuffer, D4RL, Robomimic, ManiSkill, DPPONpz)
 CACHE = ".cache"
 CACHE_VERSION = 1
 """Of what readers make of a file: caches of another version are made anew."""

@@ -19,7 +19,7 @@ The `minari` package loads such a folder when it lies under its root.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, get_args
@@ -68,8 +68,8 @@ class Minari(HDF5Source):
             super().open()
             self._names = numbered(self.h5, "episode_", self.file)
             self.lengths = [self._length(name) for name in self._names]
-        metadata = _read_metadata(self.path / METADATA_FILE)
-        self.env_id = _env_id(metadata, self.path / METADATA_FILE)
+        metadata = read_metadata(self.path / METADATA_FILE)
+        self.env_id = env_id_of(metadata, self.path / METADATA_FILE)
         self.rewards_from: RewardsFrom = metadata.get(REWARDS_KEY, "data")
         if self.rewards_from not in get_args(RewardsFrom):
             raise DatasetError(f"'{self.path / METADATA_FILE}': {REWARDS_KEY} is {self.rewards_from!r}")
@@ -80,26 +80,10 @@ class Minari(HDF5Source):
         return (path / DATA_FILE).exists()
 
     def _read(self, index: int) -> Episode:
-        steps, where = self.lengths[index], self._where(self._names[index])
+        where = self._where(self._names[index])
         with damage_named(where, self.format):
             group = self.h5[self._names[index]]
-            state, images = _split_parts(group["observations"], steps, where)
-            arrays = {
-                name: numbers(group[name], name, steps, ndim, where)
-                for name, ndim in (("actions", 2), ("rewards", 1), ("terminations", 1), ("truncations", 1))
-            }
-            infos = group.get("infos", {})
-            success = np.asarray(infos["success"]).any() if "success" in infos else group.attrs.get("success")
-            return Episode(
-                where,
-                state if group.attrs.get("final_known", True) else state[:-1],
-                arrays["actions"],
-                arrays["rewards"] if self.rewards_from == "data" else None,
-                terminated=bool(arrays["terminations"][-1]),
-                success=None if success is None else bool(success),
-                seed=int(group.attrs.get("seed", -1)),
-                images=images,
-            )
+            return episode_of(group, group.attrs, self.lengths[index], where, self.rewards_from)
 
     def _where(self, name: str) -> str:
         return f"'{self.file}', {name}"
@@ -117,6 +101,29 @@ class Minari(HDF5Source):
         if len(group["actions"]) == 0:
             raise DatasetError(f"{where}: has no steps")
         return len(group["actions"])
+
+
+def episode_of(
+    parts: Mapping[str, Any], attributes: Mapping[str, Any], steps: int, where: str, rewards_from: RewardsFrom
+) -> Episode:
+    """Return an episode of its arrays (or HDF5 data sets), and of what is noted beside them."""
+    state, images = _split_parts(parts["observations"], steps, where)
+    arrays = {
+        name: numbers(parts[name], name, steps, ndim, where)
+        for name, ndim in (("actions", 2), ("rewards", 1), ("terminations", 1), ("truncations", 1))
+    }
+    infos = parts.get("infos", {})
+    success = np.asarray(infos["success"]).any() if "success" in infos else attributes.get("success")
+    return Episode(
+        where,
+        state if attributes.get("final_known", True) else state[:-1],
+        arrays["actions"],
+        arrays["rewards"] if rewards_from == "data" else None,
+        terminated=bool(arrays["terminations"][-1]),
+        success=None if success is None else bool(success),
+        seed=int(attributes.get("seed", -1)),
+        images=images,
+    )
 
 
 def _split_parts(observations: Any, steps: int, where: str) -> tuple[FloatArray, dict[str, Frames]]:
@@ -172,7 +179,8 @@ class _EncodedFrames:
         return decode(encoded.tobytes(), f"{self.where}, step {step}")
 
 
-def _read_metadata(file: Path) -> dict[str, Any]:
+def read_metadata(file: Path) -> dict[str, Any]:
+    """Return what metadata.json says; nothing, where there is none."""
     if not file.is_file():
         return {}
     try:
@@ -184,7 +192,7 @@ def _read_metadata(file: Path) -> dict[str, Any]:
     return metadata
 
 
-def _env_id(metadata: dict[str, Any], file: Path) -> str | None:
+def env_id_of(metadata: dict[str, Any], file: Path) -> str | None:
     """The environment's name, ours before Gymnasium's; None where the file does not say."""
     if ENV_ID_KEY in metadata:
         return None if metadata[ENV_ID_KEY] is None else str(metadata[ENV_ID_KEY])
