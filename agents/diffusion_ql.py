@@ -64,7 +64,7 @@ class DiffusionQL(IDQL):
     def future(self, next_obs: TensorObservation) -> Tensor:
         """See `IDQL.future`: the least Q̄ of what the averaged policy would do."""
         actions = self.policy.rsample(next_obs, self._generator)
-        return self.target.q(self.target.see(next_obs), actions).amin(0)
+        return self.least(self.target.q(self.target.see(next_obs), actions))
 
     def update_actor(self, chunks: Batch) -> Tensor:
         """See `IDQL.update_actor`."""

@@ -190,7 +190,7 @@ class IDQL(Agent[Picks]):
         critic, target = self.critic, self.target
         augmentation = self._generator if self.policy.features.cameras else None
         with torch.no_grad():
-            q_target = target.q(target.see(batch.obs), batch.actions).amin(0)
+            q_target = self.least(target.q(target.see(batch.obs), batch.actions))
             bootstrapped = batch.reward + batch.discount * self.future(batch.next_obs)
         seen = critic.see(batch.obs, augmentation)
         q, value = critic.q(seen, batch.actions), critic.v(seen)
@@ -207,6 +207,13 @@ class IDQL(Agent[Picks]):
     def future(self, next_obs: TensorObservation) -> Tensor:
         """What follows is worth, without gradient: observations (B, O, D), or named parts, -> (B,)."""
         return self.critic.v(self.critic.see(next_obs))
+
+    def least(self, q: Tensor) -> Tensor:
+        """Return the least of the critics' values (n, B), of all or of some drawn ones: (B,)."""
+        over = self.config.critic.minimum_over
+        if over is not None:
+            q = q[torch.randperm(len(q), generator=self._generator, device=q.device)[:over]]
+        return q.amin(0)
 
     def update_actor(self, chunks: Batch) -> Tensor:
         """One gradient step of the behaviour policy; return its loss."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dprl import checkpoint
 from dprl.config import from_json, to_json, validate
-from dprl.errors import CheckpointError, ConfigError
+from dprl.errors import CheckpointError, ConfigError, check
 from dprl.implicit import ValueObjective
 from dprl.networks.ensemble import EnsembleMLP
 from dprl.networks.mlp import Activation
@@ -37,13 +37,21 @@ class CriticConfig:
     activation: Activation = "relu"
     n_critics: int = 2
     """Q networks; the least of their values counts."""
+    minimum_over: int | None = None
+    """In what critics learn from, the least of so many of them counts, drawn anew at each step (2 of 10 in RLPD,
+    arXiv:2302.02948). Default: of all."""
     layer_norm: bool = False
     """In Q and V, before each activation."""
     objective: ValueObjective = field(default_factory=ValueObjective)
     """How V is learned from Q, and so what the implicit weights are."""
 
     def __post_init__(self) -> None:
-        validate(self, at_least=dict.fromkeys(("hidden_size", "n_layers", "n_critics"), 1))
+        counts = ("hidden_size", "n_layers", "n_critics", "minimum_over")
+        validate(self, at_least=dict.fromkeys(counts, 1))
+        over = self.minimum_over
+        check(
+            over is None or over <= self.n_critics, "minimum_over", over, f"must be at most {self.n_critics}, n_critics"
+        )
 
 
 class ChunkCritic(nn.Module):

@@ -195,6 +195,7 @@ OPTIONS = {
     "quantile": replace(SMALL, critic=replace(SMALL.critic, objective=ValueObjective("quantile"))),
     "linex": replace(SMALL, critic=replace(SMALL.critic, objective=ValueObjective("exponential", 2.0))),
     "ensemble": replace(SMALL, critic=replace(SMALL.critic, n_critics=5, layer_norm=True, n_layers=3)),
+    "of drawn ones": replace(SMALL, critic=replace(SMALL.critic, n_critics=5, minimum_over=2)),
     "padded": replace(SMALL, bc=replace(SMALL.bc, pad_after=0)),
 }
 
@@ -292,6 +293,15 @@ def test_a_range_of_returns_scales_the_rewards() -> None:
         make(replace(SMALL, return_range=5.0), random_episodes())
 
 
+def test_the_least_is_of_critics_that_are_drawn() -> None:
+    agent = make(replace(SMALL, critic=replace(SMALL.critic, n_critics=4, minimum_over=2)))
+    q = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    drawn = torch.cat([agent.least(q) for _ in range(600)])
+    shares = [float((drawn == value).float().mean()) for value in (1, 2, 3, 4)]
+    assert shares == pytest.approx([3 / 6, 2 / 6, 1 / 6, 0], abs=0.07)
+    assert float(make().least(q)) == 1
+
+
 def test_data_without_rewards_are_refused_and_nothing_is_begun() -> None:
     data = replace(random_episodes(), rewards_from="none")
     agent = IDQL(DiffusionPolicy.for_dataset(data, DIFFUSION), SMALL)
@@ -315,6 +325,12 @@ def test_data_without_rewards_are_refused_and_nothing_is_begun() -> None:
 def test_bad_settings_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         IDQLConfig(**settings)
+
+
+@pytest.mark.parametrize(("n", "message"), [(3, "minimum_over = 3: must be at most 2"), (0, "minimum_over = 0")])
+def test_more_critics_than_there_are_cannot_be_drawn(n: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CriticConfig(minimum_over=n)
 
 
 # ------------------------------------------------------------------------------------------------------------- acting
