@@ -102,9 +102,19 @@ class DPPO(OnPolicyAgent):
 
     def _record(self) -> None:
         """Record gradient steps anew: what they use has moved. See `Replayed`."""
-        recordable = self.mdp.is_replayable
-        self._critic_step = Replayed(self._critic_figures, self.generator) if recordable else self._critic_figures
-        self._actor_step = Replayed(self._actor_figures, self.generator) if recordable else self._actor_figures
+        self._critic_step = self._recorded(self._update_critic)
+        self._actor_step = self._recorded(self._update_actor)
+
+    def _recorded(self, update: Callable[..., None]) -> Callable[..., dict[str, Tensor]]:
+        """Return one gradient step as a function of a minibatch's indices alone, which returns its figures."""
+
+        def step(*rows: Tensor) -> dict[str, Tensor]:
+            assert self._targets is not None
+            figures = UpdateFigures(self.config.tuned_steps, self.policy.device)
+            update(self._targets, *rows[:-2], Pairs(*rows[-2:]), figures)
+            return figures.tensors()
+
+        return Replayed(step, self.generator) if self.mdp.is_replayable else step
 
     def _critics(self) -> tuple[Critic, Critic | None]:
         """V(s), and where it is asked for the baseline V(s, x_{k+1}, k)."""
@@ -161,18 +171,6 @@ class DPPO(OnPolicyAgent):
                         break
         self.iteration += 1
         return metrics | figures.metrics(self.name) | batch.episode_metrics() | {"time/inference_s": batch.inference_s}
-
-    def _critic_figures(self, decisions: Tensor, decision: Tensor, k: Tensor) -> dict[str, Tensor]:
-        assert self._targets is not None
-        figures = UpdateFigures(self.config.tuned_steps, self.policy.device)
-        self._update_critic(self._targets, decisions, Pairs(decision, k), figures)
-        return figures.tensors()
-
-    def _actor_figures(self, decision: Tensor, k: Tensor) -> dict[str, Tensor]:
-        assert self._targets is not None
-        figures = UpdateFigures(self.config.tuned_steps, self.policy.device)
-        self._update_actor(self._targets, Pairs(decision, k), figures)
-        return figures.tensors()
 
     def _update_critic(self, targets: Targets, decisions: Tensor, pairs: Pairs, figures: UpdateFigures) -> None:
         """One gradient step. V(s) is of the state only, so each decision counts once, not once per denoising step."""

@@ -4,11 +4,15 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; processes that tests start inherit it
 
 os.environ.setdefault("RAY_worker_niceness", "0")  # else a busy machine leaves Ray's workers no time
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+settings.register_profile("dprl", deadline=None)  # a busy machine is no failure
+settings.load_profile("dprl")
 
 LONG = ("rollout", "training", "experiments", "interop", "test_packaging.py", "test_cli.py")
 """What starts processes."""
