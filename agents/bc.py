@@ -191,7 +191,7 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
     def step(
         self, batch: Batch, weight: Tensor | None = None, more: Callable[[AnyPolicy], Tensor] | None = None
     ) -> Tensor:
-        """Take one gradient step; return the loss.
+        """Take one gradient step; return the loss of imitation.
 
         Args:
             batch: what to imitate.
@@ -208,9 +208,9 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
         dropout = seeded_init(self.seed, "dropout", self.timesteps, device=device)
         with dropout, computing(config.precision, device):
             loss = self._online.loss(batch.obs, batch.actions, valid=valid, generator=self._generator)
-            loss = loss if more is None else loss + more(self._online)
+            whole = loss if more is None else loss + more(self._online)
         self._optimizer.zero_grad()
-        loss.backward()
+        whole.backward()
         if config.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._online.parameters(), config.max_grad_norm)
         self._optimizer.step()

@@ -3,7 +3,8 @@
     L_Q = E (r + γ min Q̄(s', a') - Q(s, a))²,  a' ~ π'(s')                     π': the averaged weights         eq. 4
     L_π = L_BC - η E Q̄(s, a) / E |Q̄|,          a ~ π(s)                                                         eq. 3
 
-where gradients flow through a. It is either denoised whole, through every step (`chain`), or, as in EDP
+where gradients flow through a. The paper climbs one of two Q; here it is the mean of their Polyak averages Q̄, which
+need no gradient of their own. a is either denoised whole, through every step (`chain`), or, as in EDP
 (arXiv:2305.20081), predicted at once from a noisy action of the data (`one_step`), which takes a fraction of the time.
 
 V is learned beside them as in IDQL, for those who choose among samples by implicit weights; the paper draws among 50
@@ -15,9 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from dprl.agents.idql import IDQL, IDQLConfig
+from dprl.agents.idql import IDQL, IDQLConfig, Picks
 from dprl.config import validate
 from dprl.data.loader import Batch
 from dprl.errors import check
@@ -60,6 +62,13 @@ class DiffusionQL(IDQL):
         """
         check(isinstance(policy, DiffusionPolicy), "policy", policy.name, "must be a diffusion policy or flow")
         super().__init__(policy, config or DiffusionQLConfig(), seed=seed)
+        self._climbed: list[Tensor] = []
+
+    def update(self, batch: Picks) -> dict[str, float]:
+        """See `IDQL.update`."""
+        self._climbed.clear()
+        metrics = super().update(batch)
+        return metrics | {f"{self.name}/policy_q_mean": float(torch.stack(self._climbed).mean())}
 
     def future(self, next_obs: TensorObservation) -> Tensor:
         """See `IDQL.future`: the least Q̄ of what the averaged policy would do."""
@@ -76,6 +85,7 @@ class DiffusionQL(IDQL):
             else:
                 actions = policy.denoise_once(chunks.obs, chunks.actions, self._generator)
             q = self.target.q(self.target.see(chunks.obs), actions)
+            self._climbed.append(q.detach().mean())
             return -self.config.eta * q.mean() / q.detach().abs().mean().clamp(min=1e-6)
 
         return self.actor.step(chunks, more=improvement)

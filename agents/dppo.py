@@ -152,16 +152,17 @@ class DPPO(OnPolicyAgent):
         """Improve actor and critic on one rollout; return metrics."""
         config = self.config
         targets, metrics = self._prepare(batch)
-        held = targets.in_place_of(self._targets)
-        if held is not self._targets:
-            self._targets = held
+        former, self._targets = self._targets, targets.in_place_of(self._targets)
+        if self._targets is not former:
             self._record()
+        n_decisions = len(targets.returns)
+        del targets  # on a GPU there is a copy
         figures = UpdateFigures(config.tuned_steps, self.policy.device)
         actor_learns = self.iteration >= config.critic_warmup
         self._value_learner.set_rate(config.lr_schedule.at(self.iteration))
         self._actor_learner.set_rate(config.lr_schedule.at(max(0, self.iteration - config.critic_warmup)))
         with multiplying(config.precision), at_most_threads(available_cores()):
-            for decisions, pairs in self._minibatches(len(held.returns)):
+            for decisions, pairs in self._minibatches(n_decisions):
                 figures.merge(self._critic_step(decisions, *pairs))
                 figures.gradient_steps += 1
                 if actor_learns:
@@ -169,6 +170,8 @@ class DPPO(OnPolicyAgent):
                     figures.merge(found)
                     if config.target_kl is not None and found["approx_kl"] > config.target_kl:
                         break
+        if self.policy.device.type != "cuda":
+            self._targets = None  # a rollout of images is large
         self.iteration += 1
         return metrics | figures.metrics(self.name) | batch.episode_metrics() | {"time/inference_s": batch.inference_s}
 

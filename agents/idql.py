@@ -47,6 +47,8 @@ class IDQLConfig:
     """Of the behaviour policy."""
     actor_objective: ActorObjective = "bc"
     """What its loss weighs samples by: `bc` all alike (IDQL), or `soft`, `hard` or `exponential` in the advantage."""
+    advantage_scale: float = 3.0
+    """β of the exponential weights exp(β A). In IQL's paper 3, on antmaze 10."""
     critic: CriticConfig = field(default_factory=CriticConfig)
     """Their networks, and how V is learned from Q."""
     batch_size: int = 256
@@ -65,7 +67,7 @@ class IDQLConfig:
     """How far the target critics move towards the others at each step."""
 
     def __post_init__(self) -> None:
-        validate(self, at_least={"batch_size": 1}, above={"learning_rate": 0, "tau": 0})
+        validate(self, at_least={"batch_size": 1}, above={"learning_rate": 0, "tau": 0, "advantage_scale": 0})
         fits = self.return_range is None or self.return_range > 0
         check(fits, "return_range", self.return_range, "must be above 0, or None")
         check(0 <= self.gamma <= 1, "gamma", self.gamma, "must be from 0 to 1")
@@ -75,11 +77,11 @@ class IDQLConfig:
 Figures = tuple[Tensor, ...]
 
 
-def metrics_of(figures: list[Figures]) -> dict[str, float]:
+def metrics_of(figures: list[Figures], prefix: str = "idql") -> dict[str, float]:
     """Means of what `IDQL.update_critic` returned."""
     names = ("value_loss", "q_loss", "q_mean", "value_mean", "advantage_std")
     means = torch.stack([torch.stack(row) for row in figures]).mean(0).tolist()
-    return {f"idql/{name}": value for name, value in zip(names, means, strict=True)}
+    return {f"{prefix}/{name}": value for name, value in zip(names, means, strict=True)}
 
 
 class Picks(NamedTuple):
@@ -158,7 +160,7 @@ class IDQL(Agent[Picks]):
 
     def _scale_of(self, data: Episodes) -> float:
         asked, returns = self.config.return_range, data.returns
-        if asked is None:
+        if asked is None or data.rewards_from == "none":  # which is refused for itself
             return 1.0
         if returns.min() == returns.max():
             raise DatasetError(f"return_range = {asked}: every episode has the return {returns[0]:g}, so that there is "
@@ -180,7 +182,7 @@ class IDQL(Agent[Picks]):
             figures.append(self.update_critic(decision))
             losses.append(self.update_actor(chunks))
         return {
-            **metrics_of(figures),
+            **metrics_of(figures, self.name),
             **self.actor.metrics(torch.stack(losses)),
             "time/samples_per_s": batch.decisions.numel() / (time.perf_counter() - start),
         }
@@ -220,7 +222,8 @@ class IDQL(Agent[Picks]):
         weight, objective = None, self.config.actor_objective
         if objective != "bc":
             advantage = self.target.advantage(chunks.obs, chunks.actions)
-            weight = actor_weight(objective, advantage, self.config.critic.objective)
+            scale = self.config.advantage_scale
+            weight = actor_weight(objective, advantage, self.config.critic.objective, scale)
         return self.actor.step(chunks, weight)
 
     def state(self) -> dict[str, Any]:

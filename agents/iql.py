@@ -4,9 +4,9 @@ V and Q are learned as in IDQL, which has them from here: V as an expectile of Q
 (eq. 6).
 The policy is extracted by advantage-weighted regression (eq. 7),
 
-    L_π = -E exp(3 (min Q̄(s, a) - V(s))) log π(a | s)          the weights at most 100
+    L_π = -E exp(β (min Q̄(s, a) - V̄(s))) log π(a | s)          the weights at most 100, over their mean in a minibatch
 
-and acts by itself: nothing is chosen among its samples.
+where V̄ as Q̄ is a Polyak average, and acts by itself: nothing is chosen among its samples.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ class IQL(IDQL):
         """Prepare to train `policy` and its critics.
 
         Args:
-            policy: of a kind that has a density, such as a Gaussian.
-            config: the numbers; its `actor_objective` is the exponential one.
+            policy: of a kind whose loss is that of a density and can weigh samples, such as a Gaussian.
+            config: the numbers; β is its `advantage_scale`, and `actor_objective` is the exponential one.
             seed: of the critics, minibatches and noise.
 
         Raises:
-            ConfigError: a policy that has no density.
+            ConfigError: a policy of another kind, or another objective.
         """
-        has_density = not isinstance(policy, DiffusionPolicy)
-        check(has_density, "policy", policy.name, "must have a density, as gaussian and gmm; or use idql")
-        super().__init__(policy, replace(config or IDQLConfig(), actor_objective="exponential"), seed=seed)
+        config = config or IDQLConfig()
+        fits = policy.weighs_samples and not isinstance(policy, DiffusionPolicy)
+        check(fits, "policy", policy.name, "must be gaussian, categorical or mse; a diffusion policy is for idql")
+        known = config.actor_objective in ("bc", "exponential")
+        check(known, "actor_objective", config.actor_objective, "must be left out: it is exponential")
+        super().__init__(policy, replace(config, actor_objective="exponential"), seed=seed)

@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from dprl.agents import BC, DPPO, IDQL, OnlineIDQL
+from dprl.agents import BC, DPPO, IDQL, IQL, DiffusionQL, OnlineIDQL
 from dprl.config import to_json
 from dprl.data import DataOptions, open_dataset, summarize
 from dprl.data import convert as convert_dataset
@@ -127,6 +127,13 @@ def _names(what: str) -> list[tuple[str, str]]:
         rows = [
             ("Avoid-v0", "a point round a disc, left or right; 2 numbers, 2 actions, success, 100 steps"),
             ("AvoidPixels-v0", "the same, disc and goal elsewhere each time; 2 numbers and two 48-pixel images"),
+            (
+                "PointMaze-Halves-v0",
+                "a maze whose route is shown in pieces only; 2 numbers, 2 actions, success, 150 steps",
+            ),
+            ("PointMaze-Thirds-v0", "the same, of three pieces, 250 steps"),
+            ("PointMaze-Halves-Pieces-v0", "the same maze, begun in several places: for demonstrations"),
+            ("PointMaze-Thirds-Pieces-v0", "the same of three pieces"),
             ("pusht/state", "gym-pusht: push the T into its outline; 5 numbers, 2 actions, success, 300 steps"),
             ("pusht/keypoints", "the same, the T's corners instead of its angle: 18 numbers"),
             ("pusht/pixels", "the same, the disc's position and a 96-pixel image"),
@@ -159,7 +166,7 @@ def _names(what: str) -> list[tuple[str, str]]:
         return demos + [(f"dprl experiment {name}", summary) for name, (_, summary) in STUDIES.items()]
     return [
         (agent.name, (sys.modules[agent.__module__].__doc__ or "").splitlines()[0])
-        for agent in (BC, DPPO, IDQL, OnlineIDQL)
+        for agent in (BC, DPPO, IDQL, IQL, DiffusionQL, OnlineIDQL)
     ]
 
 
@@ -252,10 +259,13 @@ def pretrain(config: Annotated[runs.PretrainConfig, Flat], *, out: Out, quiet: Q
 
 @app.command
 def offline(config: Annotated[runs.OfflineConfig, Flat], *, out: Out, quiet: Quiet = False) -> None:
-    """Learn from rewards in a data set, without a simulator (IDQL): a cloned policy, and critics that choose for it."""
+    """Learn from rewards in a data set, without a simulator: IDQL, IQL or Diffusion-QL."""
     runs.offline(config, out, progress_bar=not quiet)
     env = config.env or "ENV"
-    print(f"The policy and its critics are in {out}. Next: dprl evaluate {out} --env {env} --candidates 64")
+    acting = config.acting
+    how = f" --candidates {acting.candidates} --selection {acting.selection}" if acting.candidates else ""
+    how += f" --temperature {acting.temperature:g}" if acting.temperature != 1 else ""
+    print(f"The policy and its critics are in {out}. Next: dprl evaluate {out} --env {env}{how}")
 
 
 @app.command

@@ -77,13 +77,13 @@ class ValueObjective:
 
 
 ActorObjective = Literal["bc", "soft", "hard", "exponential"]
-HARD_LEAST, EXPONENTIAL_SCALE, MAX_ACTOR_WEIGHT = -0.01, 3.0, 100.0
+HARD_LEAST, MAX_ACTOR_WEIGHT = -0.01, 100.0
 
 
-def actor_weight(kind: ActorObjective, advantage: Tensor, objective: ValueObjective) -> Tensor:
+def actor_weight(kind: ActorObjective, advantage: Tensor, objective: ValueObjective, scale: float = 3.0) -> Tensor:
     """Return what the behaviour policy's loss weighs a sample by, after the authors' code.
 
-    `bc` 1; `soft` w(A); `hard` 1 where A is not worse than -0.01; `exponential` exp(3 A), at most 100
+    `bc` 1; `soft` w(A); `hard` 1 where A is not worse than -0.01; `exponential` exp(`scale` A), at most 100
     (arXiv:2110.06169, eq. 7).
     """
     if kind == "bc":
@@ -92,4 +92,4 @@ def actor_weight(kind: ActorObjective, advantage: Tensor, objective: ValueObject
         return objective.weight(advantage)
     if kind == "hard":
         return (advantage.detach() >= HARD_LEAST).to(advantage.dtype)
-    return (EXPONENTIAL_SCALE * advantage.detach()).clamp(max=math.log(MAX_ACTOR_WEIGHT)).exp()
+    return (scale * advantage.detach()).clamp(max=math.log(MAX_ACTOR_WEIGHT)).exp()

@@ -219,6 +219,19 @@ class PretrainConfig:
         read_by_workers = not self.memory_map or self.bc.num_workers != 0
         check(read_by_workers, "bc.num_workers", 0, "must be at least 1 with memory_map: workers read what is on disk")
 
+    @property
+    def acting(self) -> InferenceConfig:
+        """How the policy is evaluated."""
+        return self.inference
+
+
+ACTING = {
+    "idql": InferenceConfig(candidates=64),
+    "iql": InferenceConfig(temperature=0.0),
+    "diffusion-ql": InferenceConfig(candidates=50, selection="softmax"),
+}
+"""How the policies of offline learning act, unless they are asked for otherwise."""
+
 
 @dataclass(frozen=True)
 class OfflineConfig:
@@ -245,14 +258,15 @@ class OfflineConfig:
     """Of idql and iql."""
     diffusion_ql: DiffusionQLConfig = field(default_factory=DiffusionQLConfig)
     checkpoint_every: int = 10
-    """Iterations (of `idql.bc.steps_per_iteration` gradient steps) between checkpoints."""
+    """Iterations (of the agent's `bc.steps_per_iteration` gradient steps) between checkpoints."""
     env: str | None = None
     """Where to evaluate. Default: the data set's environment, if it says which."""
     eval_every: int = 0
     """Iterations between evaluations; 0 never evaluates."""
     eval_episodes: int = 50
-    inference: InferenceConfig = field(default_factory=lambda: InferenceConfig(candidates=64))
-    """How the policy acts in these evaluations."""
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    """How the policy acts in these evaluations. Default: idql's takes the best of 64 candidates, diffusion-ql's draws
+    one of 50 by softmax of Q, iql's acts by its mean."""
     seed: int = 0
     device: str = "cpu"
     wandb: str | None = None
@@ -261,9 +275,17 @@ class OfflineConfig:
     def __post_init__(self) -> None:
         counts = ("steps", "episodes", "checkpoint_every", "eval_episodes")
         validate(self, at_least={**dict.fromkeys(counts, 1), "eval_every": 0, "seed": 0})
+        ours = "diffusion_ql" if self.agent == "diffusion-ql" else "idql"
+        for field_, default in (("idql", IDQLConfig()), ("diffusion_ql", DiffusionQLConfig())):
+            idle = field_ == ours or getattr(self, field_) == default
+            check(idle, "agent", self.agent, f"must be another for the settings of {field_}: its own are of {ours}")
         read = not self.memory_map or self.bc.num_workers != 0
-        name = "diffusion_ql" if self.agent == "diffusion-ql" else "idql"
-        check(read, f"{name}.bc.num_workers", 0, "must be at least 1 with memory_map: workers read what is on disk")
+        check(read, f"{ours}.bc.num_workers", 0, "must be at least 1 with memory_map: workers read what is on disk")
+
+    @property
+    def acting(self) -> InferenceConfig:
+        """How the policy is evaluated."""
+        return ACTING[self.agent] if self.inference == InferenceConfig() else self.inference
 
     @property
     def learning(self) -> IDQLConfig:
@@ -540,7 +562,7 @@ def _prepare_training(config: PretrainConfig | OfflineConfig) -> _Training:
         agent = _offline_agent(policy, config)
     else:
         agent = BC(policy, config.bc, seed=config.seed)
-    policy.check_inference(config.inference)
+    policy.check_inference(config.acting)
     agent.set_data(data, config.steps)
     if not config.eval_every:
         return _Training(agent, None)
@@ -647,7 +669,7 @@ def _selection(config: PretrainConfig | OfflineConfig | FinetuneConfig) -> int:
 
 
 def _score(policy: Policy, spec: EnvSpec, config: PretrainConfig | OfflineConfig) -> Evaluation:
-    return evaluate(policy, spec, config.eval_episodes, _selection(config), inference=config.inference)
+    return evaluate(policy, spec, config.eval_episodes, _selection(config), inference=config.acting)
 
 
 def _pool(config: FinetuneConfig, spec: EnvSpec, *, shown: bool) -> RolloutPool:

@@ -99,6 +99,11 @@ class Cell:
     offline: OfflineConfig | None = None
     """How, if rewards are learned from as well; its data, policy, steps and seed are those of `pretrain`."""
 
+    def __post_init__(self) -> None:
+        own = self.pretrain
+        alike = self.offline is None or (own.best == 1 and own.bc == self.offline.bc)
+        check(alike, "offline", self.name, "must have the `bc` of `pretrain`, and all of its episodes")
+
     @property
     def training(self) -> PretrainConfig | OfflineConfig | FinetuneConfig:
         """What is run."""

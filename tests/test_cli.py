@@ -13,6 +13,7 @@ import torch
 
 from dprl.cli import main
 from dprl.data import Episodes, save_dataset
+from dprl.envs import catalogue
 from dprl.experiments import plots
 from dprl.experiments.catalogue import STUDIES
 from dprl.networks import LNResNetConfig, MLPConfig, TransformerConfig, UNetConfig
@@ -222,13 +223,20 @@ def test_an_error_is_one_message_exit_code_2_and_no_files(folder, monkeypatch, c
         ("envs", [PUSH, "Hopper-v5"]),
         ("experts", ["scripted"]),
         ("experiments", ["dprl"]),
-        ("agents", ["bc", "dppo"]),
+        ("agents", ["bc", "dppo", "idql", "iql", "diffusion-ql", "online-idql"]),
     ],
 )
 def test_list_shows_every_kind_of_name(capsys, what, names):
     assert run(f"list {what}") == 0
     first_words = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert set(names) <= first_words
+
+
+def test_list_envs_shows_all_of_the_catalogue(capsys):
+    """Those with pixels of Meta-World by a pattern."""
+    assert run("list envs") == 0
+    first_words = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert set(catalogue.NAMES) - set(catalogue.METAWORLD_PIXELS) <= first_words
 
 
 def test_list_experiments_shows_the_commands(capsys):

@@ -12,7 +12,7 @@ from dprl.cuda_graphs import WARM_UPS, Replayed
 from dprl.mdp import ExplorationConfig
 from dprl.networks.noise import LearnedNoiseConfig
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
-from dprl.schedules import Warmup
+from dprl.schedules import Anneal, Warmup
 from tests.toys import make_toy, reach_spec
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -27,6 +27,11 @@ OPTIONS = {
     "noisy action": replace(CONFIG, critic="state_action"),
     "kl": replace(CONFIG, regularizer="kl"),
     "bc": replace(CONFIG, regularizer="bc"),
+    "w2": replace(CONFIG, regularizer="w2"),
+    "value clip": replace(CONFIG, clip_range_vf=0.2),
+    "sum": replace(CONFIG, log_prob_reduction="sum"),
+    "fewer tuned steps": replace(CONFIG, anneal_tuned_steps=Anneal(1, 3)),
+    "less noise": replace(CONFIG, exploration=ExplorationConfig(0.3, anneal=Anneal(0.1, 3))),
     "quantiles": replace(CONFIG, advantage_quantiles=(0.05, 0.95)),
     "learned noise": replace(
         CONFIG, exploration=ExplorationConfig(learned=LearnedNoiseConfig("std")), entropy_coef=0.01

@@ -94,6 +94,13 @@ def test_reward_scaler_resumes() -> None:
     assert torch.equal(whole(reward, ended), second(reward, ended))
 
 
+def test_environments_that_are_missing_start_anew() -> None:
+    scaler = RunningReturnStd(2, gamma=0.5)
+    scaler(torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.bool))
+    scaler(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.bool), torch.tensor([1]))
+    assert scaler.state()["returns"].tolist() == [0.0, 1.5]
+
+
 def test_explained_variance() -> None:
     target = torch.tensor([1.0, 2.0, 3.0])
     assert explained_variance(target, target) == 1

@@ -408,7 +408,7 @@ class Episodes:
             return self
         if self.rewards_from == "none":
             raise DatasetError("the best episodes cannot be told: the data have neither rewards nor success")
-        n = math.ceil(share * self.n_episodes)
+        n = math.ceil(round(share * self.n_episodes, 9))  # 0.07 * 100 is a little more than 7
         return self.select(np.sort(np.argsort(-self.returns, kind="stable")[:n]))
 
     def split(self, validation_share: float, seed: int) -> tuple[Episodes, Episodes | None]:

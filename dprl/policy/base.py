@@ -252,9 +252,7 @@ class Policy(nn.Module, ABC):
             ConfigError: shapes that do not fit, which might broadcast.
         """
         n, horizon, size = batch_size(obs), self.config.horizon, self.features.action_size
-        parts = dict(obs) if isinstance(obs, Mapping) else {STATE: obs}
-        for name, shape in self.part_shapes().items():
-            self._check_part(name, parts[name], shape)
+        self.check_shapes(obs)
         for name, tensor, expected in (("actions", actions, (n, horizon, size)), ("valid", valid, (n, horizon))):
             fits = tensor is None or tuple(tensor.shape) == expected
             check(fits, name, tuple(() if tensor is None else tensor.shape), f"must have the shape {expected}")
@@ -264,6 +262,12 @@ class Policy(nn.Module, ABC):
         last = torch.where(valid.bool(), steps, -1).cummax(1).values[..., None].expand_as(actions)
         clean = self.action_normalizer.normalize(actions.gather(1, last.clamp(min=0)))
         return torch.where(last >= 0, clean, 0.0)
+
+    def check_shapes(self, obs: TensorObservation) -> None:
+        """Raise ConfigError unless observations are (B, O, D), or named parts of such shapes."""
+        parts = dict(obs) if isinstance(obs, Mapping) else {STATE: obs}
+        for name, shape in self.part_shapes().items():
+            self._check_part(name, parts[name], shape)
 
     def require_scorer(self, inference: InferenceConfig) -> None:
         """Raise ConfigError where candidates are asked for and nothing can choose among them."""

@@ -218,7 +218,11 @@ class DiffusionPolicy(Policy):
 
         Returns:
             Actions (B, H, A) in the environment's units.
+
+        Raises:
+            ConfigError: shapes that do not fit.
         """
+        self.check_shapes(obs)
         steps = self._steps(SolverConfig())
         draws = draw_normal((n_draws(steps), batch_size(obs), *self._chunk_shape), generator, self.device)
         return self._denoise(obs, steps, draws[0], draws[1:], 1.0)
@@ -233,13 +237,16 @@ class DiffusionPolicy(Policy):
 
         Returns:
             Actions (B, H, A) in the environment's units, through which gradients flow to the weights.
+
+        Raises:
+            ConfigError: shapes that do not fit.
         """
         config, schedule = self.config, self.schedule
         timesteps = torch.randint(
             config.num_train_timesteps, (len(actions),), device=actions.device, generator=generator
         )
         noise = draw_normal(actions.shape, generator, actions.device)
-        noisy = schedule.add_noise(self.action_normalizer.normalize(actions), noise, timesteps)
+        noisy = schedule.add_noise(self.targets(obs, actions, None), noise, timesteps)
         prediction = self.base(noisy, timesteps, self.condition(obs))
         return self.action_normalizer.unnormalize(
             schedule.predict_clean(noisy, prediction, timesteps, config.clip_sample)

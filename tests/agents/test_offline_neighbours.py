@@ -12,7 +12,15 @@ from dprl.data import Episodes
 from dprl.diffusion import SolverConfig
 from dprl.errors import ConfigError
 from dprl.networks import MLPConfig
-from dprl.policy import CriticConfig, DiffusionConfig, DiffusionPolicy, GaussianConfig, GaussianPolicy
+from dprl.policy import (
+    CriticConfig,
+    DiffusionConfig,
+    DiffusionPolicy,
+    GaussianConfig,
+    GaussianPolicy,
+    GMMConfig,
+    GMMPolicy,
+)
 from dprl.seeding import torch_generator
 from tests.agents.test_idql import SMALL, bandit, in_better_mode, iterate
 from tests.policy.small import random_episodes, small_config
@@ -50,14 +58,57 @@ def test_diffusion_ql_leaves_the_worse_mode() -> None:
     assert in_better_mode(policy.sample(torch.zeros(500, 1, 1), generator=torch_generator(1))) > cloned + 0.2
 
 
+def test_what_follows_is_the_least_target_q_of_the_averaged_policys_own_actions() -> None:
+    data = random_episodes()
+    agent = DiffusionQL(DiffusionPolicy.for_dataset(data, small_config("diffusion")), DiffusionQLConfig(critic=CRITIC))
+    with torch.no_grad():
+        for parameter in agent.critic.parameters():
+            parameter.add_(1.0)  # so that the targets are others
+    obs = torch.randn(6, agent.policy.config.n_obs_steps, 3)
+    before = agent._generator.get_state()
+    found = agent.future(obs)
+    actions = agent.policy.rsample(obs, agent._generator.set_state(before))
+    torch.testing.assert_close(found, agent.target.score(obs, actions))
+    assert found.abs().max() > 0
+
+
+def test_the_size_of_q_does_not_count() -> None:
+    """Only where it grows, and η."""
+    moved = []
+    for factor in (1.0, 1_000.0):
+        data = random_episodes()
+        policy = DiffusionPolicy.for_dataset(data, small_config("diffusion"))
+        agent = DiffusionQL(policy, DiffusionQLConfig(SMALL.bc, critic=SMALL.critic, batch_size=16))
+        agent.set_data(data, 100)
+        with torch.no_grad():
+            last = [p for name, p in agent.target.q_net.named_parameters()][-2:]
+            for parameter in last:
+                parameter.mul_(factor)
+        agent.update_actor(next(iter(agent.actor.read(agent.collect().chunks))))
+        moved.append(torch.cat([p.detach().flatten() for p in agent.actor._online.parameters()]))
+    torch.testing.assert_close(*moved, atol=1e-5, rtol=1e-4)
+
+
+def test_imitation_and_q_are_logged_apart() -> None:
+    rows = []
+    for eta in (0.0, 5.0):
+        data = random_episodes()
+        config = DiffusionQLConfig(SMALL.bc, critic=SMALL.critic, batch_size=16, eta=eta)
+        agent = DiffusionQL(DiffusionPolicy.for_dataset(data, small_config("diffusion")), config)
+        agent.set_data(data, 100)
+        rows.append(iterate(agent)[0])
+    assert all(row["bc/loss"] > 0 and np.isfinite(row["diffusion-ql/policy_q_mean"]) for row in rows)
+
+
 def test_iql_weighs_what_a_gaussian_clones() -> None:
-    """By exp(3 A): the mean of a Gaussian, moved by 3 times its variance."""
+    """By exp(2 A): the mean of a Gaussian, moved by twice its variance."""
     data = slope()
     gaussian = GaussianPolicy.for_dataset(data, GaussianConfig(horizon=1, hidden_size=64))
-    config = IDQLConfig(BC_PART, critic=replace(CRITIC, objective=replace(CRITIC.objective, level=0.5)))
+    objective = replace(CRITIC.objective, level=0.5)
+    config = IDQLConfig(BC_PART, critic=replace(CRITIC, objective=objective), advantage_scale=2.0)
     policy = IQL(gaussian, config).fit(data, 1_000)
     mean = float(policy.sample(torch.zeros(1, 1, 1), temperature=0.0))
-    assert mean == pytest.approx(3 * data.actions.var(), abs=0.08)
+    assert mean == pytest.approx(2 * data.actions.var(), abs=0.06)
 
 
 @pytest.mark.parametrize("improvement", ["one_step", "chain"])
@@ -81,7 +132,12 @@ def test_a_resumed_run_goes_on_exactly(improvement: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda data: IQL(DiffusionPolicy.for_dataset(data, NETWORK)), "policy = 'diffusion': must have a density"),
+        (lambda data: IQL(DiffusionPolicy.for_dataset(data, NETWORK)), "policy = 'diffusion': must be gaussian"),
+        (lambda data: IQL(GMMPolicy.for_dataset(data, GMMConfig())), "policy = 'gmm': must be gaussian"),
+        (
+            lambda data: IQL(GaussianPolicy.for_dataset(data, GaussianConfig()), IDQLConfig(actor_objective="soft")),
+            "actor_objective = 'soft': must be left out",
+        ),
         (lambda data: DiffusionQL(GaussianPolicy.for_dataset(data, GaussianConfig())), "policy = 'gaussian': must be"),
         (lambda data: DiffusionQLConfig(actor_objective="soft"), "actor_objective = 'soft': must be bc"),
         (lambda data: DiffusionQLConfig(eta=-1.0), "eta = -1"),
@@ -110,10 +166,24 @@ def test_denoising_once_recovers_what_the_network_predicts() -> None:
     actions = 0.2 * torch.rand(6, 3, 2)
     clean = policy.action_normalizer.normalize(actions)
 
+    seen = []
+
     def exact(noisy: torch.Tensor, timesteps: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        seen.extend(timesteps.tolist())
         signal, noise = (level[timesteps].view(-1, 1, 1) for level in policy.config.noise.levels())
         return ((noisy - signal * clean) / noise).float()
 
     policy.base.forward = exact  # type: ignore[method-assign]
     obs = torch.randn(6, policy.config.n_obs_steps, 3)
-    torch.testing.assert_close(policy.denoise_once(obs, actions, torch_generator(0)), actions, atol=1e-3, rtol=1e-3)
+    for seed in range(5):
+        found = policy.denoise_once(obs, actions, torch_generator(seed))
+        torch.testing.assert_close(found, actions, atol=1e-3, rtol=1e-3)
+    assert set(seen) == set(range(policy.config.num_train_timesteps))
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    policy = DiffusionPolicy.for_dataset(random_episodes(), small_config("diffusion"))
+    with pytest.raises(ConfigError, match="obs = "):
+        policy.rsample(torch.zeros(3, 2))
+    with pytest.raises(ConfigError, match="actions = "):
+        policy.denoise_once(torch.zeros(3, 2, 3), torch.zeros(2, 3, 2))

@@ -278,6 +278,7 @@ def test_the_best_episodes_are_those_of_the_largest_returns():
     assert episodes.best(0.5).seeds.tolist() == [1, 2]
     assert episodes.best(0.51).seeds.tolist() == [0, 1, 2]  # rounded up; of equal ones the first
     assert episodes.best(1.0) is episodes
+    assert make([1] * 100).best(0.07).n_episodes == 7
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.1])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dprl.agents import BCConfig, IDQLConfig
+from dprl.agents import BCConfig, DiffusionQLConfig, IDQLConfig
 from dprl.cli import main
 from dprl.data import save_dataset
 from dprl.errors import ConfigError, DatasetError
@@ -105,11 +105,31 @@ def test_data_without_rewards_are_refused_before_a_run_is_made(tmp_path: Path) -
             {"memory_map": True, "idql": IDQLConfig(BCConfig(num_workers=0))},
             "idql.bc.num_workers = 0: must be at least 1",
         ),
+        ({"agent": "diffusion-ql"}, "agent = 'diffusion-ql': must be another for the settings of idql"),
+        (
+            {"diffusion_ql": DiffusionQLConfig(eta=2.0)},
+            "agent = 'idql': must be another for the settings",
+        ),
     ],
 )
 def test_bad_settings_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config(Path("data"), **changes)
+
+
+@pytest.mark.parametrize(
+    ("agent", "inference"),
+    [
+        ("idql", InferenceConfig(candidates=64)),
+        ("iql", InferenceConfig(temperature=0.0)),
+        ("diffusion-ql", InferenceConfig(candidates=50, selection="softmax")),
+    ],
+)
+def test_every_agent_is_evaluated_as_it_acts(agent: str, inference: InferenceConfig) -> None:
+    settings = runs.OfflineConfig("data", agent=agent)  # type: ignore[arg-type]
+    assert settings.acting == inference
+    asked = InferenceConfig(candidates=3)
+    assert replace(settings, inference=asked).acting == asked
 
 
 def test_what_the_policy_does_not_have_is_refused(data: Path, tmp_path: Path) -> None:

@@ -5,15 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from dprl.agents import BCConfig, DPPOConfig, IDQLConfig
+from dprl.data import load_dataset
 from dprl.errors import ConfigError
 from dprl.experiments import offline, plots, runs, studies
 from dprl.experiments.offline import References
 from dprl.experiments.runs import CollectConfig, Seen
 from dprl.experiments.studies import Outcome, StudyConfig, run_cells
 from dprl.networks import MLPConfig
-from dprl.policy import ChunkCritic, CriticConfig, DiffusionConfig, GaussianPolicy, Policy
+from dprl.policy import ChunkCritic, CriticConfig, DiffusionConfig, GaussianPolicy, Policy, find_policy
 from tests.experiments.test_finetuning import outcome
 
 TINY = offline.Recipe(
@@ -53,6 +55,12 @@ def test_a_study_is_run_written_and_not_run_again(tmp_path: Path, monkeypatch: p
     kept = json.loads((config.out / "runs/halves.filtered.seed0/run.json").read_text())["config"]
     assert kept["best"] == offline.BEST
     learned = json.loads((config.out / "runs/halves.diffusion-ql.seed0/run.json").read_text())
+    folders = {name: find_policy(config.out / f"runs/halves.{name}.seed0") for name in ("idql", "iql", "diffusion-ql")}
+    assert {json.loads((f / "agent.json").read_text())["agent"] for f in folders.values()} == set(folders)
+    data = load_dataset(kept["data"])
+    used = Policy.from_pretrained(config.out / "runs/halves.filtered.seed0").observation_normalizer
+    assert torch.equal(used.low, torch.as_tensor(data.best(offline.BEST).limits("observations")[0]))
+    assert not torch.equal(used.low, kinds["idql"].observation_normalizer.low)
     assert (learned["kind"], learned["config"]["agent"], learned["config"]["steps"]) == ("offline", "diffusion-ql", 3)
 
 
