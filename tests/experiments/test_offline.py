@@ -70,7 +70,7 @@ def test_evaluate_takes_candidates(data: Path, tmp_path: Path, capsys: pytest.Ca
 def test_by_default_it_is_the_papers_behaviour_policy() -> None:
     usual = OfflineConfig("data")
     assert usual.policy == DiffusionConfig(num_train_timesteps=5, schedule="vp", denoiser=LNResNetConfig())
-    assert usual.inference == InferenceConfig(candidates=64)
+    assert usual.acting == InferenceConfig(candidates=64)
 
 
 def test_data_of_an_unknown_environment_are_evaluated_where_it_is_said(tmp_path: Path) -> None:
