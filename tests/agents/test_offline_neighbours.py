@@ -37,7 +37,7 @@ def slope(n: int = 2_000) -> Episodes:
     return Episodes(zeros, actions, actions[:, 0], zeros, np.arange(1, n + 1), ~no, no, np.arange(n))
 
 
-@pytest.mark.parametrize("improvement", ["one_step", "chain"])
+@pytest.mark.parametrize("improvement", ["one_step", pytest.param("chain", marks=pytest.mark.full)])
 def test_diffusion_ql_goes_where_q_is_larger(improvement: str) -> None:
     """And nowhere else without Q: η = 0 is cloning."""
     data, generator, means = slope(), torch_generator(1), []
