@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -24,7 +25,16 @@ from torch import Tensor, nn
 from dprl import checkpoint
 from dprl.agents.critic import Critic
 from dprl.agents.dppo_config import DPPOConfig
-from dprl.agents.objective import chunk_log_prob, clip_bounds, normalized_advantage, policy_loss, value_loss
+from dprl.agents.objective import (
+    LOG_PROB_RANGE,
+    MAX_LOG_RATIO,
+    chunk_log_prob,
+    clip_bounds,
+    clip_ranges,
+    normalized_advantage,
+    policy_loss,
+    value_loss,
+)
 from dprl.agents.on_policy import OnPolicyAgent
 from dprl.agents.restraint import Restraint
 from dprl.agents.targets import Pairs, Targets, epoch
@@ -83,7 +93,12 @@ class DPPO(OnPolicyAgent):
         check_precision(config.precision, policy.device)
         denoises = not isinstance(self.mdp, ActionMDP)
         check(config.critic == "state" or denoises, "critic", config.critic, "must be state: there is no noisy action")
-        self._restraint = Restraint(self.mdp, config, self.generator)
+        falls_apart = config.log_prob_reduction == "mean" or self.mdp.is_gaussian
+        remedy = "must be mean: this policy's chunks have one density as a whole, no numbers to sum"
+        check(falls_apart, "log_prob_reduction", config.log_prob_reduction, remedy)
+        limits = LOG_PROB_RANGE if self.mdp.is_gaussian else (-math.inf, math.inf)
+        self._chunk_log_prob = partial(chunk_log_prob, reduction=config.log_prob_reduction, limits=limits)
+        self._restraint = Restraint(self.mdp, config, self._chunk_log_prob, self.generator)
         self.critic, self.baseline = self._critics()
         self._values = nn.ModuleList([self.critic] if self.baseline is None else [self.critic, self.baseline])
         self._actor_learner = Learner(self.mdp.trainable(), config.learning_rate, config.max_grad_norm)
@@ -93,8 +108,7 @@ class DPPO(OnPolicyAgent):
         per_decision = 1 if config.gamma_per == "decision" else policy.n_action_steps
         self._reward_scaler = RunningReturnStd(self.pool.n_envs, config.gamma**per_decision)
         self._discounts = (config.denoising_discount ** torch.arange(config.tuned_steps)).to(policy.device)
-        numbers = policy.n_action_steps * policy.features.action_size if config.log_prob_reduction == "sum" else 1
-        self._clip_bounds = clip_bounds(config, numbers).to(policy.device)
+        self._clip_ranges = clip_ranges(config).to(policy.device)
         self._log_prob_of: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = self.mdp.log_prob
         self._compiled = False
         self._targets: Targets | None = None
@@ -151,7 +165,8 @@ class DPPO(OnPolicyAgent):
     def update(self, batch: Rollout) -> dict[str, float]:
         """Improve actor and critic on one rollout; return metrics."""
         config = self.config
-        targets, metrics = self._prepare(batch)
+        with at_most_threads(available_cores()):
+            targets, metrics = self._prepare(batch)
         former, self._targets = self._targets, targets.in_place_of(self._targets)
         if self._targets is not former:
             self._record()
@@ -196,7 +211,7 @@ class DPPO(OnPolicyAgent):
     def _update_actor(self, targets: Targets, pairs: Pairs, figures: UpdateFigures) -> None:
         """One gradient step."""
         advantage = normalized_advantage(targets.advantage[pairs], self.config.advantage_quantiles)
-        advantage, bounds = advantage * self._discounts[pairs.k], self._clip_bounds[:, pairs.k]
+        advantage, bounds = advantage * self._discounts[pairs.k], self._bounds(targets, pairs)
         log_ratios = []
         self._actor_learner.zero_grad()
         for rows, share in self._parts(len(pairs.k)):
@@ -209,7 +224,14 @@ class DPPO(OnPolicyAgent):
                 loss = loss + self._restraint(targets, part, figures)
             (share * loss).backward()
         figures.add("actor_grad_norm", self._actor_learner.step())
-        figures.add_ratio(torch.cat(log_ratios), bounds, pairs.k)
+        figures.add_ratio(torch.cat(log_ratios).clamp(max=MAX_LOG_RATIO), bounds, pairs.k)
+
+    def _bounds(self, targets: Targets, pairs: Pairs) -> Tensor:
+        """Least and largest ratio of pairs: (2, B)."""
+        clip = self._clip_ranges[pairs.k]
+        if self.config.log_prob_reduction == "mean":
+            return clip_bounds(clip)
+        return clip_bounds(clip, targets.executed[pairs.decision] * self.policy.features.action_size)
 
     def _parts(self, n: int) -> Iterator[tuple[slice, float]]:
         """What of a minibatch goes through the networks at once, in as equal parts as may be, and its share of it."""
@@ -238,7 +260,7 @@ class DPPO(OnPolicyAgent):
         with self._computing():
             condition = self.mdp.condition(take(targets.observation, pairs.decision), self._augmentation)
             log_prob = self._log_prob_of(condition, targets.x(pairs), targets.x_next(pairs), pairs.k)
-        return chunk_log_prob(log_prob, targets.executed[pairs.decision], self.config.log_prob_reduction)
+        return self._chunk_log_prob(log_prob, targets.executed[pairs.decision])
 
     def _baseline(self, targets: Targets, pairs: Pairs) -> Tensor:
         """V(s, x_{k+1}, k) of pairs: (B,)."""
@@ -267,7 +289,7 @@ class DPPO(OnPolicyAgent):
         chains, log_probs = (torch.as_tensor(array, device=device).flatten(0, 1) for array in arrays)
         executed = executed.flatten().to(device)
         old_log_prob = torch.stack(  # stored noisiest first
-            [chunk_log_prob(p, executed, config.log_prob_reduction) for p in log_probs.flip(1).unbind(1)], dim=1
+            [self._chunk_log_prob(p, executed) for p in log_probs.flip(1).unbind(1)], dim=1
         )
         columns = (advantage, value, returns)
         flat_advantage, flat_value, flat_returns = (column.flatten().to(device) for column in columns)

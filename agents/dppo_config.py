@@ -72,10 +72,12 @@ class DPPOConfig:
     advantage_quantiles: tuple[float, ...] = (0.0, 1.0)
     """Normalised advantages are clipped to these quantiles of the minibatch."""
     vf_coef: float = 0.5
+    """Of the critic's loss. Its own AdamW makes little of it, but for `max_grad_norm`."""
     clip_range_vf: float | None = None
     """How far a value may move from the rollout's before its loss is flat."""
     target_kl: float | None = 1.0
-    """Stop an iteration's updates once a minibatch's approximate KL exceeds this."""
+    """Stop an iteration's updates once a minibatch's `approx_kl` exceeds this. That is of the ratios, so with mean
+    log-probs far below the policy's own KL: values that stop anything then are of the size of `clip_range` squared."""
     regularizer: Literal["none", "bc", "kl", "w2"] = "none"
     """What keeps the policy near the pretrained one, at the observations of the rollout: the log-prob of chains that
     the pretrained policy draws (`bc`), or the divergence of each step's Gaussian from its own (`kl`, `w2`)."""
@@ -96,15 +98,16 @@ class DPPOConfig:
 
     def __post_init__(self) -> None:
         counts = ("tuned_steps", "n_steps", "n_epochs", "batch_size", "micro_batch_size", "critic_hidden_size")
-        positive = ("learning_rate", "critic_learning_rate", "clip_range", "clip_range_rate")
+        positive = ("learning_rate", "critic_learning_rate", "clip_range", "clip_range_rate", "vf_coef")
         validate(
             self,
             at_least={
-                **dict.fromkeys(counts, 1), **dict.fromkeys(("critic_warmup", "vf_coef", "entropy_coef"), 0),
+                **dict.fromkeys(counts, 1), **dict.fromkeys(("critic_warmup", "entropy_coef"), 0),
                 "regularizer_coef": 0,
             },
             above=dict.fromkeys(positive, 0),
         )  # fmt: skip
+        check(self.clip_range < 1, "clip_range", self.clip_range, "must be below 1: ratios stay in 1 ± clip_range")
         check(self.clip_range_rate <= 50, "clip_range_rate", self.clip_range_rate, "must be at most 50")
         for name in ("gamma", "gae_lambda", "denoising_discount"):
             check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be from 0 to 1")
@@ -112,6 +115,8 @@ class DPPOConfig:
         check(after is None or after >= 0, "compile_after", after, "must be at least 0, or None")
         steps = after is None or self.likelihood == "steps"
         check(steps, "compile_after", after, "must be None: an exact likelihood is not compiled")
+        steady = after is None or self.anneal_tuned_steps.iterations == 0
+        check(steady, "compile_after", after, "must be None: each number of tuned steps would compile anew")
         for name in ("max_grad_norm", "clip_range_vf", "target_kl"):
             value = getattr(self, name)
             check(value is None or value > 0, name, value, "must be above 0, or None")
@@ -122,7 +127,16 @@ class DPPOConfig:
         check(fits, "advantage_quantiles", low_high, "must be two numbers, 0 <= lower < upper <= 1")
         learned = self.exploration.learned.what != "none"
         check(self.entropy_coef == 0 or learned, "entropy_coef", self.entropy_coef,
-              "must be 0: only learned noise has an entropy to raise")  # fmt: skip
+              "must be 0 without exploration.learned: it raises noise that denoising steps learn")  # fmt: skip
+        coefficient, usual = self.regularizer_coef, DPPOConfig.regularizer_coef
+        used = coefficient > 0 if self.regularizer != "none" else coefficient == usual
+        check(used, "regularizer_coef", coefficient,
+              f"must be above 0 with a regularizer, and left at {usual} without one")  # fmt: skip
+        whole = self.likelihood == "exact"
+        check(not whole or self.critic == "state", "critic", self.critic,
+              "must be state: with the exact likelihood the noise is the action in other words")  # fmt: skip
+        one = self.clip_range_vf is None or self.critic == "state"
+        check(one, "clip_range_vf", self.clip_range_vf, "must be None: a baseline of noisy actions is not clipped")
         anneal = self.anneal_tuned_steps
         fits = anneal.iterations == 0 or (anneal.final == int(anneal.final) and 1 <= anneal.final <= self.tuned_steps)
         check(fits, "anneal_tuned_steps.final", anneal.final,

@@ -21,6 +21,7 @@ from torch import Tensor
 from dprl.agents.dppo_config import DPPOConfig
 
 LOG_PROB_RANGE = (-5.0, 2.0)
+"""To which the log-density of a number that a Gaussian draws is clamped."""
 MAX_LOG_RATIO = 20.0
 """Beyond it a ratio is beyond any clip, and of summed log-probs could be infinite."""
 
@@ -32,9 +33,11 @@ def over_chunk(values: Tensor, executed: Tensor | int, reduction: str = "mean") 
     return total if reduction == "sum" else total / (counts.sum(1) * values.shape[2])
 
 
-def chunk_log_prob(log_prob: Tensor, executed: Tensor | int, reduction: str = "mean") -> Tensor:
+def chunk_log_prob(
+    log_prob: Tensor, executed: Tensor | int, reduction: str = "mean", limits: tuple[float, float] = LOG_PROB_RANGE
+) -> Tensor:
     """Clamped log-densities of the actions that were executed, averaged or summed: (B, H, A), (B,) -> (B,)."""
-    return over_chunk(log_prob.clamp(*LOG_PROB_RANGE), executed, reduction)
+    return over_chunk(log_prob.clamp(*limits), executed, reduction)
 
 
 def clip_ranges(config: DPPOConfig) -> Tensor:
@@ -45,9 +48,8 @@ def clip_ranges(config: DPPOConfig) -> Tensor:
     return config.clip_range_base + (config.clip_range - config.clip_range_base) * growth
 
 
-def clip_bounds(config: DPPOConfig, numbers: int) -> Tensor:
-    """Least and largest ratio of each tuned step: (2, K'); of sums of `numbers` log-probs, those of their mean."""
-    clip = clip_ranges(config)
+def clip_bounds(clip: Tensor, numbers: Tensor | int = 1) -> Tensor:
+    """Least and largest ratio of pairs, (B,) -> (2, B); of sums of `numbers` (B,) log-probs, those of their mean."""
     return torch.stack([1 - clip, 1 + clip]) ** numbers
 
 

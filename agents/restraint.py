@@ -5,11 +5,13 @@ Shapes: B pairs of (decision, denoising step), H actions of a chunk, A action si
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from dprl.agents.dppo_config import DPPOConfig
-from dprl.agents.objective import chunk_log_prob, over_chunk
+from dprl.agents.objective import over_chunk
 from dprl.agents.targets import Pairs, Targets
 from dprl.diffusion import normal_kl, normal_w2
 from dprl.errors import check
@@ -20,10 +22,16 @@ from dprl.training.figures import UpdateFigures
 
 
 class Restraint:
-    """A term of the actor's loss, at the observations of the rollout."""
+    """A term of the actor's loss, at the observations of the rollout, whose images are not augmented."""
 
-    def __init__(self, mdp: PolicyMDP, config: DPPOConfig, generator: torch.Generator) -> None:
-        """Take the policy's decision process, and a generator for what the pretrained policy draws.
+    def __init__(
+        self,
+        mdp: PolicyMDP,
+        config: DPPOConfig,
+        chunk_log_prob: Callable[[Tensor, Tensor], Tensor],
+        generator: torch.Generator,
+    ) -> None:
+        """Take the policy's decision process, its density of chunks, and a generator for the pretrained policy's draws.
 
         Raises:
             ConfigError: a divergence of a policy that draws from no one Gaussian.
@@ -31,7 +39,7 @@ class Restraint:
         closed = config.regularizer not in ("kl", "w2") or mdp.is_gaussian
         remedy = "must be bc or none: what this policy draws from is no one Gaussian"
         check(closed, "regularizer", config.regularizer, remedy)
-        self._mdp, self._config, self._generator = mdp, config, generator
+        self._mdp, self._config, self._chunk_log_prob, self._generator = mdp, config, chunk_log_prob, generator
 
     def __call__(self, targets: Targets, pairs: Pairs, figures: UpdateFigures) -> Tensor:
         """Return it for pairs (B,): a scalar, 0 where nothing is asked for."""
@@ -66,8 +74,7 @@ class Restraint:
         rows, position = torch.arange(len(pairs.k), device=pairs.k.device), self._config.tuned_steps - pairs.k
         x, x_next = chains[rows, position - 1], chains[rows, position]
         log_prob = self._mdp.log_prob(self._mdp.condition(obs), x, x_next, pairs.k)
-        executed = targets.executed[pairs.decision]
-        return -chunk_log_prob(log_prob, executed, self._config.log_prob_reduction).mean()
+        return -self._chunk_log_prob(log_prob, targets.executed[pairs.decision]).mean()
 
     def _log_std(self, targets: Targets, pairs: Pairs) -> Tensor:
         """What a Gaussian's entropy is but for a constant."""

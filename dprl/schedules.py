@@ -25,6 +25,8 @@ class Warmup:
         check(
             self.final <= 1, "final", self.final, "must be at most 1: a learning rate that is to end higher is set so"
         )
+        ends = self.decay is not None or self.final == Warmup.final
+        check(ends, "final", self.final, "is where a decay ends: say in how many iterations, with decay")
         fits = self.decay is None or self.decay > self.warmup
         check(fits, "decay", self.decay, f"must be above warmup, which is {self.warmup}")
 
@@ -51,6 +53,9 @@ class Anneal:
 
     def __post_init__(self) -> None:
         validate(self, at_least={"iterations": 0, "start": 0})
+        for name in ("final", "start"):
+            moves = self.iterations > 0 or getattr(self, name) == getattr(Anneal, name)
+            check(moves, name, getattr(self, name), "is of a number that moves: say in how many iterations")
 
     def at(self, iteration: int, value: float) -> float:
         """Return what `value` has become."""

@@ -132,6 +132,7 @@ PAPER = {
         DPPOConfig(
             tuned_steps=10, n_steps=25, n_epochs=10, batch_size=6_250, learning_rate=1e-5, denoising_discount=0.95,
             clip_range=0.1, clip_range_base=0.1, clip_range_rate=1.0, critic_warmup=1, critic_activation="mish",
+            lr_schedule=Warmup(10),
         ),
     ),
 }  # fmt: skip

@@ -344,6 +344,11 @@ class FinetuneConfig:
             self, at_least={**dict.fromkeys(counts, 1), "workers": 0, "eval_workers": 0, "eval_every": 0, "seed": 0}
         )
         check(self.data is None or self.agent == "idql", "data", self.data, "is for the agent idql only")
+        idle = (self.dppo == DPPOConfig()) if self.agent == "idql" else (self.idql == OnlineIDQLConfig())
+        other = "dppo" if self.agent == "idql" else "idql"
+        check(idle, "agent", self.agent, f"must be {other} for the settings of {other}")
+        check(self.eval_every > 0 or self.eval_workers == 0, "eval_workers", self.eval_workers,
+              "must be 0 with eval_every 0: nothing is evaluated")  # fmt: skip
 
     @property
     def acting(self) -> InferenceConfig:
@@ -605,8 +610,8 @@ def _prepare_finetune(config: FinetuneConfig, folder: Path) -> _Finetuning:
     require_fit(policy, spec)
     data: Episodes | None = None
     if config.agent == "dppo":
-        policy.check_inference(config.inference)
         mdp_of(policy, dppo.tuned_steps, dppo.exploration, dppo.solver, exact=dppo.likelihood == "exact")
+        policy.check_inference(config.inference)  # of the way that it samples from now on
     elif config.data is not None:
         data = load_dataset(config.data)
     slices = config.n_envs // checked_slice_size(config.n_envs, config.slice_size)

@@ -2,6 +2,7 @@
 
 import ast
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,8 @@ def within(module: str, prefix: str) -> bool:
     return module == prefix or module.startswith(prefix + ".")
 
 
-def imports_of(source: str, sources: Sources) -> list[Import]:
+@cache
+def imports_of(source: str, text: str, modules: frozenset[str]) -> list[Import]:
     """Every import of a module, those in functions too, but for those under TYPE_CHECKING."""
     found = []
 
@@ -87,16 +89,16 @@ def imports_of(source: str, sources: Sources) -> list[Import]:
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                is_package = any(name.startswith(source + ".") for name in sources)
+                is_package = any(name.startswith(source + ".") for name in modules)
                 parents = source.split(".")[: len(source.split(".")) + is_package - node.level]
                 base = ".".join([*parents, *([node.module] if node.module else [])])
             names = [f"{base}.{alias.name}" for alias in node.names]
-            targets = [name if name in sources else base for name in names]
+            targets = [name if name in modules else base for name in names]
         found.extend(Import(source, target, node.lineno, function) for target in dict.fromkeys(targets))
         for child in ast.iter_child_nodes(node):
             visit(child, function)
 
-    visit(ast.parse(sources[source]), None)
+    visit(ast.parse(text), None)
     return found
 
 
@@ -107,7 +109,9 @@ def layer_of(module: str) -> int | None:
 
 
 def all_imports(sources: Sources) -> list[Import]:
-    return [i for source in sources for i in imports_of(source, sources) if (source, i.function) != LAZY_DOORS]
+    modules = frozenset(sources)
+    found = (i for source, text in sources.items() for i in imports_of(source, text, modules))
+    return [i for i in found if (i.source, i.function) != LAZY_DOORS]
 
 
 def upward_imports(sources: Sources) -> list[str]:

@@ -94,8 +94,8 @@ class ActionMDP(PolicyMDP):
         rows = torch.arange(len(mode), device=mode.device)
         z = draws[0].clamp(-self.exploration.noise_clip, self.exploration.noise_clip)
         x = mean[rows, mode] + std[rows, mode].clamp(min=self._floor) * z
-        nothing, k = torch.zeros_like(x), torch.zeros_like(mode)
-        log_prob = self.log_prob(condition, nothing, x, k)
+        nothing = torch.zeros_like(x)
+        log_prob = self._log_prob(policy, condition, x)
         steps = torch.stack([nothing, x], dim=1)
         return Chain(steps, log_prob[:, None], policy.action_normalizer.unnormalize(x))
 
@@ -104,7 +104,10 @@ class ActionMDP(PolicyMDP):
 
         A mixture's does not fall apart into numbers: each of the executed actions' gets the same share of it.
         """
-        log_weight, mean, std = self.policy.mixture(condition)
+        return self._log_prob(self.policy, condition, x_next)
+
+    def _log_prob(self, policy: ExplicitDensity, condition: Tensor, x_next: Tensor) -> Tensor:
+        log_weight, mean, std = policy.mixture(condition)
         log_prob = normal_log_prob(x_next[:, None], mean, std.clamp(min=self._density_floor))
         if log_weight.shape[1] == 1:
             return log_prob[:, 0]

@@ -49,7 +49,7 @@ class DenoisingMDP(PolicyMDP):
             exploration: how it explores.
             solver: whose steps they are; default: the policy's own way. Only where a step depends on nothing but x.
                 If the policy's own way visits other timesteps, which are not tuned, this becomes its own way (ddim's
-                with eta 0).
+                with the eta that it had, or 0).
             seed: of the initial weights of learned noise.
 
         Raises:
@@ -73,7 +73,9 @@ class DenoisingMDP(PolicyMDP):
         policy.tune_below(below)
         visited = {step.timestep for step in grid}
         if any(step.timestep not in visited for step in solver_steps(schedule, policy.config.sampling)):
-            policy.set_sampling(replace(solver, eta=0.0), policy.config.clip_sample)  # it knows no other steps so well
+            own = policy.config.sampling  # it knows no other steps so well
+            eta = own.eta if own.solver == solver.solver else 0.0
+            policy.set_sampling(replace(solver, eta=eta), policy.config.clip_sample)
         self.policy = policy
         self.tuned_steps = tuned_steps
         self.exploration = exploration

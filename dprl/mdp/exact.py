@@ -14,6 +14,7 @@ Shapes: B decisions, O observation steps, F features, H actions of a chunk, A ac
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
 from typing import Self
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from dprl.diffusion import SolverConfig, normal_log_prob, solver_steps
 from dprl.errors import ConfigError, check
 from dprl.mdp.base import Chain, ExplorationConfig, Gaussian, PolicyMDP
+from dprl.networks import Denoiser
 from dprl.observations import TensorObservation
 from dprl.policy import DiffusionPolicy
 
@@ -61,6 +63,8 @@ class ExactMDP(PolicyMDP):
         learned = exploration.learned
         remedy = "must be none: the only noise is the initial one"
         check(learned.what == "none", "exploration.learned.what", learned.what, remedy)
+        plain = replace(exploration, learned=learned) == replace(ExplorationConfig(), learned=learned)
+        check(plain, "exploration", exploration, "must be left as it is: the only noise is the initial one")
         known = schedule.prediction_type != "sample"
         check(known, "prediction_type", schedule.prediction_type, "says nothing of the noise in a clean chunk")
         policy.tune_below(schedule.num_train_timesteps)
@@ -117,19 +121,25 @@ class ExactMDP(PolicyMDP):
             for step, prepared in zip(self._steps, known, strict=True):
                 clean = policy.schedule.predict_clean(x, network.denoise(x, prepared), step.timestep, None)
                 x = step.noisy * x + step.clean * clean
-        log_prob = self.log_prob(condition, draws[0], x, torch.zeros(len(x), dtype=torch.long)).detach()
+        log_prob = self._log_prob(network, condition, x).detach()
         return Chain(torch.stack([draws[0], x], dim=1), log_prob[:, None], policy.action_normalizer.unnormalize(x))
 
     def log_prob(self, condition: Tensor, x: Tensor, x_next: Tensor, k: Tensor) -> Tensor:
         """Log-density of chunks `x_next`, each number of which gets the same share; see `PolicyMDP.log_prob`."""
-        start, log_det = self.noise_of(condition, x_next)
+        assert self.policy.tuned is not None
+        return self._log_prob(self.policy.tuned, condition, x_next)
+
+    def _log_prob(self, network: Denoiser, condition: Tensor, x_next: Tensor) -> Tensor:
+        start, log_det = self._noise_of(network, condition, x_next)
         joint = normal_log_prob(start, 0.0, torch.ones_like(start)).sum((1, 2)) + log_det
         return (joint / start[0].numel())[:, None, None].expand_as(x_next)
 
     def noise_of(self, condition: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Follow chunks back to the noise they come from: (B, H, A) -> (B, H, A), and log |det| of the way (B,)."""
-        network = self.policy.tuned
-        assert network is not None
+        assert self.policy.tuned is not None
+        return self._noise_of(self.policy.tuned, condition, x)
+
+    def _noise_of(self, network: Denoiser, condition: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         log_det = torch.zeros(len(x), device=x.device)
         with torch.enable_grad():
             for (now, following), timestep in zip(pairwise(self._levels), self._timesteps, strict=True):

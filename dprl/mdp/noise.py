@@ -176,6 +176,9 @@ def step_noise(
     learned = exploration.learned
     if learned.what == "none":
         return FlooredNoise(grid, tuned_steps, exploration)
+    moves = exploration.anneal.iterations == 0 or learned.what == "eta" or tuned_steps < len(grid)
+    check(moves, "exploration.anneal.iterations", exploration.anneal.iterations,
+          "must be 0: a learned std has no floor, and every step's is learned")  # fmt: skip
     features, horizon = policy.features, policy.config.horizon
     size = policy.config.n_obs_steps * policy.feature_size
     with seeded_init(seed, "noise"):

@@ -26,6 +26,7 @@ class UpdateFigures:
 
         The KL is estimated by E[(ρ - 1) - log ρ] (J. Schulman, Approximating KL divergence, 2020: k3).
         """
+        log_ratio = log_ratio.to(self._by_step.dtype)
         ratio = log_ratio.exp()
         kl = (ratio - 1) - log_ratio
         clipped = (ratio < bounds[0]) | (ratio > bounds[1])
@@ -49,11 +50,11 @@ class UpdateFigures:
                 self.add(name, value)
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """Return all means, under `prefix`."""
+        """Return all means, under `prefix`; of denoising steps, those that were trained."""
         found = {f"{prefix}/{name}": torch.stack(values).mean() for name, values in self._means.items()}
         pairs, clipped, kl = self._by_step
-        for k in range(len(pairs)) if "approx_kl" in self._means else ():
-            found[f"{prefix}/clip_fraction_step_{k}"] = clipped[k] / pairs[k].clamp(min=1)
-            found[f"{prefix}/approx_kl_step_{k}"] = kl[k] / pairs[k].clamp(min=1)
+        for k in pairs.nonzero().flatten().tolist():
+            found[f"{prefix}/clip_fraction_step_{k}"] = clipped[k] / pairs[k]
+            found[f"{prefix}/approx_kl_step_{k}"] = kl[k] / pairs[k]
         values = torch.stack([value.float() for value in found.values()]).tolist()
         return dict(zip(found, values, strict=True)) | {f"{prefix}/gradient_steps": float(self.gradient_steps)}

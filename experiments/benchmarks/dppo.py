@@ -415,7 +415,10 @@ def iteration(config: DPPOBenchmark, name: str) -> Iterator[Measured]:
             start = time.perf_counter()
             for _ in range(task.n_steps):
                 first.pool.step_chunk(actions)
-            floor = time.perf_counter() - start + _update_floor(config, first, task, samples)
+            simulator = time.perf_counter() - start
+            flops = rollout.rewards.size * DENOISING_STEPS * products(_network(first), training=False)
+            deciding = flops / multiplying_rate(config.device, task.hidden_size, task.n_envs)
+            floor = simulator + deciding + _update_floor(config, first, task, samples)
             yield Measured(
                 Figure(name, "iteration", "environment steps", steps, floor_s=floor),
                 [partial(iterate, agent) for agent in agents],
@@ -434,8 +437,10 @@ def _network(agent: DPPO) -> nn.Module:
 
 
 def _update_floor(config: DPPOBenchmark, agent: DPPO, task: Task, samples: int) -> float:
+    """What the actor's products take for pairs of decision and denoising step, and the critic's for decisions."""
     rate = multiplying_rate(config.device, task.hidden_size, min(task.batch_size, 20_000))
-    return samples * products(_network(agent), training=True) / rate
+    flops = samples * products(_network(agent), training=True)
+    return (flops + samples // TUNED_STEPS * products(agent.critic, training=True)) / rate
 
 
 def measurements(config: DPPOBenchmark) -> list[Callable[[], Any]]:

@@ -59,7 +59,7 @@ def test_log_probs_of_the_rollout_are_not_computed_again() -> None:
 
 def test_what_belongs_to_denoising_steps_is_looked_up_on_the_learners_device() -> None:
     dppo = agent()
-    for table in (dppo._discounts, dppo._clip_bounds):
+    for table in (dppo._discounts, dppo._clip_ranges):
         assert isinstance(table, torch.Tensor)
         assert table.shape[-1] == 3
         assert table.device == dppo.policy.device

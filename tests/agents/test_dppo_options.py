@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,6 +35,7 @@ from dprl.policy import (
     GMMPolicy,
     Policy,
 )
+from dprl.returns import RunningReturnStd
 from dprl.schedules import Anneal, Warmup
 from dprl.training.figures import UpdateFigures
 from tests.toys import make_toy, reach_spec, toy_policy
@@ -143,12 +145,16 @@ def test_sum_is_the_mean_times_the_numbers_and_so_is_its_clip() -> None:
     mean, total = (chunk_log_prob(log_prob, executed, how) for how in ("mean", "sum"))
     torch.testing.assert_close(total, mean * executed * 3)
     dppo = agent("sum")
-    clip = clip_ranges(dppo.config)
-    torch.testing.assert_close(dppo._clip_bounds, torch.stack([(1 - clip) ** 2, (1 + clip) ** 2]))
+    targets, _ = dppo._prepare(dppo.collect())
+    targets = targets._replace(executed=torch.arange(24) % 2 + 1)  # of two actions of one number
+    pairs, clip = Pairs(torch.arange(24), torch.arange(24) % 3), clip_ranges(dppo.config)[torch.arange(24) % 3]
+    expected = torch.stack([(1 - clip) ** targets.executed, (1 + clip) ** targets.executed])
+    torch.testing.assert_close(dppo._bounds(targets, pairs), expected)
+    torch.testing.assert_close(agent()._bounds(targets, pairs), torch.stack([1 - clip, 1 + clip]))
 
 
 def test_a_summed_ratio_is_clipped_on_both_sides_however_many_numbers_a_chunk_has() -> None:
-    bounds = clip_bounds(DPPOConfig(tuned_steps=1, clip_range=0.1), 112)
+    bounds = clip_bounds(torch.tensor([0.1]), 112)
     for advantage, log_ratio in ((-1.0, -20.0), (1.0, 20.0), (1.0, 1_000.0)):
         ratio = torch.tensor([log_ratio], requires_grad=True)
         loss = policy_loss(ratio, torch.tensor([advantage]), bounds)
@@ -156,6 +162,32 @@ def test_a_summed_ratio_is_clipped_on_both_sides_however_many_numbers_a_chunk_ha
         assert torch.isfinite(loss)
         assert ratio.grad.item() == 0, "too far already"
     assert torch.isfinite(policy_loss(torch.tensor([1_000.0]), torch.tensor([0.0]), bounds))
+
+
+def test_a_ratio_beyond_all_bounds_is_finite_in_what_is_logged() -> None:
+    dppo = agent("sum")
+    targets, _ = dppo._prepare(dppo.collect())
+    figures = UpdateFigures(3, torch.device("cpu"))
+    far = targets._replace(old_log_prob=targets.old_log_prob - 200)
+    dppo._update_actor(far, Pairs(torch.arange(24), torch.zeros(24, dtype=torch.long)), figures)
+    metrics = figures.metrics("dppo")
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert metrics["dppo/clip_fraction"] == 1
+
+
+def test_a_density_is_clamped_where_it_is_of_one_gaussian_number_by_number() -> None:
+    sharp = torch.full((1, 2, 1), 5.0)
+    for name, counted in (("default", 2.0), ("gaussian", 2.0), ("exact", 5.0), ("gmm", 5.0)):
+        assert float(agent(name)._chunk_log_prob(sharp, torch.tensor([2]))) == counted
+
+
+def test_figures_of_denoising_steps_are_of_those_that_were_trained() -> None:
+    dppo = agent("fewer-steps")
+    seen = []
+    for _ in range(3):
+        metrics = dppo.update(dppo.collect())
+        seen.append([k for k in range(3) if f"dppo/clip_fraction_step_{k}" in metrics])
+    assert seen == [[0, 1, 2], [0, 1], [0]]
 
 
 def test_actions_that_were_not_executed_do_not_count() -> None:
@@ -213,6 +245,67 @@ def test_rates_follow_their_schedule_and_the_actors_waits_for_the_critic() -> No
     assert actor == pytest.approx([3e-4 * f for f in (0.5, 0.5, 0.5, 1, 0.55)])
 
 
+def test_losses_are_of_what_the_config_asks_for() -> None:
+    """The update's own losses, by hand: quantiles of advantages, discounts and clips by step, values that may move."""
+    dppo = agent(advantage_quantiles=(0.2, 0.8), denoising_discount=0.5, clip_range=0.3, clip_range_vf=0.1)
+    targets, _ = dppo._prepare(dppo.collect())
+    targets = targets._replace(
+        advantage=torch.randn(24, 3),
+        old_log_prob=targets.old_log_prob - torch.randn(24, 3).mul(0.2),
+        value=targets.value - 0.3,
+        returns=targets.value + torch.randn(24),
+    )
+    rows, k = torch.arange(24), torch.arange(24) % 3
+    figures = UpdateFigures(3, torch.device("cpu"))
+    with torch.no_grad():
+        ratio = (dppo._log_prob(targets, Pairs(rows, k)) - targets.old_log_prob[rows, k]).exp()
+        value = dppo.critic(targets.observation)
+    dppo._update_critic(targets, rows, Pairs(rows, k), figures)
+    dppo._update_actor(targets, Pairs(rows, k), figures)
+
+    advantage = targets.advantage[rows, k]
+    advantage = (advantage - advantage.mean()) / advantage.std()
+    low, high = advantage.quantile(0.2), advantage.quantile(0.8)
+    steps = (math.e**3 - 1), 0.3 - 0.005
+    clip = [0.005 + steps[1] * (math.exp(3 * p) - 1) / steps[0] for p in (1.0, 0.5, 0.0)]
+    gained = []
+    for a, r, step in zip(advantage.clamp(low, high) * 0.5**k, ratio, k, strict=True):
+        gained.append(min(a * r, a * min(max(float(r), 1 - clip[step]), 1 + clip[step])))
+    errors = [
+        max((v - r) ** 2, (old + min(max(float(v - old), -0.1), 0.1) - r) ** 2)
+        for v, r, old in zip(value, targets.returns, targets.value, strict=True)
+    ]
+    metrics = figures.metrics("dppo")
+    assert metrics["dppo/policy_loss"] == pytest.approx(-float(sum(gained)) / 24, rel=1e-4, abs=1e-6)
+    assert metrics["dppo/value_loss"] == pytest.approx(float(sum(errors)) / 48, rel=1e-4)
+
+
+def test_values_are_learned_of_the_scaled_rewards() -> None:
+    dppo, rewards = agent(gae_lambda=0.0), np.random.default_rng(0).standard_normal((6, 4), np.float32)
+    rollout = replace(dppo.collect(), rewards=rewards)
+    with torch.no_grad():
+        following = dppo.critic(dppo._rows(rollout.final_observations)).view(6, 4)
+    targets, _ = dppo._prepare(rollout)
+    scaled = RunningReturnStd(4, 0.99)(torch.as_tensor(rewards), torch.as_tensor(rollout.ended), torch.arange(4))
+    assert not torch.allclose(scaled, torch.as_tensor(rewards), rtol=0.05)
+    expected = scaled + 0.99 * following * ~torch.as_tensor(rollout.ended)
+    torch.testing.assert_close(targets.returns.view(6, 4), expected)
+
+
+@pytest.mark.filterwarnings("ignore:this processor has no instructions for bfloat16")
+def test_in_bfloat16_too_the_first_ratios_are_within_the_clips() -> None:
+    """Chains are drawn in float32: what rounding does to the ratio must stay far below what a clip allows."""
+    denoiser = MLPConfig(hidden_size=512)
+    policy = DiffusionPolicy(Features(2, 1), DiffusionConfig(horizon=4, num_train_timesteps=20, denoiser=denoiser))
+    dppo = DPPO(policy, make_toy(reach_spec(), 4), replace(SMALL, tuned_steps=10, precision="bfloat16"))
+    targets, _ = dppo._prepare(dppo.collect())
+    pairs = Pairs(torch.arange(240) // 10, torch.arange(240) % 10)
+    with torch.no_grad():
+        ratio = (dppo._log_prob(targets, pairs) - targets.old_log_prob[pairs]).exp()
+    assert (ratio - 1).abs().max() < 0.005
+    assert abs(float(ratio.mean()) - 1) < 5e-4
+
+
 def test_gamma_per_step_discounts_what_was_executed() -> None:
     """A chunk of two steps, one that ended after the first: V = r + γ^n V'."""
     dppo = agent(gamma_per="step", gamma=0.5, gae_lambda=0.0, normalize_returns=False)
@@ -267,6 +360,19 @@ def test_only_with_a_baseline_of_the_action_do_steps_differ_in_advantage() -> No
     torch.testing.assert_close(targets.advantage[:, 2], expected)
 
 
+def test_a_baseline_sees_what_a_step_starts_from_and_not_what_it_makes() -> None:
+    dppo = agent("state-action-critic")
+    targets, _ = dppo._prepare(dppo.collect())
+    for k, position in ((2, 0), (1, 1), (0, 2)):
+        pairs = Pairs(torch.arange(24), torch.full((24,), k))
+        usual = dppo._baseline(targets, pairs)
+        for other in range(4):
+            chains = targets.chains.clone()
+            chains[:, other] += 0.5
+            same = torch.equal(dppo._baseline(targets._replace(chains=chains), pairs), usual)
+            assert same == (other != position)
+
+
 def test_the_divergence_is_zero_before_the_first_step_and_holds_the_policy_back() -> None:
     dppo = agent("kl")
     targets, _ = dppo._prepare(dppo.collect())
@@ -290,7 +396,7 @@ def test_the_divergence_is_zero_before_the_first_step_and_holds_the_policy_back(
             gaussians = [tuned.mdp.gaussian(condition, x, pairs.k, pretrained=p) for p in (False, True)]
         return float(normal_kl(*gaussians[0], *gaussians[1]).mean())
 
-    free = distance(0.0, "kl")
+    free = distance(1e-12, "kl")
     distances = {regularizer: distance(100.0, regularizer) for regularizer in ("kl", "w2", "bc")}
     assert all(d < 0.5 * free for d in distances.values()), (free, distances)
 
@@ -326,7 +432,22 @@ def test_a_bonus_for_entropy_raises_the_noise() -> None:
         ("default", {"max_grad_norm": 0.0}, r"max_grad_norm = 0.0: must be above 0, or None"),
         ("default", {"clip_range_vf": -1.0}, r"clip_range_vf = -1.0: must be above 0, or None"),
         ("default", {"target_kl": 0.0}, r"target_kl = 0.0: must be above 0, or None"),
-        ("default", {"entropy_coef": 0.1}, "entropy_coef = 0.1: must be 0: only learned noise"),
+        ("default", {"entropy_coef": 0.1}, "entropy_coef = 0.1: must be 0 without exploration.learned"),
+        ("default", {"clip_range": 1.0}, "clip_range = 1.0: must be below 1"),
+        ("default", {"vf_coef": 0.0}, "vf_coef = 0.0: must be above 0"),
+        ("kl", {"regularizer_coef": 0.0}, "regularizer_coef = 0.0: must be above 0 with a regularizer"),
+        ("default", {"regularizer_coef": 0.5}, "regularizer_coef = 0.5: must be above 0 with a regularizer, and left"),
+        ("exact", {"critic": "state_action"}, "critic = 'state_action': must be state: with the exact likelihood"),
+        ("exact", {"exploration": ExplorationConfig(0.2)}, "exploration = .*: must be left as it is"),
+        ("exact", {"log_prob_reduction": "sum"}, "log_prob_reduction = 'sum': must be mean: this policy's chunks"),
+        ("gmm", {"log_prob_reduction": "sum"}, "log_prob_reduction = 'sum': must be mean: this policy's chunks"),
+        ("state-action-critic", {"clip_range_vf": 0.1}, "clip_range_vf = 0.1: must be None: a baseline of noisy"),
+        ("fewer-steps", {"compile_after": 1}, "compile_after = 1: must be None: each number of tuned steps"),
+        (
+            "learned-std",
+            {"tuned_steps": 8, "exploration": replace(LEARNED_STD, anneal=Anneal(0.05, 3))},
+            "exploration.anneal.iterations = 3: must be 0: a learned std has no floor",
+        ),
         ("default", {"regularizer": "l2"}, "regularizer = 'l2': must be one of none, bc, kl, w2"),
         (
             "default",

@@ -9,14 +9,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dprl.agents import DPPOConfig
-from dprl.agents.objective import chunk_log_prob, clip_bounds, normalized_advantage, policy_loss, value_loss
+from dprl.agents import DPPO, DPPOConfig
+from dprl.agents.targets import Pairs, Targets
 from dprl.diffusion import SolverConfig
+from dprl.envs.chunked import ChunkedEnv
 from dprl.interop import dppo
-from dprl.mdp import DenoisingMDP, ExplorationConfig
-from dprl.networks import DenoiserConfig, MLPConfig, UNetConfig, ValueNet
+from dprl.mdp import ExplorationConfig
+from dprl.networks import DenoiserConfig, MLPConfig, UNetConfig
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Features, denoising_loss
+from dprl.spec import EnvSpec
 from dprl.training.figures import UpdateFigures
+from tests.toys import Reach
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 SETTINGS = json.loads((FIXTURES / "meta.json").read_text())
@@ -43,7 +46,7 @@ def denoiser_state(network: str, data: dict[str, Tensor], prefix: str) -> dict[s
 
 
 class Case:
-    """One fixture with our objects in its shape and with its weights."""
+    """One fixture with an agent in its shape and with its weights."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -69,12 +72,16 @@ class Case:
             vf_coef=s["vf_coef"],
             solver=SolverConfig("ddim", eta=1.0) if s.get("use_ddim") else SolverConfig(),
             exploration=exploration,
+            critic_hidden_size=s["critic_mlp_dims"][0],
+            critic_activation="mish",
         )
         self.policy = DiffusionPolicy(Features(s["obs_dim"], s["action_dim"]), policy_config)
-        self.mdp = DenoisingMDP(self.policy, self.config.tuned_steps, exploration, self.config.solver)
+        low, high = (-1.0,) * s["action_dim"], (1.0,) * s["action_dim"]
+        spec = EnvSpec("toy/parity", "", "", s["obs_dim"], low, high, max_episode_steps=8)  # it is never stepped
+        self.agent = DPPO(self.policy, ChunkedEnv(spec, Reach([0]), [0]), self.config)
+        self.mdp, self.critic = self.agent.mdp, self.agent.critic.net
         self.policy.base.load_state_dict(denoiser_state(s["network"], self.data, "frozen."))
         self.policy.tuned.load_state_dict(denoiser_state(s["network"], self.data, "tuned."))
-        self.critic = ValueNet(1, s["obs_dim"], s["critic_mlp_dims"][0], "mish")
         self.critic.load_state_dict(dppo.critic_state(self.data, "critic."))
 
     def double(self) -> "Case":
@@ -141,42 +148,33 @@ def test_deterministic_evaluation_actions(case: Case) -> None:
     assert relative(ours, case.data["eval_actions"]) < TOLERANCE
 
 
-def losses(case: Case) -> dict[str, Tensor]:
-    """The losses of the fixture's minibatch, and their gradients in `case`'s networks."""
+def update(case: Case) -> dict[str, Tensor]:
+    """What the agent's own update of the fixture's minibatch reports; its gradients stay in `case`'s networks."""
     data, config = case.data, case.config
     decision, position = data["batch_index"], data["batch_denoising_index"]
-    k = config.tuned_steps - 1 - position
-    condition = case.policy.condition(data["obs"])[decision]
-    x, x_next = data["chains"][decision, position], data["chains"][decision, position + 1]
-    executed = case.settings["executed_steps"]
-    log_prob = chunk_log_prob(case.mdp.log_prob(condition, x, x_next, k), executed)
-    log_ratio = log_prob - chunk_log_prob(data["old_log_probs"], executed)
-    advantage = normalized_advantage(data["advantages"]) * config.denoising_discount**k
-    actor_loss = policy_loss(log_ratio, advantage, clip_bounds(config, 1)[:, k])
+    rows, k = torch.arange(len(decision)), config.tuned_steps - 1 - position
+    executed = torch.full((len(rows),), case.settings["executed_steps"])
+    old_log_prob = torch.full((len(rows), config.tuned_steps), float("nan"), dtype=data["old_log_probs"].dtype)
+    old_log_prob[rows, k] = case.agent._chunk_log_prob(data["old_log_probs"], executed)
+    advantage = data["advantages"][:, None].expand_as(old_log_prob)
+    chains, obs = data["chains"][decision], data["obs"][decision]
+    targets = Targets(obs, chains, executed, old_log_prob, advantage, data["old_values"], data["returns"])
     figures = UpdateFigures(config.tuned_steps, torch.device("cpu"))
-    figures.add_ratio(log_ratio.detach().float(), clip_bounds(config, 1)[:, k], k)
-    critic_loss = value_loss(case.critic(condition), data["returns"])
-    case.policy.zero_grad()
-    case.critic.zero_grad()
-    (actor_loss + config.vf_coef * critic_loss).backward()
-    metrics = {name: torch.tensor(value) for name, value in figures.metrics("").items()}
-    return {
-        "policy_loss": actor_loss,
-        "value_loss": critic_loss,
-        "clip_fraction": metrics["/clip_fraction"],
-        "ratio_mean": metrics["/ratio_mean"],
-        "approx_kl": metrics["/approx_kl"],
-    }
+    case.agent._update_critic(targets, rows, Pairs(rows, k), figures)
+    case.agent._update_actor(targets, Pairs(rows, k), figures)
+    return {name: torch.tensor(value) for name, value in figures.metrics("ours").items()}
 
 
-def test_losses(case: Case) -> None:
-    figures = losses(case)
-    approx_kl = figures.pop("approx_kl")
-    for what, ours in figures.items():
-        report(case.name, what, relative(ours, case.data[what]))
-        assert relative(ours, case.data[what]) < TOLERANCE, what
-    kl_difference = float((approx_kl - case.data["approx_kl"]).abs())
-    report(case.name, "approx_kl (absolute)", kl_difference)
+@pytest.mark.parametrize("name", CASES)
+def test_losses(name: str) -> None:
+    case = Case(name)
+    found = update(case)
+    for what in ("policy_loss", "value_loss", "clip_fraction", "ratio_mean"):
+        difference = relative(found[f"ours/{what}"], case.data[what])
+        report(name, what, difference)
+        assert difference < TOLERANCE, what
+    kl_difference = float((found["ours/approx_kl"] - case.data["approx_kl"]).abs())
+    report(name, "approx_kl (absolute)", kl_difference)
     assert kl_difference < 1e-7
 
 
@@ -185,7 +183,7 @@ def test_every_gradient(name: str) -> None:
     """In float64: a gradient sums so many float32 roundings that the processor's order of them would count."""
     case = Case(name).double()
     data = case.data
-    losses(case)
+    update(case)
     named = {name: p.grad for name, p in case.policy.tuned.named_parameters()}
     theirs = denoiser_state(case.settings["network"], data, "grad.tuned.")
     theirs_critic = dppo.critic_state(data, "grad.critic.")

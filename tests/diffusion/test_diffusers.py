@@ -230,7 +230,7 @@ def test_dpmsolver_has_no_leading_grid_of_every_timestep(algorithm: str) -> None
         solver_steps(ScheduleConfig(20), SolverConfig(algorithm, 20, timestep_spacing="leading"))
 
 
-@pytest.mark.parametrize("k", [1, 7, 50, 64, 100, 1000])
+@pytest.mark.parametrize("k", [1, 7, 50, 64, 100, pytest.param(1000, marks=pytest.mark.full)])
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_every_grid_is_diffusers(spacing: str, k: int) -> None:
     """Where diffusers repeats a timestep or goes below 0, ours does not. Of many numbers of steps some."""

@@ -41,7 +41,7 @@ def actor() -> DenoisingMDP:
     return DenoisingMDP(policy, 2, ExplorationConfig())
 
 
-@pytest.mark.parametrize("make", ["hopper", "hopper_in_processes"])
+@pytest.mark.parametrize("make", ["hopper", pytest.param("hopper_in_processes", marks=pytest.mark.full)])
 def test_rollouts_are_gymnasiums(make, actor):
     """Also where episodes end inside a chunk, by themselves and by the time limit."""
     spec = vec_env.make_spec(f"tests.envs.test_vec_env:{make}", max_episode_steps=LIMIT)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dprl.agents import BCConfig, DPPOConfig
+from dprl.agents import BCConfig, DPPOConfig, OnlineIDQLConfig
 from dprl.config import from_json, to_json
 from dprl.data import load_dataset, save_dataset
 from dprl.errors import ConfigError, DatasetError, DprlError, EnvError
@@ -251,3 +251,18 @@ def test_collected_data_are_of_the_environment_that_was_asked_for(data: Path) ->
     spec = resolve(ENV)
     policy = Policy.kinds["mse"].for_dataset(load_dataset(data), small_config("mse"))
     assert policy.features == Features(spec.observation_size, spec.action_size, (), ENV)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "data"}, "data = 'data': is for the agent idql only"),
+        ({"agent": "idql", "dppo": DPPOConfig(n_steps=5)}, "agent = 'idql': must be dppo for the settings of dppo"),
+        ({"idql": OnlineIDQLConfig(candidates=5)}, "agent = 'dppo': must be idql for the settings of idql"),
+        ({"eval_every": 0, "eval_workers": 1}, "eval_workers = 1: must be 0 with eval_every 0"),
+    ],
+    ids=str,
+)
+def test_a_wrong_fine_tuning_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FinetuneConfig("policy", ENV, **changes)

@@ -71,6 +71,7 @@ def test_what_the_policy_was_can_still_be_drawn_and_is_saved(kind: str) -> None:
             parameter.add_(0.1)
     again = mdp.sample(obs, generator=torch.Generator().manual_seed(0), pretrained=True)
     assert torch.equal(again.steps, before.steps)
+    assert torch.equal(again.log_probs, before.log_probs), "of the policy that drew them"
     assert not torch.equal(mdp.sample(obs, generator=torch.Generator().manual_seed(0)).steps, before.steps)
     other, _ = make(kind)
     with torch.no_grad():

@@ -211,6 +211,26 @@ def test_a_tuned_policy_samples_by_steps_that_were_tuned(
     assert policy.config.sampling == expected
 
 
+@pytest.mark.parametrize(
+    ("own", "asked", "eta"),
+    [
+        (SolverConfig("ddim", 4, 1.0), SolverConfig(None, 2), 1.0),
+        (SolverConfig("ddim", 4, 0.5), SolverConfig("ddim", 2, 1.0), 1.0),
+        (SolverConfig(), SolverConfig("ddim", 2, 1.0), 1.0),
+    ],
+)
+def test_a_process_that_is_made_again_is_the_same(own: SolverConfig, asked: SolverConfig, eta: float) -> None:
+    """As a run is checked before it starts, and when it goes on."""
+    policy = make_policy(replace(DIFFUSION, sampling=own))
+    first = DenoisingMDP(policy, 2, ExplorationConfig(), asked)
+    sampling = policy.config.sampling
+    second = DenoisingMDP(policy, 2, ExplorationConfig(), asked)
+    assert first.solver == second.solver
+    assert first.solver.eta == eta
+    assert policy.config.sampling == sampling
+    assert sampling.eta == own.eta, "it acts as it did, by the steps that are tuned"
+
+
 @pytest.mark.full
 def test_a_copy_of_a_compiled_process_has_weights_of_its_own() -> None:
     mdp = DenoisingMDP(make_policy(DIFFUSION), 3, ExplorationConfig())

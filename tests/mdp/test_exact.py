@@ -110,6 +110,16 @@ def test_the_determinant_is_that_of_the_whole_way() -> None:
     torch.testing.assert_close(mdp.noise_of(condition, x)[1].detach()[0], torch.linalg.slogdet(whole).logabsdet)
 
 
+def test_what_the_policy_was_can_still_be_drawn_with_its_density() -> None:
+    mdp, obs = make("epsilon", 3), torch.randn(4, 1, 2)
+    before = mdp.sample(obs, generator=torch.Generator().manual_seed(0))
+    shaken(mdp.policy.tuned)
+    again = mdp.sample(obs, generator=torch.Generator().manual_seed(0), pretrained=True)
+    torch.testing.assert_close(again.steps, before.steps)
+    torch.testing.assert_close(again.log_probs, before.log_probs)
+    assert not torch.allclose(mdp.sample(obs, generator=torch.Generator().manual_seed(0)).steps, before.steps)
+
+
 def test_each_number_has_an_equal_share() -> None:
     mdp = make("epsilon", 5, horizon=3)
     x = torch.randn(4, 3, 1)
