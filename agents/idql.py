@@ -34,6 +34,7 @@ from dprl.implicit import ActorObjective, actor_weight
 from dprl.networks import polyak_update
 from dprl.observations import TensorObservation
 from dprl.policy import ChunkCritic, CriticConfig, Policy
+from dprl.policy.critic import ValueTerms
 from dprl.seeding import seeded_init, torch_generator
 from dprl.training import Agent, LoopConfig, train
 from dprl.training.learner import Learner
@@ -120,9 +121,12 @@ class IDQL(Agent[Picks]):
             check(policy.scorer.config == self.config.critic, "critic", self.config.critic,
                   f"the policy has critics already, of {policy.scorer.config}")  # fmt: skip
             self.critic.load_state_dict(policy.scorer.state_dict())
+            self.target.terms = policy.scorer.terms
         self.target.load_state_dict(self.critic.state_dict())
         policy.scorer = self.target.requires_grad_(False)
-        self.reward_scale = 1.0
+        if self.config.bc.compile:
+            for net in (self.critic.q_net, self.critic.v_net):
+                net.compile(dynamic=False)
         self._learner = Learner(self.critic, self.config.learning_rate)
         self._generator = torch_generator(seed, "idql", device=policy.device)
 
@@ -144,21 +148,28 @@ class IDQL(Agent[Picks]):
         train(self, LoopConfig(total), progress_bar=progress_bar)
         return self.policy
 
-    def set_data(self, data: Episodes, total_steps: int) -> None:
-        """Take `data` to learn from; `total_steps` shapes the learning rate's decay."""
+    def set_data(self, data: Episodes, total_steps: int, terms: ValueTerms | None = None) -> None:
+        """Take `data` to learn from; `total_steps` shapes the learning rate's decay, `terms` are the config's own."""
         policy, bc = self.policy, self.config.bc
         shown, _ = data.split(bc.validation_share, self.seed)  # as the behaviour policy's own
-        self.reward_scale = self._scale_of(shown)
-        if self.reward_scale != 1:
-            shown = replace(shown, rewards=np.asarray(shown.rewards) * np.float32(self.reward_scale))
+        terms = terms or self._terms_of(shown)
+        self.target.terms = terms
+        if terms.reward_scale != 1:
+            shown = replace(shown, rewards=np.asarray(shown.rewards) * np.float32(terms.reward_scale))
         cut = decisions(
-            shown, policy.config.n_obs_steps, policy.n_action_steps, self.config.gamma,
-            bootstrap_truncated=self.config.bootstrap_truncated,
+            shown, policy.config.n_obs_steps, policy.n_action_steps, terms.gamma,
+            bootstrap_truncated=terms.bootstrap_truncated,
         )  # fmt: skip
         self.actor.set_data(data, total_steps)
         self.decisions = DecisionBatches(shown, cut, policy.device, num_workers=bc.num_workers)
 
-    def _scale_of(self, data: Episodes) -> float:
+    def _terms_of(self, data: Episodes) -> ValueTerms:
+        asked = self.config.bootstrap_truncated
+        bootstraps = data.rewards_from == "data" if asked is None else asked
+        return ValueTerms(self.config.gamma, self.scale_of(data), bootstraps)
+
+    def scale_of(self, data: Episodes) -> float:
+        """What `return_range` multiplies the rewards of `data` by."""
         asked, returns = self.config.return_range, data.returns
         if asked is None or data.rewards_from == "none":  # which is refused for itself
             return 1.0

@@ -26,13 +26,14 @@ from dprl.agents.idql import IDQL, IDQLConfig, metrics_of
 from dprl.agents.on_policy import pool_state, restore_pool
 from dprl.config import validate
 from dprl.data import Episodes
-from dprl.data.loader import Batch, DecisionBatch
+from dprl.data.loader import DecisionBatch
 from dprl.data.replay import ReplayBuffer
 from dprl.errors import check
 from dprl.mdp import Chain
 from dprl.observations import Observation, TensorObservation, batch_size, map_parts
 from dprl.policy import ChunkCritic, DiffusionPolicy
 from dprl.policy.candidates import Selection, best_of
+from dprl.policy.critic import ValueTerms
 from dprl.rollout import Rollout, RolloutPool, as_pool
 from dprl.rollout.pool import require_fit
 from dprl.seeding import torch_generator
@@ -45,7 +46,8 @@ class OnlineIDQLConfig:
     """How IDQL acts and learns in an environment."""
 
     learner: IDQLConfig = field(default_factory=IDQLConfig)
-    """How critics, and a behaviour policy that goes on, learn; `critic` is the policy's own, if it has any."""
+    """How critics, and a behaviour policy that goes on, learn: the latter at a constant `bc.learning_rate`. Where the
+    policy has critics, `critic`, `gamma`, `bootstrap_truncated` and the scale of the rewards are theirs."""
     actor: Literal["frozen", "continues"] = "frozen"
     """Whether the behaviour policy stays as it is, or goes on being cloned."""
     candidates: int = 64
@@ -72,6 +74,21 @@ class OnlineIDQLConfig:
     def chosen_by(self) -> Selection:
         """`selection`, or its default."""
         return self.selection or ("argmax" if self.actor == "frozen" else "implicit")
+
+
+def _as_learned(learner: IDQLConfig, scorer: ChunkCritic) -> IDQLConfig:
+    """The numbers with those that `scorer` was learned by."""
+    learner, terms, usual = replace(learner, critic=scorer.config), scorer.terms, IDQLConfig()
+    if terms is None:
+        return learner
+    kept = {"gamma": terms.gamma, "bootstrap_truncated": terms.bootstrap_truncated}
+    for name, value in kept.items():
+        asked = getattr(learner, name)
+        agrees = asked in (value, getattr(usual, name))
+        check(agrees, f"learner.{name}", asked, f"must be left out: the policy's critics were learned with {value}")
+    scaled, remedy = learner.return_range, f"the policy's critics were learned of rewards times {terms.reward_scale:g}"
+    check(scaled is None, "learner.return_range", scaled, f"must be None: {remedy}")
+    return replace(learner, gamma=terms.gamma, bootstrap_truncated=terms.bootstrap_truncated)
 
 
 class CandidateActor:
@@ -143,9 +160,12 @@ class OnlineIDQL(Agent[Rollout]):
             EnvError: the policy does not fit the environment.
             DatasetError: the data have no rewards, or do not fit the policy.
         """
-        self.config = config or OnlineIDQLConfig()
+        config = config or OnlineIDQLConfig()
+        bc = config.learner.bc
+        learner = replace(config.learner, bc=replace(bc, final_learning_rate=bc.learning_rate))  # a run has no end yet
         if isinstance(policy.scorer, ChunkCritic):
-            self.config = replace(self.config, learner=replace(self.config.learner, critic=policy.scorer.config))
+            learner = _as_learned(learner, policy.scorer)
+        self.config = config = replace(config, learner=learner)
         known = isinstance(policy, DiffusionPolicy)
         check(known, "policy", type(policy).__name__, "must be a diffusion policy or flow, whose noise can be replayed")
         whole = policy.n_action_steps == policy.config.horizon
@@ -156,19 +176,29 @@ class OnlineIDQL(Agent[Rollout]):
         self.seed, self.timesteps = seed, 0
         self.policy = policy
         self.learner = IDQL(policy, self.config.learner, seed=seed)
-        scaled = self.config.learner.return_range
-        check(scaled is None or data is not None, "learner.return_range", scaled, "must be None: there are no data")
-        if data is not None:
-            self.learner.set_data(data, 1)
+        self._terms = self._learn_values_of(data)
         self._has_data = data is not None and self.config.data_share > 0
         self._actor = CandidateActor(policy, self.config.candidates, self.config.chosen_by)
         self._buffer = ReplayBuffer(
             self.config.capacity, policy.blank_observation(1), policy.n_action_steps, policy.features.action_size,
             policy.device,
         )  # fmt: skip
-        asked = self.config.learner.bootstrap_truncated
-        self._bootstraps = self.pool.spec.reward != "sparse" if asked is None else asked
         self._generator = torch_generator(seed, "online", device=policy.device)
+
+    def _learn_values_of(self, data: Episodes | None) -> ValueTerms:
+        """Settle what values are of, for data and buffer alike."""
+        learner, target = self.learner, self.learner.target
+        asked, scaled = learner.config.bootstrap_truncated, learner.config.return_range
+        check(scaled is None or data is not None, "learner.return_range", scaled, "must be None: there are no data")
+        terms = target.terms
+        if terms is None:
+            bootstraps = self.pool.spec.reward != "sparse" if asked is None else asked
+            scale = 1.0 if data is None else learner.scale_of(data)
+            terms = ValueTerms(learner.config.gamma, scale, bootstraps)
+        target.terms = terms
+        if data is not None:
+            learner.set_data(data, 1, terms)
+        return terms
 
     def learn(self, total_timesteps: int, *, progress_bar: bool = False) -> Self:
         """Collect and update for `total_timesteps` more environment steps, as stable-baselines3 does."""
@@ -196,7 +226,7 @@ class OnlineIDQL(Agent[Rollout]):
         for minibatch in self._mixed(n):
             figures.append(self.learner.update_critic(minibatch))
             if self.config.actor == "continues":
-                losses.append(self.learner.actor.step(Batch(minibatch.obs, minibatch.actions, None)))
+                losses.append(self.learner.update_actor(minibatch.chunks()))
         metrics |= metrics_of(figures) | {
             "time/samples_per_s": n * self.config.learner.batch_size / (time.perf_counter() - start)
         }
@@ -204,8 +234,9 @@ class OnlineIDQL(Agent[Rollout]):
 
     def _decisions(self, rollout: Rollout) -> DecisionBatch:
         """A rollout (T, N, ...) as decisions (T·N, ...)."""
-        device, over = self.policy.device, rollout.terminated if self._bootstraps else rollout.ended
-        discount = np.where(over, 0.0, self.config.learner.gamma**rollout.n_steps).astype(np.float32)
+        device, terms = self.policy.device, self._terms
+        over = rollout.terminated if terms.bootstrap_truncated else rollout.ended
+        discount = np.where(over, 0.0, terms.gamma**rollout.n_steps).astype(np.float32)
 
         def rows(part: Any) -> Tensor:
             return torch.as_tensor(part, device=device).flatten(0, 1)
@@ -214,13 +245,15 @@ class OnlineIDQL(Agent[Rollout]):
             moved: TensorObservation = map_parts(rows, observation)
             return moved
 
-        actions = rows(rollout.chains[:, :, 0])[:, : self.policy.n_action_steps]
+        n_steps, planned = rows(rollout.n_steps), rows(rollout.chains[:, :, 0])[:, : self.policy.n_action_steps]
+        which = torch.arange(planned.shape[1], device=device).clamp(max=n_steps[:, None] - 1)  # the last one repeats
         return DecisionBatch(
             seen(rollout.observations),
-            actions,
+            planned.gather(1, which[..., None].expand_as(planned)),
             seen(rollout.final_observations),
-            self.learner.reward_scale * rows(rollout.rewards),
+            terms.reward_scale * rows(rollout.rewards),
             rows(discount),
+            n_steps,
         )
 
     def _mixed(self, n: int) -> Iterator[DecisionBatch]:

@@ -132,6 +132,13 @@ class DecisionBatch(NamedTuple):
     """(B,)."""
     discount: Tensor
     """(B,) of what follows."""
+    n_steps: Tensor
+    """(B,) how many actions of the chunk were executed; the others repeat the last of them."""
+
+    def chunks(self) -> Batch:
+        """What was executed, to be cloned."""
+        valid = torch.arange(self.actions.shape[1], device=self.n_steps.device) < self.n_steps[:, None]
+        return Batch(self.obs, self.actions, valid)
 
 
 class DecisionBatches(RowBatches[DecisionBatch]):
@@ -150,7 +157,8 @@ class DecisionBatches(RowBatches[DecisionBatch]):
             self._actions = self._moved(data.actions)
             cut = (decisions.observation_rows, decisions.action_rows, decisions.next_rows)
             self._index = [self._moved(column) for column in cut]
-            self._numbers = [self._moved(decisions.rewards), self._moved(decisions.discounts)]
+            numbers = (decisions.rewards, decisions.discounts, decisions.n_steps)
+            self._numbers = [self._moved(column) for column in numbers]
 
     def _gathered(self, rows: Tensor) -> DecisionBatch:
         seen, did, following = (index[rows] for index in self._index)
@@ -158,8 +166,8 @@ class DecisionBatches(RowBatches[DecisionBatch]):
         obs = map_parts(lambda part: part[seen], self._obs)
         next_obs = map_parts(lambda part: part[following.clamp(max=self._n_steps - 1)], self._obs)
         put(next_obs, is_final, map_parts(lambda part: part[following[is_final] - self._n_steps], self._final))
-        reward, discount = (column[rows] for column in self._numbers)
-        return DecisionBatch(obs, self._actions[did], next_obs, reward, discount)
+        reward, discount, n_steps = (column[rows] for column in self._numbers)
+        return DecisionBatch(obs, self._actions[did], next_obs, reward, discount, n_steps)
 
     def _batch(self, columns: list[Any]) -> DecisionBatch:
         return DecisionBatch(*columns)
@@ -193,10 +201,10 @@ class DecisionRows(Dataset[Any]):
         return len(self._decisions)
 
     def __getitem__(self, i: int) -> Any:
-        """Return what decision `i` saw, did, led to and earned, and the discount of what follows."""
+        """Return what decision `i` saw, did, led to and earned, the discount of what follows, and how long it took."""
         data, cut = self._data, self._decisions
         seen, following = data.observe(cut.observation_rows[i]), data.observe_outcomes(cut.next_rows[i])
-        return seen, data.actions[cut.action_rows[i]], following, cut.rewards[i], cut.discounts[i]
+        return seen, data.actions[cut.action_rows[i]], following, cut.rewards[i], cut.discounts[i], cut.n_steps[i]
 
 
 def _collate(rows: list[Any]) -> list[Any]:

@@ -14,7 +14,7 @@ from dprl.data.loader import DecisionBatch
 from dprl.errors import DatasetError, check, check_count
 from dprl.observations import STATE, TensorObservation, map_parts, put, take
 
-NUMBERS = ("actions", "reward", "discount")
+NUMBERS = ("actions", "reward", "discount", "n_steps")
 
 
 class ReplayBuffer:
@@ -38,8 +38,9 @@ class ReplayBuffer:
             return torch.zeros(capacity, *part.shape[1:], dtype=part.dtype, device=device)
 
         actions = torch.zeros(capacity, n_action_steps, action_size, device=device)
-        numbers = [torch.zeros(capacity, device=device) for _ in range(2)]
-        self._rows = DecisionBatch(map_parts(room, blank), actions, map_parts(room, blank), *numbers)
+        reward, discount = (torch.zeros(capacity, device=device) for _ in range(2))
+        n_steps = torch.zeros(capacity, dtype=torch.long, device=device)
+        self._rows = DecisionBatch(map_parts(room, blank), actions, map_parts(room, blank), reward, discount, n_steps)
         self._capacity, self._next, self._size = capacity, 0, 0
 
     def __len__(self) -> int:

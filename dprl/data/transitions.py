@@ -2,7 +2,7 @@
 
 A decision is a chunk of E actions that are executed one after the other, then what they led to. Every step of an
 episode begins one. A chunk that reaches its episode's end is executed up to there; what lies beyond repeats the last
-action, as the rollout pools do it.
+action, so that what was not executed says nothing.
 
 Shapes: N decisions, O observation steps, E executed actions.
 """

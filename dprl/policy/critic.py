@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dprl.policy.base import Policy
 
 CONFIG_FILE, MODEL_FILE = "critic.json", "critic.safetensors"
+TERMS = "terms"
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,26 @@ class CriticConfig:
         )
 
 
+@dataclass(frozen=True)
+class ValueTerms:
+    """What Q and V are values of: who goes on learning them keeps to it."""
+
+    gamma: float
+    """Discount of one environment step."""
+    reward_scale: float
+    """What rewards are multiplied by."""
+    bootstrap_truncated: bool
+    """Whether something follows where an episode was cut off."""
+
+
 class ChunkCritic(nn.Module):
     """Q(s, chunk) by several networks, and V(s), of what a policy observes; with an image encoder of its own.
 
     It scores chunks as a `Scorer`: by the least of its Q.
     """
+
+    terms: ValueTerms | None = None
+    """None: nothing was learned yet."""
 
     def __init__(self, policy: Policy, config: CriticConfig) -> None:
         super().__init__()
@@ -104,7 +120,8 @@ class ChunkCritic(nn.Module):
 
     def write(self, folder: Path) -> None:
         """Write critic.json and critic.safetensors into an existing folder."""
-        checkpoint.write_json(folder / CONFIG_FILE, to_json(self.config))
+        about = to_json(self.config) | ({} if self.terms is None else {TERMS: to_json(self.terms)})
+        checkpoint.write_json(folder / CONFIG_FILE, about)
         checkpoint.save_tensors(folder / MODEL_FILE, self.state_dict())
 
     @staticmethod
@@ -117,7 +134,10 @@ class ChunkCritic(nn.Module):
         if not (folder / CONFIG_FILE).is_file():
             return None
         try:
-            critic = ChunkCritic(policy, from_json(CriticConfig, _about(folder), str(folder / CONFIG_FILE)))
+            about, file = _about(folder), str(folder / CONFIG_FILE)
+            terms = about.pop(TERMS, None)
+            critic = ChunkCritic(policy, from_json(CriticConfig, about, file))
+            critic.terms = None if terms is None else from_json(ValueTerms, terms, file)
             critic.load_state_dict(checkpoint.load_tensors(folder / MODEL_FILE))
         except ConfigError as error:
             raise CheckpointError(str(error)) from error

@@ -286,7 +286,7 @@ def test_a_range_of_returns_scales_the_rewards() -> None:
     data = replace(random_episodes(), rewards=rewards)
     scale = 5 / (data.returns.max() - data.returns.min())
     scaled = make(replace(SMALL, return_range=5.0), data)
-    assert scaled.reward_scale == pytest.approx(scale)
+    assert scaled.target.terms.reward_scale == pytest.approx(scale)
     by_hand = make(SMALL, replace(data, rewards=(rewards * np.float32(scale))))
     assert iterate(scaled) == iterate(by_hand)
     with pytest.raises(DatasetError, match=r"return_range = 5\.0: every episode has the return 0"):

@@ -60,7 +60,12 @@ def test_decisions_are_those_of_the_rollout() -> None:
     n = rollout.rewards.size
     np.testing.assert_array_equal(batch.obs.view(60, 4, 1, 2), rollout.observations)
     np.testing.assert_array_equal(batch.next_obs.view(60, 4, 1, 2), rollout.final_observations)
-    np.testing.assert_array_equal(batch.actions.view(60, 4, 2, 1), rollout.chains[:, :, 0])
+    cut = rollout.n_steps == 1
+    assert cut.any()
+    executed = rollout.chains[:, :, 0].copy()
+    executed[cut, 1] = executed[cut, 0]  # what was not executed repeats the last that was, as in data
+    np.testing.assert_array_equal(batch.actions.view(60, 4, 2, 1), executed)
+    np.testing.assert_array_equal(batch.n_steps.view(60, 4), rollout.n_steps)
     np.testing.assert_array_equal(batch.reward.view(60, 4), rollout.rewards)
     np.testing.assert_allclose(batch.discount, np.where(rollout.ended, 0.0, 0.99**rollout.n_steps).flatten(), rtol=1e-6)
     assert len(batch.reward) == n
@@ -140,6 +145,62 @@ def test_critics_that_were_learned_from_data_go_on() -> None:
         assert all(value.equal(learned[name]) for name, value in critic.state_dict().items())
 
 
+def test_they_go_on_with_the_terms_that_they_were_learned_on(tmp_path: Path) -> None:
+    policy, data = toy_policy(), reach_demonstrations(0)
+    offline = replace(IDQL_SMALL, gamma=0.9, return_range=0.5)
+    IDQL(policy, offline).fit(data, 5)
+    policy.save_pretrained(tmp_path)
+    loaded = DiffusionPolicy.from_pretrained(tmp_path)
+    terms = loaded.scorer.terms
+    assert terms == policy.scorer.terms
+    assert (terms.gamma, terms.bootstrap_truncated) == (0.9, True)
+    env = make_toy(reach_spec(), 4)
+    for kept in (data, None):
+        online = OnlineIDQL(loaded, env, replace(SMALL, learner=IDQLConfig(), n_steps=60), data=kept)
+        rollout = online.collect()
+        batch = online._decisions(rollout)
+        torch.testing.assert_close(batch.reward.view(60, 4), terms.reward_scale * torch.as_tensor(rollout.rewards))
+        alive = ~torch.as_tensor(rollout.terminated)
+        expected = 0.9 ** torch.as_tensor(rollout.n_steps).float() * alive
+        torch.testing.assert_close(batch.discount.view(60, 4), expected)
+        assert online.learner.target.terms == terms
+    for changes, message in (
+        ({"gamma": 0.5}, "learner.gamma = 0.5: must be left out: the policy's critics were learned with 0.9"),
+        ({"bootstrap_truncated": False}, "learner.bootstrap_truncated = False: must be left out"),
+        ({"return_range": 3.0}, "learner.return_range = 3.0: must be None: the policy's critics"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            OnlineIDQL(loaded, env, replace(SMALL, learner=replace(IDQLConfig(), **changes)), data=data)
+
+
+@pytest.mark.parametrize("asked", [None, True])
+def test_a_cut_episode_is_worth_as_much_in_the_data_as_in_the_buffer(asked: bool | None) -> None:
+    """The task's reward is sparse, so that by default nothing follows, in either."""
+    online = agent(data=True, n_steps=60, learner=replace(IDQL_SMALL, bootstrap_truncated=asked))
+    rollout = online.collect()
+    buffered = online._decisions(rollout).discount.view(60, 4)[torch.as_tensor(rollout.truncated)]
+    every = torch.arange(len(online.learner.decisions))[None]
+    (batch,) = online.learner.decisions.read(every)
+    data = reach_demonstrations(0)
+    finals = torch.as_tensor(data.final_observations)
+    cut = torch.stack([(batch.next_obs[:, 0] == finals[i]).all(1) for i in np.flatnonzero(~data.terminated)]).any(0)
+    assert cut.any()
+    assert len(buffered)
+    assert bool((buffered > 0).all()) == bool((batch.discount[cut] > 0).all()) == (asked is True)
+
+
+def test_a_policy_that_goes_on_clones_what_was_executed_by_its_objective_at_a_constant_rate() -> None:
+    learner = replace(IDQL_SMALL, actor_objective="exponential")
+    online = agent(data=True, actor="continues", learner=learner, n_steps=30, capacity=200)
+    seen = []
+    step = online.learner.actor.step
+    online.learner.actor.step = lambda batch, weight=None: seen.append((batch.valid, weight)) or step(batch, weight)
+    online.update(online.collect())
+    assert all(weight is not None for _, weight in seen)
+    assert not all(bool(valid.all()) for valid, _ in seen)
+    assert online.learner.actor._optimizer.param_groups[0]["lr"] == IDQL_SMALL.bc.learning_rate
+
+
 @pytest.mark.full
 @pytest.mark.timeout(180)
 def test_it_learns() -> None:
@@ -192,7 +253,7 @@ def test_what_cannot_go_on_is_refused() -> None:
 def test_rewards_are_scaled_as_those_of_the_data() -> None:
     plain, scaled = agent(data=True), agent(data=True, learner=replace(SMALL.learner, return_range=0.5))
     rollout = plain.collect()
-    scale = scaled.learner.reward_scale
+    scale = scaled.learner.target.terms.reward_scale
     assert scale != 1
     torch.testing.assert_close(scaled._decisions(rollout).reward, scale * plain._decisions(rollout).reward)
     with pytest.raises(ConfigError, match=r"learner.return_range = 0.5: must be None: there are no data"):

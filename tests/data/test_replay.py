@@ -20,7 +20,7 @@ def numbered(first: int, n: int) -> DecisionBatch:
     """Decisions that say which they are, everywhere."""
     which = torch.arange(first, first + n, dtype=torch.float32)
     obs = which.view(-1, 1, 1).expand(n, 2, 3)
-    return DecisionBatch(obs, which.view(-1, 1, 1).expand(n, 2, 1), obs + 0.5, which, which / 100)
+    return DecisionBatch(obs, which.view(-1, 1, 1).expand(n, 2, 1), obs + 0.5, which, which / 100, which.long())
 
 
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=8))
@@ -38,6 +38,7 @@ def test_it_holds_the_latest(sizes: list[int]) -> None:
         assert bool((drawn.next_obs[row] == which + 0.5).all())
         assert bool((drawn.actions[row] == which).all())
         assert drawn.discount[row] == which / 100
+        assert drawn.n_steps[row] == which
 
 
 def test_images_go_in_and_out() -> None:
