@@ -81,6 +81,7 @@ def collect_episodes(
         env_id=spec.id,
         images=images_of(observations),
         final_images=images_of(final_observations),
+        success_known=spec.has_success,
     )
 
 

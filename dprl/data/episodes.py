@@ -149,6 +149,8 @@ class Episodes:
     """(episodes,) whether that is known; where it is not, the last observation is repeated. None: of all."""
     rewards_from: RewardsFrom = "data"
     """`success`: the data have none, and the last step of an episode that succeeded has 1. `none`: all are 0."""
+    success_known: bool = True
+    """Whether the data say what succeeded; where they do not, `success` is False everywhere."""
 
     def __post_init__(self) -> None:
         if len(self.ends) == 0:
@@ -218,7 +220,8 @@ class Episodes:
         if len(parts) == 1:
             return parts[0]
         kinds = {
-            (p.env_id, p.rewards_from, p.observations.shape[1], p.actions.shape[1], *sorted(p.images)) for p in parts
+            (p.env_id, p.rewards_from, p.success_known, p.observations.shape[1], p.actions.shape[1], *sorted(p.images))
+            for p in parts
         }
         if len(kinds) != 1:
             raise DatasetError(f"data sets can be put together if they are alike; these are of {len(kinds)} kinds: "
@@ -249,6 +252,7 @@ class Episodes:
             final_images=images("final_images"),
             final_known=None if all(k.all() for k in known) else np.concatenate(known),
             rewards_from=first.rewards_from,
+            success_known=first.success_known,
         )
 
     @property
@@ -269,8 +273,8 @@ class Episodes:
 
     @property
     def success_rate(self) -> float:
-        """Share of the episodes that succeeded."""
-        return float(self.success.mean())
+        """Share of the episodes that succeeded; NaN where nobody knows."""
+        return float(self.success.mean()) if self.success_known else math.nan
 
     @property
     def returns(self) -> npt.NDArray[np.float64]:
@@ -289,7 +293,7 @@ class Episodes:
                 self.actions[start:end],
                 self.rewards[start:end] if self.rewards_from == "data" else None,
                 bool(self.terminated[i]),
-                None if self.rewards_from == "none" else bool(self.success[i]),
+                bool(self.success[i]) if self.success_known and self.rewards_from != "none" else None,
                 int(self.seeds[i]),
                 {
                     camera: _Frames(array, self.final_images[camera], start, end, i)
@@ -394,6 +398,7 @@ class Episodes:
             final_images={camera: _select(array, chosen) for camera, array in self.final_images.items()},
             final_known=None if self.final_known is None else self.final_known[chosen],
             rewards_from=self.rewards_from,
+            success_known=self.success_known,
         )
 
     def best(self, share: float) -> Episodes:

@@ -21,7 +21,10 @@ import numpy.typing as npt
 from dprl import checkpoint
 from dprl.data.episodes import Episodes, OnDisk, RewardsFrom
 from dprl.data.formats.d4rl import D4RL
-from dprl.data.formats.dppo_npz import DPPONpz
+from dprl.data.formats.d4rl import NEEDED as D4RL_NEEDED
+from dprl.data.formats.dppo_npz import NEEDED as NPZ_NEEDED
+from dprl.data.formats.dppo_npz import DPPONpz, arrays_of
+from dprl.data.formats.hdf5 import top_level
 from dprl.data.formats.lerobot import LeRobot
 from dprl.data.formats.maniskill import ManiSkill
 from dprl.data.formats.minari import Described, Minari, write
@@ -36,6 +39,8 @@ CACHE = ".cache"
 CACHE_VERSION = 1
 """Of what readers make of a file: caches of another version are made anew."""
 SHARE_OF_MEMORY = 3
+TRIED = 50
+"""Files of a folder that are looked at where it holds no data set itself."""
 
 
 def open_dataset(path: str | Path, options: DataOptions | None = None) -> Source:
@@ -52,7 +57,7 @@ def open_dataset(path: str | Path, options: DataOptions | None = None) -> Source
     with damage_named(f"'{path}'", f"any known format ({known})"):
         found = [kind for kind in FORMATS if kind.detects(path)]
     if not found:
-        raise DatasetError(f"'{path}' holds no data set: it is not {known}")
+        raise DatasetError(f"'{path}' holds no data set: it is not {known}{_hint(path)}")
     kind = found[0]
     for name, value in vars(options).items():
         if value is not None and name not in kind.takes:
@@ -61,10 +66,27 @@ def open_dataset(path: str | Path, options: DataOptions | None = None) -> Source
     try:
         with damage_named(f"'{path}'", kind.format):
             source.open()
+        empty = [i for i, length in enumerate(source.lengths) if length < 1]
+        if empty:
+            raise DatasetError(f"'{path}', episode {empty[0]}: has no steps")
     except BaseException:
         source.close()
         raise
     return source
+
+
+def _hint(path: Path) -> str:
+    """What may have been meant, or may be missing."""
+    inside = sorted(path.iterdir())[:TRIED] if path.is_dir() else []
+    for other in (*inside, path.parent, path.parent.parent):
+        with contextlib.suppress(Exception):  # whatever lies there
+            if any(kind.detects(other) for kind in FORMATS):
+                return f". There is one in '{other}'"
+    for names, kind, needed in ((top_level(path), D4RL, D4RL_NEEDED), (arrays_of(path), DPPONpz, NPZ_NEEDED)):
+        missing = [name for name in needed if name not in names]
+        if 0 < len(missing) < len(needed):
+            return f". It would be {kind.format} with {', '.join(missing)}"
+    return ""
 
 
 def load_dataset(
@@ -141,6 +163,7 @@ class _Layout:
     cameras: dict[str, tuple[int, ...]]
     """Name -> (height, width, channels)."""
     rewards_from: RewardsFrom
+    success_known: bool
 
     @staticmethod
     def of(source: Source) -> _Layout:
@@ -150,7 +173,7 @@ class _Layout:
             rewards_from = "none" if first.success is None else "success"
         cameras = {name: frames.shape for name, frames in first.images.items()}
         sizes = first.observations.shape[1], first.actions.shape[1]
-        return _Layout(tuple(source.lengths), *sizes, cameras, rewards_from)
+        return _Layout(tuple(source.lengths), *sizes, cameras, rewards_from, first.success is not None)
 
     @property
     def nbytes(self) -> int:
@@ -247,6 +270,7 @@ def _episodes(source: Source, layout: _Layout, arrays: dict[str, Any]) -> Episod
         final_images={camera: arrays[f"final_images.{camera}"] for camera in layout.cameras},
         final_known=None if known.all() else known,
         rewards_from=layout.rewards_from,
+        success_known=layout.success_known,
     )
 
 

@@ -16,10 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from dprl.errors import DatasetError, MissingDependencyError
-from dprl.spec import FloatArray
+from dprl.spec import BoolArray, FloatArray
 
 Pixels = npt.NDArray[np.uint8]
-FLAGS = ("terminations", "truncations")
 CHANNELS = (1, 3)
 """Of an image."""
 
@@ -215,11 +214,11 @@ class _Shape:
 def numbers(
     dataset: Any, name: str, length: int, ndim: int | None, where: str, *, steps: int | None = None
 ) -> npt.NDArray[Any]:
-    """Read an array of finite numbers, as float32 unless it is a flag.
+    """Read an array of finite numbers, as float32.
 
     Args:
         dataset: an array, or what becomes one.
-        name: of it, for messages; one of `FLAGS` keeps its type.
+        name: of it, for messages.
         length: how many rows it must have.
         ndim: how many dimensions; None: any.
         where: file and episode, for messages.
@@ -235,13 +234,41 @@ def numbers(
                            f"need {length} rows{dimensions}")  # fmt: skip
     if array.dtype.kind not in "fiub":
         raise DatasetError(f"{where}: {name} has the type {array.dtype}; numbers are needed")
-    if name not in FLAGS:
-        with np.errstate(over="ignore"):
-            array = array.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32, copy=False)
     finite = np.isfinite(array.reshape(length, -1)).all(axis=1)
     if not finite.all():
         raise DatasetError(f"{where}, step {np.flatnonzero(~finite)[0]}: {name} is not finite")
     return array
+
+
+def flags(dataset: Any, name: str, length: int, where: str) -> BoolArray:
+    """Read flags of an episode's steps, (length,) or (length, 1).
+
+    Raises:
+        DatasetError: they are not 0 and 1.
+    """
+    array = numbers(dataset, name, length, None, where)
+    if array.size != length:
+        raise DatasetError(f"{where}: {name} has the shape {array.shape}; {length} actions need one flag each")
+    array = array.reshape(-1)
+    odd = np.flatnonzero((array != 0) & (array != 1))
+    if len(odd):
+        raise DatasetError(f"{where}, step {odd[0]}: {name} is {array[odd[0]]}; it must be 0 or 1")
+    return array.astype(np.bool_)
+
+
+def ends_at_the_end(flag: BoolArray, name: str, where: str) -> bool:
+    """Return whether the last step's flag says that the episode ended.
+
+    Raises:
+        DatasetError: an earlier one says so.
+    """
+    early = np.flatnonzero(flag[:-1])
+    if len(early):
+        raise DatasetError(f"{where}, step {early[0]}: {name} says that the episode ended, but "
+                           f"{len(flag) - early[0] - 1} more steps follow")  # fmt: skip
+    return bool(flag[-1])
 
 
 @contextmanager

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dprl.data import DataOptions, Episodes, OnDisk, convert, load_dataset, open_dataset
+from dprl.data import DataOptions, Episodes, OnDisk, convert, load_dataset, open_dataset, save_dataset
+from dprl.data.summary import summarize
 from dprl.errors import DatasetError, RunExistsError
+from dprl.spec import EnvSpec
 
 h5py = pytest.importorskip("h5py")
 
@@ -451,7 +453,21 @@ def put(name: str, values: Any) -> Callable[[Any], None]:
         (maniskill, put("traj_1/rewards", None), ["traj_1", "has no rewards, unlike the first"]),
         (maniskill, put("traj_0/rewards", None), ["traj_1", "has rewards, unlike the first"]),
         (maniskill, put("traj_1/success", None), ["traj_1", "has no word of success, unlike the first"]),
-        (d4rl, put("rewards", np.zeros((S, 2))), ["hopper.hdf5', episode 0", "damaged or not of"]),
+        (d4rl, put("rewards", np.zeros((S, 2))), ["hopper.hdf5', episode 0", "rewards have the shape (3, 2)"]),
+        (d4rl, put("terminals", np.full(S, np.nan)), ["hopper.hdf5', step 0: terminals is not finite"]),
+        (d4rl, put("timeouts", np.full(S, 2.0)), ["hopper.hdf5', step 0: timeouts is 2.0; it must be 0 or 1"]),
+        (d4rl, put("terminals", np.zeros((S, 2))), ["terminals has the shape (10, 2); 10 actions need one flag each"]),
+        (
+            lambda p: d4rl(p, next_observations=False),
+            put("timeouts", None),
+            ["hopper.hdf5' has neither timeouts nor next_observations: nothing says where an episode was cut off"],
+        ),
+        (d4rl, put("terminals", None), ["holds no data set", "It would be a D4RL file with terminals"]),
+        (robomimic, put("data/demo_1/dones", np.full(5, np.nan)), ["demo_1, step 0: dones is not finite"]),
+        (robomimic, put("data/demo_1/actions", np.zeros((0, A))), ["low_dim.hdf5', demo_1: has no steps"]),
+        (maniskill, put("traj_1/actions", None), ["traj_1: actions is missing"]),
+        (maniskill, put("traj_1/actions", np.zeros((0, A))), ["traj_1: has no steps"]),
+        (maniskill, put("traj_1/terminated", np.full(5, -1)), ["traj_1, step 0: terminated is -1.0; it must be 0 or"]),
     ],
 )  # fmt: skip
 def test_damage_in_hdf5_files(
@@ -464,7 +480,10 @@ def test_damage_in_hdf5_files(
     ("arrays", "words"),
     [
         ({"traj_lengths": np.array([3, 5, 3])}, ["traj_lengths", "11 steps in all; there are 10 actions"]),
-        ({"traj_lengths": np.array([3, 0, 7])}, ["traj_lengths", "[3, 0, 7]"]),
+        ({"traj_lengths": np.array([3, 0, 7])}, ["episode 1: traj_lengths has 0 steps"]),
+        ({"traj_lengths": np.array([3, 5])}, ["traj_lengths", "8 steps in all; there are 10 actions"]),
+        ({"terminals": np.ones(S)}, ["episode 0, step 0: terminals says that the episode ended, but 2 more steps fol"]),
+        ({"terminals": np.full(S, 0.5)}, ["episode 0, step 0: terminals is 0.5; it must be 0 or 1"]),
         ({"rewards": REWARDS[:-1]}, ["rewards has 9 rows, actions have 10"]),
         ({"states": OBSERVATIONS[:, :3]}, ["episode 0: there are 3 numbers, but normalization.npz has (4,)"]),
         ({"images": IMAGES}, ["images are uint8 (10, 8, 6, 3)", "(steps, 1 or 3 for each camera, height, width)"]),
@@ -483,13 +502,18 @@ def test_damage_in_npz_files(arrays: dict[str, np.ndarray], words: list[str], tm
 
 @pytest.mark.parametrize(
     ("ends", "words"),
-    [([3, 8, 11], "must rise to the 10 steps"), ([3, 3, 10], "must rise"), ([], "must rise"), ([-1, 10], "must rise")],
+    [
+        ([3, 8, 11], "episode_ends is [3, 8, 11]...; it must rise to the 10 steps"),
+        ([3, 3, 10], "episode 1: meta/episode_ends does not rise"),
+        ([], "must rise"),
+        ([-1, 10], "episode 0: meta/episode_ends does not rise"),
+    ],
 )
 def test_damage_in_replay_buffers(ends: list[int], words: str, tmp_path: Path) -> None:
     folder = zarr_buffer(tmp_path)
     zarr = pytest.importorskip("zarr")
     zarr.open_group(str(folder)).create_array("meta/episode_ends", data=np.array(ends, np.int64), overwrite=True)
-    refused(folder, "pusht.zarr", "episode_ends", words)
+    refused(folder, "pusht.zarr", words)
 
 
 def test_a_chunk_of_a_replay_buffer_that_is_damaged(tmp_path: Path) -> None:
@@ -630,9 +654,12 @@ def rewrite(folder: Path, name: str, rows: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "rows", "words"),
     [
-        ("observation.state", [[1.0], [2.0, 3.0, 4.0], [5.0, 6.0]], "rows of different lengths"),
-        ("observation.state", [[1.0, 2.0], None, [3.0, 4.0]], "rows of different lengths, or without numbers"),
-        ("observation.environment_state", [1.0, None, 2.0], "rows without a number"),
+        ("observation.state", [[1.0], [2.0, 3.0, 4.0], [5.0, 6.0]], "step 1: observation.state has no"),
+        ("observation.state", [[1.0, 2.0], None, [3.0, 4.0]], "step 1: observation.state has no"),
+        ("observation.state", [[1.0, 2.0], [1.0, 2.0], [3.0, None]], "step 2: observation.state has no number"),
+        ("observation.environment_state", [1.0, None, 2.0], "step 1: observation.environment_state has no"),
+        ("frame_index", [0, 2, 1], "step 1: frame_index is 2 after 0"),
+        ("next.done", [0.0, 0.5, 1.0], "step 1: next.done is 0.5; it must be 0 or 1"),
         ("next.reward", ["a", "b", "c"], "next.reward has the type"),
         ("observation.images.top", [None, None, None], "step 0: there is no image"),
     ],
@@ -641,6 +668,98 @@ def test_rows_that_do_not_fit(name: str, rows: list[Any], words: str, tmp_path: 
     folder = lerobot(tmp_path, "v2.1", visual="image")
     rewrite(folder, name, rows)
     refused(folder, "episode_000000.parquet', episode 0", words)
+
+
+def test_a_column_that_is_described_and_not_there_is_named(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder = lerobot(tmp_path, "v2.1", visual="image")
+    file = next(folder.rglob("episode_000000.parquet"))
+    table: pyarrow.Table = parquet.read_table(file)
+    parquet.write_table(table.drop_columns(["observation.state"]), file)
+    refused(folder, "episode_000000.parquet', episode 0: the column observation.state is missing")
+
+
+def test_parts_of_a_state_that_is_there_are_not_read_twice(tmp_path: Path) -> None:
+    folder = lerobot(tmp_path, "v2.1", visual="image")
+    info = json.loads((folder / "meta/info.json").read_text())
+    info["features"]["observation.state.gripper"] = {"dtype": "float32", "shape": [1], "names": None}
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    assert load_dataset(folder).observations.shape[1] == D
+
+
+@pytest.mark.parametrize("seed", ["x", [3], None])
+def test_a_seed_that_is_no_number_is_not_known(seed: object, tmp_path: Path) -> None:
+    file = maniskill(tmp_path)
+    described = {"episodes": [{"episode_id": 0, "episode_seed": seed}, {"episode_seed": 4}]}
+    file.with_suffix(".json").write_text(json.dumps(described))
+    assert load_dataset(file).seeds.tolist() == [-1, -1, -1]
+
+
+def test_point_clouds_are_not_the_state(tmp_path: Path) -> None:
+    file = edited(maniskill(tmp_path), put("traj_0/obs/pointcloud/xyzw", np.zeros((4, 16, 4))))
+    assert load_dataset(file).observations.shape[1] == D
+
+
+@pytest.mark.parametrize("write", [d4rl, lambda p: robomimic(p, shaped=True), npz], ids=["d4rl", "robomimic", "npz"])
+def test_success_that_nobody_knows_stays_unknown(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    data = load_dataset(write(tmp_path))
+    assert not data.success_known
+    assert np.isnan(data.success_rate)
+    for other in (data.select([0, 2]), Episodes.concatenate([data, data])):
+        assert not other.success_known
+    spec = EnvSpec("some", "", "", D, (-1.0,) * A, (1.0,) * A, max_episode_steps=9)
+    save_dataset(replace(data, images={}, final_images={}), tmp_path / "saved", spec)
+    with open_dataset(tmp_path / "saved") as source:
+        assert summarize(source).success is None
+    assert not load_dataset(tmp_path / "saved", memory_map=True).success_known
+
+
+def test_a_renamed_npz_is_scaled_back_as_well(tmp_path: Path) -> None:
+    file = npz(tmp_path)
+    np.testing.assert_allclose(load_dataset(file.rename(tmp_path / "hopper.npz")).observations, OBSERVATIONS, atol=2e-6)
+
+
+def test_a_chunk_that_is_not_there_is_told(tmp_path: Path) -> None:
+    folder = zarr_buffer(tmp_path)
+    (folder / "data/action/1.0").unlink()
+    with pytest.warns(UserWarning, match=r"pusht.zarr': 1 of 3 chunks of data/action are not there and read as 0"):
+        load_dataset(folder)
+
+
+def test_a_codec_that_is_not_installed_is_no_damage(tmp_path: Path) -> None:
+    folder = zarr_buffer(tmp_path)
+    about = json.loads((folder / "data/img/.zarray").read_text())
+    about["compressor"] = {"id": "imagecodecs_jpegxl"}
+    (folder / "data/img/.zarray").write_text(json.dumps(about))
+    refused(folder, "pusht.zarr", "compressed by a codec that is not installed", "imagecodecs_jpegxl")
+
+
+def test_an_archive_of_a_folder_is_read_as_well(tmp_path: Path) -> None:
+    folder, archive = zarr_buffer(tmp_path), tmp_path / "pusht.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as stream:
+        for file in sorted(folder.rglob("*")):
+            stream.write(file, file.relative_to(tmp_path).as_posix())
+    np.testing.assert_array_equal(load_dataset(archive).observations, OBSERVATIONS)
+
+
+def test_a_black_episode_of_floats_is_black(tmp_path: Path) -> None:
+    zarr = pytest.importorskip("zarr")
+    folder = zarr_buffer(tmp_path, floats=True)
+    frames = IMAGES.astype(np.float32)
+    frames[: ENDS[0]] = 0
+    zarr.open_group(str(folder)).create_array("data/img", data=frames, overwrite=True)
+    assert not np.asarray(load_dataset(folder).images["img"])[: ENDS[0]].any()
+
+
+def test_the_path_that_was_meant_is_named(tmp_path: Path) -> None:
+    file = npz(tmp_path)
+    refused(tmp_path, "holds no data set", f"There is one in '{file}'")
+    folder = zarr_buffer(tmp_path)
+    refused(folder / "data", "holds no data set", f"There is one in '{folder}'")
+    with np.load(file) as before:
+        (tmp_path / "alone").mkdir()
+        np.savez(tmp_path / "alone" / "train.npz", states=before["states"], actions=before["actions"])
+    refused(tmp_path / "alone" / "train.npz", "It would be a data set of DPPO's code with traj_lengths")
 
 
 def test_success_on_the_way_is_no_termination(tmp_path: Path) -> None:
@@ -755,9 +874,7 @@ def test_flags_of_odd_shapes(dones: np.ndarray, tmp_path: Path) -> None:
     refused(edited(robomimic(tmp_path), put("data/demo_1/dones", dones)), "demo_1", "dones has the shape")
 
 
-@pytest.mark.parametrize(
-    "described", [{"env_info": None}, {"episodes": [1]}, {"episodes": [{"episode_id": 0, "episode_seed": "x"}]}]
-)
+@pytest.mark.parametrize("described", [{"env_info": None}, {"episodes": [1]}])
 def test_odd_descriptions_of_trajectories(described: dict[str, Any], tmp_path: Path) -> None:
     file = maniskill(tmp_path)
     file.with_suffix(".json").write_text(json.dumps(described))

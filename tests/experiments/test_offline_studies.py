@@ -113,8 +113,10 @@ def test_going_on_online_uses_data_critics_and_policy(tmp_path: Path, monkeypatc
             and replace(
                 cell.finetune,
                 n_envs=2, eval_every=1, eval_episodes=1,
-                idql=replace(cell.finetune.idql, n_steps=2, start_decisions=1, candidates=2),
-                dppo=DPPOConfig(tuned_steps=2, n_steps=2, batch_size=4, n_epochs=1),
+                **{
+                    "idql": {"idql": replace(cell.finetune.idql, n_steps=2, start_decisions=1, candidates=2)},
+                    "dppo": {"dppo": DPPOConfig(tuned_steps=2, n_steps=2, batch_size=4, n_epochs=1)},
+                }[cell.finetune.agent],
             ),
         )
         for cell in offline.online_cells(config)

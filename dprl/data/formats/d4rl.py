@@ -3,7 +3,8 @@
     observations (S, D), actions (S, A), rewards, terminals (S,), and perhaps timeouts (S,), next_observations (S, D)
 
 An episode ends with a terminal or a timeout, and the last with the file. Where there are no timeouts, it also ends
-where the next observation is not what the action led to, if that is kept.
+where the next observation is not what the action led to; a file without both, such as D4RL's first version has, does
+not say where its episodes end, and is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from dprl.data.formats.hdf5 import HDF5Source, top_level
-from dprl.data.source import Episode, numbers
+from dprl.data.source import Episode, flags, numbers
 from dprl.errors import DatasetError
 from dprl.spec import BoolArray
 
@@ -37,8 +38,11 @@ class D4RL(HDF5Source):
                 raise DatasetError(f"'{self.path}': {name} has {rows} rows, actions have {steps}")
         if steps == 0:
             raise DatasetError(f"'{self.path}' has no episodes")
-        self._terminals = self._flags("terminals")
-        ends = self._terminals | (self._flags("timeouts") if "timeouts" in self.h5 else self._breaks(steps))
+        if "timeouts" not in self.h5 and "next_observations" not in self.h5:
+            raise DatasetError(f"'{self.path}' has neither timeouts nor next_observations: nothing says where an "
+                               "episode was cut off. D4RL's later files (v1, v2) have timeouts")  # fmt: skip
+        self._terminals = self._flags("terminals", steps)
+        ends = self._terminals | (self._flags("timeouts", steps) if "timeouts" in self.h5 else self._breaks(steps))
         ends[-1] = True
         self._ends = np.flatnonzero(ends) + 1
         self._starts = np.concatenate([[0], self._ends[:-1]])
@@ -56,22 +60,22 @@ class D4RL(HDF5Source):
             numbers(self.h5[name][first:end], name, steps, ndim, where)
             for name, ndim in (("observations", 2), ("actions", 2), ("rewards", None))
         )
+        if rewards.size != steps:
+            raise DatasetError(f"{where}: rewards have the shape {rewards.shape}; {steps} actions need one each")
         if "next_observations" in self.h5:
             last = numbers(self.h5["next_observations"][end - 1 : end], "next_observations", 1, 2, where)
             observations = np.concatenate([observations, last])
         terminated = bool(self._terminals[end - 1])
         return Episode(where, observations, actions, rewards.reshape(steps), terminated=terminated, success=None)
 
-    def _flags(self, name: str) -> BoolArray:
-        flags: BoolArray = np.asarray(self.h5[name][()]).reshape(-1).astype(np.bool_)
-        return flags
+    def _flags(self, name: str, steps: int) -> BoolArray:
+        return flags(self.h5[name][()], name, steps, f"'{self.path}'")
 
     def _breaks(self, steps: int) -> BoolArray:
         """Where an observation is not what the action before it led to."""
         ends = np.zeros(steps, np.bool_)
-        if "next_observations" in self.h5:
-            for first in range(0, steps - 1, ROWS_AT_ONCE):
-                end = min(first + ROWS_AT_ONCE, steps - 1)
-                led_to, seen = self.h5["next_observations"][first:end], self.h5["observations"][first + 1 : end + 1]
-                ends[first:end] = (led_to.astype(np.float32) != seen.astype(np.float32)).any(axis=1)
+        for first in range(0, steps - 1, ROWS_AT_ONCE):
+            end = min(first + ROWS_AT_ONCE, steps - 1)
+            led_to, seen = self.h5["next_observations"][first:end], self.h5["observations"][first + 1 : end + 1]
+            ends[first:end] = (led_to.astype(np.float32) != seen.astype(np.float32)).any(axis=1)
         return ends

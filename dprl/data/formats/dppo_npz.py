@@ -19,7 +19,17 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from dprl.data.source import CHANNELS, Episode, Frames, Pixels, Source, damage_named, numbers
+from dprl.data.source import (
+    CHANNELS,
+    Episode,
+    Frames,
+    Pixels,
+    Source,
+    damage_named,
+    ends_at_the_end,
+    flags,
+    numbers,
+)
 from dprl.errors import DatasetError
 from dprl.spec import FloatArray
 
@@ -44,7 +54,10 @@ class DPPONpz(Source):
         lengths = self._arrays["traj_lengths"]
         self.lengths = [int(length) for length in lengths.rows(0, len(lengths)).reshape(-1)]
         steps = len(self._arrays["actions"])
-        if not self.lengths or min(self.lengths) < 1 or sum(self.lengths) > steps:
+        empty = [i for i, length in enumerate(self.lengths) if length < 1]
+        if empty:
+            raise DatasetError(f"'{path}', episode {empty[0]}: traj_lengths has {self.lengths[empty[0]]} steps")
+        if not self.lengths or sum(self.lengths) != steps:
             raise DatasetError(f"'{path}': traj_lengths are {self.lengths[:5]}..., {sum(self.lengths)} steps in all; "
                                f"there are {steps} actions")  # fmt: skip
         for name in ("states", "rewards", "terminals", "images"):
@@ -59,12 +72,10 @@ class DPPONpz(Source):
 
     @property
     def _beside(self) -> Path | None:
-        """``PREFIXnormalization.npz`` beside ``PREFIXtrain.npz`` or ``PREFIXval.npz``."""
-        for name in ("train.npz", "val.npz"):
-            file = self.path.with_name(self.path.name.removesuffix(name) + "normalization.npz")
-            if self.path.name.endswith(name) and file.is_file():
-                return file
-        return None
+        """``PREFIXnormalization.npz`` beside ``PREFIXtrain.npz`` or ``PREFIXval.npz``, else ``normalization.npz``."""
+        own = [self.path.name.removesuffix(name) for name in ("train.npz", "val.npz") if self.path.name.endswith(name)]
+        files = (self.path.with_name(f"{prefix}normalization.npz") for prefix in (*own, ""))
+        return next((file for file in files if file.is_file()), None)
 
     @property
     def files(self) -> list[Path]:
@@ -74,10 +85,7 @@ class DPPONpz(Source):
     @staticmethod
     def detects(path: Path) -> bool:
         """See `Source.detects`."""
-        if not path.is_file() or not zipfile.is_zipfile(path):
-            return False
-        with zipfile.ZipFile(path) as archive:
-            return {f"{name}.npy" for name in NEEDED} <= set(archive.namelist())
+        return set(NEEDED) <= arrays_of(path)
 
     def _read(self, index: int) -> Episode:
         first, steps = int(self._starts[index]), self.lengths[index]
@@ -88,7 +96,10 @@ class DPPONpz(Source):
 
         states, actions = part("states", 2), part("actions", 2)
         rewards = part("rewards", 1) if "rewards" in self._arrays else None
-        terminated = "terminals" in self._arrays and bool(part("terminals", 1)[-1])
+        terminated = False
+        if "terminals" in self._arrays:
+            ends = flags(self._arrays["terminals"].rows(first, first + steps), "terminals", steps, where)
+            terminated = ends_at_the_end(ends, "terminals", where)
         images: dict[str, Frames] = {}
         if "images" in self._arrays:
             array = self._arrays["images"]
@@ -107,6 +118,14 @@ class DPPONpz(Source):
             raise DatasetError(f"{where}: there are {scaled.shape[1]} numbers, but normalization.npz has {low.shape}")
         raw: FloatArray = ((scaled + 1) / 2 * (high - low + TINY) + low).astype(np.float32)
         return raw
+
+
+def arrays_of(path: Path) -> set[str]:
+    """Names of the arrays in a .npz file; none, where it is no such file."""
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return set()
+    with zipfile.ZipFile(path) as archive:
+        return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
 def _cameras(channels: int) -> dict[str, slice]:

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dprl.data.images import decode, stack
-from dprl.data.source import CHANNELS, Episode, Frames, Pixels, Source, damage_named, numbers
+from dprl.data.source import CHANNELS, Episode, Frames, Pixels, Source, damage_named, flags, numbers
 from dprl.errors import DatasetError, MissingDependencyError
 from dprl.observations import IMAGES, STATE, camera_name
 
@@ -73,8 +73,11 @@ class LeRobot(Source):
             raise DatasetError(f"'{path / INFO}': different features are the same camera: {', '.join(self._shapes)}")
         with damage_named(f"'{path / 'meta'}'", self.format):
             self._places = (_places_of_v3 if version == "v3.0" else _places_of_v2)(path, info, self._of_kind("video"))
-        if not self._places or min(place.length for place in self._places) < 1:
-            raise DatasetError(f"'{path}' has no episodes, or one without steps")
+        if not self._places:
+            raise DatasetError(f"'{path}' has no episodes")
+        empty = [place.index for place in self._places if place.length < 1]
+        if empty:
+            raise DatasetError(f"'{path / 'meta'}', episode {empty[0]}: has no steps")
         self.lengths = [place.length for place in self._places]
         self._latest: tuple[Path, Any] | None = None  # a table that the next episode may share
         self._closing.callback(setattr, self, "_latest", None)
@@ -97,16 +100,22 @@ class LeRobot(Source):
         columns = self._rows(place)
 
         def part(name: str) -> npt.NDArray[Any]:
-            return numbers(_array(columns[name], f"{where}: {name}"), name, steps, None, where).reshape(steps, -1)
+            return numbers(_array(columns[name], name, where), name, steps, None, where).reshape(steps, -1)
 
+        absent = [name for name in ("action", *self._parts) if self._kinds.get(name) != "video" and name not in columns]
+        if absent:
+            raise DatasetError(f"{where}: the column {absent[0]} is missing, which meta/info.json has")
         with damage_named(where, self.format):
             state = [part(name) for name in self._parts if name not in self._shapes]
             observations = np.concatenate([np.zeros((steps, 0), np.float32), *state], axis=1)
             actions = part("action")
-            rewards, success, done = (
-                part(f"next.{name}")[:, 0] if f"next.{name}" in columns else None
-                for name in ("reward", "success", "done")
+            rewards = part("next.reward")[:, 0] if "next.reward" in columns else None
+            success, done = (
+                flags(part(name), name, steps, where) if name in columns else None
+                for name in ("next.success", "next.done")
             )
+            if "frame_index" in columns:
+                self._require_in_turn(part("frame_index")[:, 0], where)
         images: dict[str, Frames] = {}
         for name in self._of_kind("video"):
             images[_camera(name)] = _Video(
@@ -122,9 +131,16 @@ class LeRobot(Source):
             images=images,
         )  # fmt: skip
 
+    def _require_in_turn(self, frames: npt.NDArray[Any], where: str) -> None:
+        wrong = np.flatnonzero(np.diff(frames) != 1)
+        if len(wrong):
+            step = wrong[0] + 1
+            raise DatasetError(f"{where}, step {step}: frame_index is {frames[step]:g} after {frames[step - 1]:g}")
+
     def _chosen(self) -> list[str]:
-        """Parts of the observation, by name: numbers first, the state before others."""
+        """Parts of the observation, by name: numbers first, the state before others; no parts of another part."""
         seen = [name for name in self._features if name.startswith(OBSERVATION)]
+        seen = [name for name in seen if not any(name.startswith(f"{other}.") for other in seen)]
         if self.options.keys is not None:
             missing = [name for name in self.options.keys if name not in self._features]
             if missing:
@@ -193,16 +209,20 @@ def _places_of_v3(path: Path, info: dict[str, Any], videos: list[str]) -> list[_
     return sorted(found, key=lambda place: place.index)
 
 
-def _array(column: Any, where: str) -> npt.NDArray[Any]:
+def _array(column: Any, name: str, where: str) -> npt.NDArray[Any]:
     """A column of numbers, or of lists of as many numbers each, as rows."""
     values, rows = column.combine_chunks(), len(column)
+
+    def require(right: npt.NDArray[np.bool_]) -> None:
+        if not right.all():
+            step = np.flatnonzero(~right)[0] // (len(right) // rows)
+            raise DatasetError(f"{where}, step {step}: {name} has no number, or not as many as at the first step")
+
     while hasattr(values.type, "value_type"):
-        lengths = {None if item is None else len(item) for item in values.to_pylist()}
-        if len(lengths) != 1 or None in lengths:
-            raise DatasetError(f"{where} has rows of different lengths, or without numbers")
+        lengths = [-1 if item is None else len(item) for item in values.to_pylist()]
+        require(np.array(lengths) == max(lengths[0], 1))
         values = values.flatten()
-    if values.null_count:
-        raise DatasetError(f"{where} has rows without a number")
+    require(~np.asarray(values.is_null(), np.bool_))
     array = np.asarray(values)
     return array if len(array) == rows else array.reshape(rows, -1)
 

@@ -3,8 +3,8 @@
     traj_<id>    obs (T+1, ...), an array or a group of parts; actions (T, A); terminated, truncated (T,), and perhaps
                  rewards, success (T,)
 
-Parts of the observation are joined in alphabetical order, unless `keys` says otherwise; ``sensor_data/<camera>/rgb``
-become cameras.
+Parts of the observation are joined in alphabetical order, without point clouds, unless `keys` says otherwise;
+``sensor_data/<camera>/rgb`` become cameras. Of the flags the last counts: a recording may go on after a success.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dprl.data.formats.hdf5 import HDF5Source, chosen_parts, is_image, numbered, state_and_images, top_level
-from dprl.data.source import Episode, leaves, numbers
+from dprl.data.source import Episode, flags, leaves, numbers
 from dprl.errors import DatasetError
 
-NOT_STATE = ("sensor_data/", "sensor_param/")
+NOT_STATE = ("sensor_data/", "sensor_param/", "pointcloud/")
 
 
 class ManiSkill(HDF5Source):
@@ -30,10 +30,14 @@ class ManiSkill(HDF5Source):
         """See `Source.open`."""
         super().open()
         self._names = numbered(self.h5, "traj_", self.path)
+        for name in self._names:
+            if "actions" not in self.h5[name] or len(self.h5[name]["actions"]) == 0:
+                lacks = "has no steps" if "actions" in self.h5[name] else "actions is missing"
+                raise DatasetError(f"'{self.path}', {name}: {lacks}")
         self.lengths = [len(self.h5[name]["actions"]) for name in self._names]
         described = _described(self._json)
         self.env_id = described.get("env_info", {}).get("env_id")
-        self._seeds = {e["episode_id"]: e.get("episode_seed") for e in described.get("episodes", [])}
+        self._seeds = {e.get("episode_id"): e.get("episode_seed") for e in described.get("episodes", [])}
 
     @property
     def _json(self) -> Path:
@@ -62,19 +66,20 @@ class ManiSkill(HDF5Source):
             raise DatasetError(f"{where}: there is no '{self.options.keys[0]}': the observations have no named parts")
         parts = chosen_parts(obs, self.options.keys, _default(obs), where) if grouped else {"obs": obs}
         observations, images = state_and_images(parts, None, steps + 1, steps, where)
-        actions, *flags = (
-            numbers(trajectory[part][()], part, steps, ndim, where) if part in trajectory else None
-            for part, ndim in (("actions", 2), ("rewards", 1), ("success", 1), ("terminated", 1))
+        actions = numbers(trajectory["actions"][()], "actions", steps, 2, where)
+        rewards = numbers(trajectory["rewards"][()], "rewards", steps, 1, where) if "rewards" in trajectory else None
+        success, terminated = (
+            flags(trajectory[part][()], part, steps, where) if part in trajectory else None
+            for part in ("success", "terminated")
         )
-        rewards, success, terminated = flags
-        if actions is None or terminated is None:
-            raise DatasetError(f"{where}: {'actions' if actions is None else 'terminated'} is missing")
+        if terminated is None:
+            raise DatasetError(f"{where}: terminated is missing")
         seed = self._seeds.get(int(name.removeprefix("traj_")))
         return Episode(
             where, observations, actions, rewards,
             terminated=bool(terminated[-1]),
             success=None if success is None else bool(success.any()),
-            seed=-1 if seed is None else int(seed),
+            seed=seed if isinstance(seed, int) else -1,
             images=images,
         )  # fmt: skip
 

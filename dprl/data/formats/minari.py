@@ -30,7 +30,17 @@ from dprl import checkpoint
 from dprl.data.episodes import Episodes, RewardsFrom
 from dprl.data.formats.hdf5 import HDF5Source, RawFrames, is_image, numbered
 from dprl.data.images import decode, png, stack
-from dprl.data.source import Episode, Frames, Pixels, damage_named, leaves, numbers, require_h5py
+from dprl.data.source import (
+    Episode,
+    Frames,
+    Pixels,
+    damage_named,
+    ends_at_the_end,
+    flags,
+    leaves,
+    numbers,
+    require_h5py,
+)
 from dprl.errors import CheckpointError, DatasetError
 from dprl.observations import IMAGES, STATE, camera_name
 from dprl.spec import EnvSpec, FloatArray
@@ -108,10 +118,10 @@ def episode_of(
 ) -> Episode:
     """Return an episode of its arrays (or HDF5 data sets), and of what is noted beside them."""
     state, images = _split_parts(parts["observations"], steps, where)
-    arrays = {
-        name: numbers(parts[name], name, steps, ndim, where)
-        for name, ndim in (("actions", 2), ("rewards", 1), ("terminations", 1), ("truncations", 1))
-    }
+    arrays = {name: numbers(parts[name], name, steps, ndim, where) for name, ndim in (("actions", 2), ("rewards", 1))}
+    terminated, _ = (
+        ends_at_the_end(flags(parts[name], name, steps, where), name, where) for name in ("terminations", "truncations")
+    )
     infos = parts.get("infos", {})
     success = np.asarray(infos["success"]).any() if "success" in infos else attributes.get("success")
     return Episode(
@@ -119,11 +129,19 @@ def episode_of(
         state if attributes.get("final_known", True) else state[:-1],
         arrays["actions"],
         arrays["rewards"] if rewards_from == "data" else None,
-        terminated=bool(arrays["terminations"][-1]),
+        terminated=terminated,
         success=None if success is None else bool(success),
-        seed=int(attributes.get("seed", -1)),
+        seed=_seed(attributes.get("seed", -1)),
         images=images,
     )
+
+
+def _seed(value: Any) -> int:
+    """Minari writes a seed that nobody knows as the word None."""
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return -1
 
 
 def _split_parts(observations: Any, steps: int, where: str) -> tuple[FloatArray, dict[str, Frames]]:

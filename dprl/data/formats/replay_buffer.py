@@ -1,4 +1,4 @@
-"""Diffusion Policy's replay buffers (arXiv:2303.04137): zarr, a folder or a .zip of one.
+"""Diffusion Policy's replay buffers (arXiv:2303.04137): zarr, a folder or a .zip of one, or of what is in it.
 
     data/action (S, A), data/<part> (S, ...)    all steps one after the other
     meta/episode_ends (episodes,)               index after each episode's last step
@@ -10,6 +10,7 @@ the last action of an episode led to is not kept.
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,15 +34,24 @@ class ReplayBuffer(Source):
     def open(self) -> None:
         """See `Source.open`."""
         path = self.path
-        self._root = require_zarr().open_group(_store(path), mode="r")
+        self._root = require_zarr().open_group(_store(path), mode="r", path=_root_in(path))
         self._closing.callback(self._root.store.close)
         self._ends = np.asarray(self._root[ENDS][:]).astype(np.int64)
-        parts = dict(leaves(self._root["data"]))
+        try:
+            parts = dict(leaves(self._root["data"]))
+        except Exception as error:
+            if "codec" not in f"{type(error).__name__} {error}".lower():
+                raise
+            raise DatasetError(f"'{path}': an array is compressed by a codec that is not installed ({error}): install "
+                               "the package that registers it with numcodecs")  from error  # fmt: skip
         if "action" not in parts:
             raise DatasetError(f"'{path}': data/action is missing")
         self._actions = parts.pop("action")
         steps = int(self._actions.shape[0])
-        if len(self._ends) == 0 or (np.diff(self._ends, prepend=0) < 1).any() or self._ends[-1] != steps:
+        empty = np.flatnonzero(np.diff(self._ends, prepend=0) < 1)
+        if len(empty):
+            raise DatasetError(f"'{path}', episode {empty[0]}: {ENDS} does not rise: it has no steps")
+        if len(self._ends) == 0 or self._ends[-1] != steps:
             raise DatasetError(f"'{path}': {ENDS} is {self._ends.tolist()[:5]}...; it must rise to the {steps} steps")
         self._starts = np.concatenate([[0], self._ends[:-1]])
         self.lengths = (self._ends - self._starts).tolist()
@@ -54,6 +64,17 @@ class ReplayBuffer(Source):
             if name not in parts:
                 raise DatasetError(f"'{path}': there is no '{name}' in data: {', '.join(parts)}")
             self._take(name, parts[name], steps)
+        for name in ("action", *wanted):
+            self._warn_of_gaps(name, self._actions if name == "action" else parts[name])
+
+    def _warn_of_gaps(self, name: str, array: Any) -> None:
+        """Say where a chunk is not there: zarr leaves out those that hold its fill value alone, copies lose others."""
+        written, all_of_them = array.nchunks_initialized, array.nchunks
+        if written < all_of_them:
+            warnings.warn(
+                f"'{self.path}': {all_of_them - written} of {all_of_them} chunks of data/{name} are not there and read "
+                f"as {array.fill_value}: right if it was written so, wrong if a copy is not complete", stacklevel=2,
+            )  # fmt: skip
 
     def _take(self, name: str, array: Any, steps: int) -> None:
         """Let a part be of the state, or a camera."""
@@ -80,7 +101,7 @@ class ReplayBuffer(Source):
         if not path.is_file() or not zipfile.is_zipfile(path):
             return False
         with zipfile.ZipFile(path) as archive:
-            return any(name.startswith(f"{ENDS}/") for name in archive.namelist())
+            return _root_in_zip(archive.namelist()) is not None
 
     def _read(self, index: int) -> Episode:
         rows, steps = slice(int(self._starts[index]), int(self._ends[index])), self.lengths[index]
@@ -115,7 +136,8 @@ class _Frames:
         frames = np.asarray(self.array[self.rows])
         if frames.dtype == np.uint8:
             return frames
-        if not (np.isfinite(frames).all() and frames.min() >= 0 and 1 < frames.max() <= 255):
+        black = not frames.any()
+        if not (np.isfinite(frames).all() and frames.min() >= 0 and (black or 1 < frames.max() <= 255)):
             raise DatasetError(f"{self.where} is {frames.dtype} from {frames.min():g} to {frames.max():g}; images are "
                                "uint8, or floats from 0 to 255")  # fmt: skip
         return frames.round().astype(np.uint8)
@@ -123,6 +145,20 @@ class _Frames:
 
 def _store(path: Path) -> Any:
     return str(path) if path.is_dir() else require_zarr().storage.ZipStore(path, mode="r")
+
+
+def _root_in(path: Path) -> str:
+    """Where in a folder or archive the buffer begins."""
+    if path.is_dir():
+        return ""
+    with zipfile.ZipFile(path) as archive:
+        return _root_in_zip(archive.namelist()) or ""
+
+
+def _root_in_zip(names: list[str]) -> str | None:
+    """The same: at the root, or a folder below it; None where there is none."""
+    found = (name.split(f"{ENDS}/")[0] for name in names if f"{ENDS}/" in name)
+    return next((root.strip("/") for root in found if root.count("/") <= 1 and root[-1:] in ("", "/")), None)
 
 
 def require_zarr() -> Any:

@@ -6,7 +6,8 @@
 
 The state is robomimic's own choice, pose and gripper of each robot and the object, unless `keys` says otherwise; images
 become cameras, ``agentview_image`` the camera ``agentview``. Rewards that robosuite gives without shaping are 1 in
-success, so an episode with one of them succeeded; of others nobody knows.
+success, so an episode with one of them succeeded; of others nobody knows. Of the dones the last counts: they may mark
+every step in which the task is done.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dprl.data.formats.hdf5 import HDF5Source, chosen_parts, is_image, numbered, state_and_images, top_level
-from dprl.data.source import Episode, leaves, numbers
+from dprl.data.source import Episode, flags, leaves, numbers
 from dprl.errors import DatasetError, did_you_mean
 
 ROBOT_PARTS = ("eef_pos", "eef_quat", "gripper_qpos")
@@ -38,6 +39,8 @@ class Robomimic(HDF5Source):
         for name in self._names:
             if "actions" not in data[name]:
                 raise DatasetError(f"'{self.path}', {name}: actions is missing")
+            if len(data[name]["actions"]) == 0:
+                raise DatasetError(f"'{self.path}', {name}: has no steps")
         self.lengths = [len(data[name]["actions"]) for name in self._names]
         env = json.loads(data.attrs["env_args"]) if "env_args" in data.attrs else {}
         env_name, kwargs = env.get("env_name"), env.get("env_kwargs", {})
@@ -62,7 +65,7 @@ class Robomimic(HDF5Source):
         observations, images = state_and_images(parts, last, steps, steps, where)
         actions = numbers(demo["actions"][()], "actions", steps, 2, where)
         rewards = numbers(demo["rewards"][()], "rewards", steps, 1, where) if "rewards" in demo else None
-        dones = numbers(demo["dones"][()], "dones", steps, 1, where) if "dones" in demo else None
+        dones = flags(demo["dones"][()], "dones", steps, where) if "dones" in demo else None
         success = bool(rewards.max() > 0) if self._sparse and rewards is not None else None
         terminated = dones is not None and bool(dones[-1])
         return Episode(where, observations, actions, rewards, terminated=terminated, success=success, images=images)
