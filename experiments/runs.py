@@ -323,6 +323,10 @@ class FinetuneConfig:
     idql: OnlineIDQLConfig = field(default_factory=OnlineIDQLConfig)
     data: str | None = None
     """With idql, the data set that the critics were learned from, to be mixed in."""
+    data_keys: tuple[str, ...] | None = None
+    """Parts of its observation, and cameras, as `keys` of `dprl offline`."""
+    data_filter_key: str | None = None
+    """Of robomimic's files: only the episodes of this mask."""
     checkpoint_every: int = 10
     """Iterations between checkpoints."""
     eval_every: int = 10
@@ -344,6 +348,9 @@ class FinetuneConfig:
             self, at_least={**dict.fromkeys(counts, 1), "workers": 0, "eval_workers": 0, "eval_every": 0, "seed": 0}
         )
         check(self.data is None or self.agent == "idql", "data", self.data, "is for the agent idql only")
+        for name in ("data_keys", "data_filter_key"):
+            read = self.data is not None or getattr(self, name) is None
+            check(read, name, getattr(self, name), "is of the data, and none are given")
         idle = (self.dppo == DPPOConfig()) if self.agent == "idql" else (self.idql == OnlineIDQLConfig())
         other = "dppo" if self.agent == "idql" else "idql"
         check(idle, "agent", self.agent, f"must be {other} for the settings of {other}")
@@ -613,7 +620,7 @@ def _prepare_finetune(config: FinetuneConfig, folder: Path) -> _Finetuning:
         mdp_of(policy, dppo.tuned_steps, dppo.exploration, dppo.solver, exact=dppo.likelihood == "exact")
         policy.check_inference(config.inference)  # of the way that it samples from now on
     elif config.data is not None:
-        data = load_dataset(config.data)
+        data = load_dataset(config.data, filter_key=config.data_filter_key, keys=config.data_keys)
     slices = config.n_envs // checked_slice_size(config.n_envs, config.slice_size)
     fits = not config.workers or slices % config.workers == 0
     check(fits, "workers", config.workers, f"must divide the number of slices, which is {slices}; see slice_size")

@@ -10,11 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dprl.data.load import physical_memory
 from dprl.data.loader import DecisionBatch
 from dprl.errors import DatasetError, check, check_count
 from dprl.observations import STATE, TensorObservation, map_parts, put, take
 
 NUMBERS = ("actions", "reward", "discount", "n_steps")
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory of a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return physical_memory()
 
 
 class ReplayBuffer:
@@ -31,8 +39,17 @@ class ReplayBuffer:
             n_action_steps: E.
             action_size: A.
             device: where it lies.
+
+        Raises:
+            ConfigError: that is more than half of the memory there.
         """
         check_count("capacity", capacity)
+        sizes: list[int] = []
+        map_parts(lambda part: sizes.append(part.nbytes), blank)
+        row = 2 * sum(sizes) + 4 * n_action_steps * action_size
+        room_for = memory_of(device) // 2 // row
+        check(capacity <= room_for, "capacity", capacity,
+              f"must be at most {room_for:,}: decisions of {row:,} bytes may fill half of the memory")  # fmt: skip
 
         def room(part: Tensor) -> Tensor:
             return torch.zeros(capacity, *part.shape[1:], dtype=part.dtype, device=device)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dprl.data.load import physical_memory
 from dprl.data.loader import DecisionBatch
 from dprl.data.replay import ReplayBuffer
 from dprl.errors import ConfigError, DatasetError
@@ -76,3 +77,12 @@ def test_bad_use_is_refused() -> None:
         buffer.sample(1, torch_generator(0))
     with pytest.raises(ConfigError, match="capacity = 3: must be at least the 4 decisions"):
         buffer.add(numbered(0, 4))
+
+
+def test_a_buffer_that_would_not_fit_is_refused() -> None:
+    row = 2 * (4 * 6 + 2 * 4 * 5 * 3) + 8
+    most = physical_memory() // 2 // row
+    with pytest.raises(
+        ConfigError, match=rf"capacity = {most + 1}: must be at most {most:,}: decisions of {row} bytes"
+    ):
+        ReplayBuffer(most + 1, SEEN, 2, 1, CPU)

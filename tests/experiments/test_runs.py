@@ -259,6 +259,7 @@ def test_collected_data_are_of_the_environment_that_was_asked_for(data: Path) ->
         ({"data": "data"}, "data = 'data': is for the agent idql only"),
         ({"agent": "idql", "dppo": DPPOConfig(n_steps=5)}, "agent = 'idql': must be dppo for the settings of dppo"),
         ({"idql": OnlineIDQLConfig(candidates=5)}, "agent = 'dppo': must be idql for the settings of idql"),
+        ({"data_keys": ("a",)}, r"data_keys = \('a',\): is of the data, and none are given"),
         ({"eval_every": 0, "eval_workers": 1}, "eval_workers = 1: must be 0 with eval_every 0"),
     ],
     ids=str,
