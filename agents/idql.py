@@ -166,7 +166,7 @@ class IDQL(Agent[Picks]):
     def _terms_of(self, data: Episodes) -> ValueTerms:
         asked = self.config.bootstrap_truncated
         bootstraps = data.rewards_from == "data" if asked is None else asked
-        return ValueTerms(self.config.gamma, self.scale_of(data), bootstraps)
+        return ValueTerms(self.config.gamma, self.scale_of(data), bootstraps, self.config.return_range)
 
     def scale_of(self, data: Episodes) -> float:
         """What `return_range` multiplies the rewards of `data` by."""

@@ -81,14 +81,12 @@ def _as_learned(learner: IDQLConfig, scorer: ChunkCritic) -> IDQLConfig:
     learner, terms, usual = replace(learner, critic=scorer.config), scorer.terms, IDQLConfig()
     if terms is None:
         return learner
-    kept = {"gamma": terms.gamma, "bootstrap_truncated": terms.bootstrap_truncated}
-    for name, value in kept.items():
-        asked = getattr(learner, name)
+    for name in ("gamma", "bootstrap_truncated", "return_range"):
+        asked, value = getattr(learner, name), getattr(terms, name)
         agrees = asked in (value, getattr(usual, name))
         check(agrees, f"learner.{name}", asked, f"must be left out: the policy's critics were learned with {value}")
-    scaled, remedy = learner.return_range, f"the policy's critics were learned of rewards times {terms.reward_scale:g}"
-    check(scaled is None, "learner.return_range", scaled, f"must be None: {remedy}")
-    return replace(learner, gamma=terms.gamma, bootstrap_truncated=terms.bootstrap_truncated)
+        learner = replace(learner, **{name: value})
+    return learner
 
 
 class CandidateActor:
@@ -189,12 +187,12 @@ class OnlineIDQL(Agent[Rollout]):
         """Settle what values are of, for data and buffer alike."""
         learner, target = self.learner, self.learner.target
         asked, scaled = learner.config.bootstrap_truncated, learner.config.return_range
-        check(scaled is None or data is not None, "learner.return_range", scaled, "must be None: there are no data")
         terms = target.terms
         if terms is None:
+            check(scaled is None or data is not None, "learner.return_range", scaled, "must be None: there are no data")
             bootstraps = self.pool.spec.reward != "sparse" if asked is None else asked
             scale = 1.0 if data is None else learner.scale_of(data)
-            terms = ValueTerms(learner.config.gamma, scale, bootstraps)
+            terms = ValueTerms(learner.config.gamma, scale, bootstraps, scaled)
         target.terms = terms
         if data is not None:
             learner.set_data(data, 1, terms)

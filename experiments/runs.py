@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -520,7 +521,9 @@ def minutes_of(run: RunFolder) -> float:
 
 
 def wilson_of(data: Episodes) -> tuple[float, float]:
-    """Return the 95 % interval of a data set's success rate."""
+    """Return the 95 % interval of a data set's success rate; NaN where nobody knows what succeeded."""
+    if not data.success_known:
+        return math.nan, math.nan
     return wilson(int(data.success.sum()), data.n_episodes)
 
 

@@ -36,9 +36,10 @@ from dprl.errors import CheckpointError, DatasetError, RunExistsError
 
 FORMATS: tuple[type[Source], ...] = (Minari, MinariTables, LeRobot, ReplayBuffer, D4RL, Robomimic, ManiSkill, DPPONpz)
 CACHE = ".cache"
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Of what readers make of a file: caches of another version are made anew."""
 SHARE_OF_MEMORY = 3
+MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 TRIED = 50
 """Files of a folder that are looked at where it holds no data set itself."""
 
@@ -332,8 +333,11 @@ def _sha256(file: Path) -> str:
 
 
 def physical_memory() -> int:
-    """Bytes of memory in this machine; endless where it does not say."""
+    """Bytes of memory in this machine, or in the container it is; endless where it does not say."""
+    limit = sys.maxsize
+    with contextlib.suppress(OSError, ValueError):  # no such file, or the word max
+        limit = int(MEMORY_LIMIT.read_text(encoding="ascii"))
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return min(limit, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (AttributeError, OSError, ValueError):
-        return sys.maxsize
+        return limit

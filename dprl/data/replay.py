@@ -5,6 +5,7 @@ Shapes: C capacity, B decisions, O observation steps, E executed actions, A acti
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,9 +45,8 @@ class ReplayBuffer:
             ConfigError: that is more than half of the memory there.
         """
         check_count("capacity", capacity)
-        sizes: list[int] = []
-        map_parts(lambda part: sizes.append(part.nbytes), blank)
-        row = 2 * sum(sizes) + 4 * n_action_steps * action_size
+        parts = blank.values() if isinstance(blank, Mapping) else [blank]
+        row = 2 * sum(int(part.nbytes) for part in parts) + 4 * n_action_steps * action_size
         room_for = memory_of(device) // 2 // row
         check(capacity <= room_for, "capacity", capacity,
               f"must be at most {room_for:,}: decisions of {row:,} bytes may fill half of the memory")  # fmt: skip
@@ -98,8 +98,9 @@ class ReplayBuffer:
     def restore(self, state: dict[str, Any]) -> None:
         """Take up what `state` returned, of a buffer of the same capacity and observations."""
         self._next, self._size = int(state["next"]), int(state["size"])
+        rows = {"n_steps": torch.tensor(self._rows.actions.shape[1])} | state["rows"]  # earlier versions kept none
         for name in NUMBERS:
-            getattr(self._rows, name)[: self._size] = state["rows"][name]
+            getattr(self._rows, name)[: self._size] = rows[name]
         for name in ("obs", "next_obs"):
             ours = getattr(self._rows, name)
             for key, part in (ours if isinstance(ours, dict) else {STATE: ours}).items():

@@ -14,7 +14,6 @@ Shapes: B decisions, O observation steps, F features, H actions of a chunk, A ac
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from itertools import pairwise
 from typing import Self
 
@@ -63,8 +62,9 @@ class ExactMDP(PolicyMDP):
         learned = exploration.learned
         remedy = "must be none: the only noise is the initial one"
         check(learned.what == "none", "exploration.learned.what", learned.what, remedy)
-        plain = replace(exploration, learned=learned) == replace(ExplorationConfig(), learned=learned)
-        check(plain, "exploration", exploration, "must be left as it is: the only noise is the initial one")
+        for name, usual in vars(ExplorationConfig()).items():
+            own = getattr(exploration, name)
+            check(own == usual, f"exploration.{name}", own, "must be left as it is: the only noise is the initial one")
         known = schedule.prediction_type != "sample"
         check(known, "prediction_type", schedule.prediction_type, "says nothing of the noise in a clean chunk")
         policy.tune_below(schedule.num_train_timesteps)

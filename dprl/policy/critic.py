@@ -57,14 +57,15 @@ class CriticConfig:
 
 @dataclass(frozen=True)
 class ValueTerms:
-    """What Q and V are values of: who goes on learning them keeps to it."""
+    """What Q and V are values of: who goes on learning them in an environment keeps to it."""
 
     gamma: float
     """Discount of one environment step."""
     reward_scale: float
-    """What rewards are multiplied by."""
+    """What rewards are multiplied by, as `return_range` asked for it."""
     bootstrap_truncated: bool
     """Whether something follows where an episode was cut off."""
+    return_range: float | None = None
 
 
 class ChunkCritic(nn.Module):

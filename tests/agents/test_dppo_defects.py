@@ -2,7 +2,8 @@
 
 traces across resets, the reward scale and its variance (tests/test_returns.py), one tuned step and all of them
 (test_dppo.py, tests/mdp), the density that is sampled (tests/mdp), learning rates that climb (tests/test_schedules.py),
-evaluations that disturb training and runs that cannot go on (tests/training/test_resume.py).
+evaluations that disturb training and runs that cannot go on (tests/training/test_resume.py), updates that wait for
+a GPU (test_dppo_options.py).
 """
 
 from dataclasses import replace
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dprl.agents import DPPO, DPPOConfig
 from dprl.errors import ConfigError
@@ -19,7 +19,6 @@ from dprl.mdp import ExplorationConfig
 from dprl.networks.mlp import ResidualBlock
 from dprl.returns import RunningReturnStd
 from dprl.rollout import Rollout
-from dprl.training.figures import UpdateFigures
 from tests.toys import make_toy, reach_spec, toy_policy
 
 SMALL = DPPOConfig(tuned_steps=3, n_steps=6, n_epochs=2, batch_size=40, critic_hidden_size=16)
@@ -66,29 +65,6 @@ def test_what_belongs_to_denoising_steps_is_looked_up_on_the_learners_device() -
         assert table.shape[-1] == 3
         assert table.device == dppo.policy.device
     assert dppo._discounts.tolist() == pytest.approx([1, 0.99, 0.99**2])
-
-
-class Reads(TorchDispatchMode):
-    """Counts the numbers that Python reads out of tensors: on a GPU, each of them waits for it."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_gradient_step_reads_no_number_out_of_a_tensor() -> None:
-    dppo = agent()
-    targets, _ = dppo._prepare(dppo.collect())
-    decisions, pairs = next(dppo._minibatches(len(targets.returns)))
-    figures = UpdateFigures(3, torch.device("cpu"))
-    with Reads() as reads:
-        dppo._update_critic(targets, decisions, pairs, figures)
-        dppo._update_actor(targets, pairs, figures)
-        assert reads.count == 0
-        float(pairs.k[0])
-        assert reads.count == 1, "it is counted"
 
 
 @pytest.mark.parametrize(("gamma", "per", "discount"), [(0.5, "decision", 0.5), (0.5, "step", 0.25)])

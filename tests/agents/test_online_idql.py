@@ -115,6 +115,7 @@ OPTIONS = {
     "continues": {"actor": "continues"},
     "softmax": {"selection": "softmax"},
     "a small buffer": {"capacity": 25},
+    "scaled rewards": {"data": True, "learner": replace(IDQL_SMALL, return_range=0.5)},
 }
 
 
@@ -128,6 +129,14 @@ def test_a_resumed_run_goes_on_exactly(name: str, tmp_path: Path) -> None:
     rows = [whole.update(whole.collect()) for _ in range(2)]
     resumed = agent(**options)
     resumed.load_state(tmp_path / "saved")
+    loaded = DiffusionPolicy.from_pretrained(tmp_path / "saved")  # as a command resumes
+    data = reach_demonstrations(0) if options.get("data") else None
+    OnlineIDQL(
+        loaded,
+        make_toy(reach_spec(), 4),
+        replace(SMALL, **{k: v for k, v in options.items() if k != "data"}),
+        data=data,
+    )
     again = [resumed.update(resumed.collect()) for _ in range(2)]
     for ours, theirs in zip(again, rows, strict=True):
         assert all(value == theirs[key] for key, value in ours.items() if not key.startswith("time/"))
@@ -167,7 +176,10 @@ def test_they_go_on_with_the_terms_that_they_were_learned_on(tmp_path: Path) -> 
     for changes, message in (
         ({"gamma": 0.5}, "learner.gamma = 0.5: must be left out: the policy's critics were learned with 0.9"),
         ({"bootstrap_truncated": False}, "learner.bootstrap_truncated = False: must be left out"),
-        ({"return_range": 3.0}, "learner.return_range = 3.0: must be None: the policy's critics"),
+        (
+            {"return_range": 3.0},
+            "learner.return_range = 3.0: must be left out: the policy's critics were learned with 0.5",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             OnlineIDQL(loaded, env, replace(SMALL, learner=replace(IDQLConfig(), **changes)), data=data)

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ import pytest
 from dprl.data import DataOptions, Episodes, OnDisk, convert, load_dataset, open_dataset, save_dataset
 from dprl.data.summary import summarize
 from dprl.errors import DatasetError, RunExistsError
+from dprl.experiments.runs import wilson_of
 from dprl.spec import EnvSpec
 
 h5py = pytest.importorskip("h5py")
@@ -459,7 +461,7 @@ def put(name: str, values: Any) -> Callable[[Any], None]:
         (d4rl, put("terminals", np.zeros((S, 2))), ["terminals has the shape (10, 2); 10 actions need one flag each"]),
         (
             lambda p: d4rl(p, next_observations=False),
-            put("timeouts", None),
+            put("timeouts", None),  # the last step is no terminal
             ["hopper.hdf5' has neither timeouts nor next_observations: nothing says where an episode was cut off"],
         ),
         (d4rl, put("terminals", None), ["holds no data set", "It would be a D4RL file with terminals"]),
@@ -704,6 +706,7 @@ def test_point_clouds_are_not_the_state(tmp_path: Path) -> None:
 def test_success_that_nobody_knows_stays_unknown(write: Callable[[Path], Path], tmp_path: Path) -> None:
     data = load_dataset(write(tmp_path))
     assert not data.success_known
+    assert np.isnan(wilson_of(data)).all()
     assert np.isnan(data.success_rate)
     for other in (data.select([0, 2]), Episodes.concatenate([data, data])):
         assert not other.success_known
@@ -716,7 +719,18 @@ def test_success_that_nobody_knows_stays_unknown(write: Callable[[Path], Path], 
 
 def test_a_renamed_npz_is_scaled_back_as_well(tmp_path: Path) -> None:
     file = npz(tmp_path)
-    np.testing.assert_allclose(load_dataset(file.rename(tmp_path / "hopper.npz")).observations, OBSERVATIONS, atol=2e-6)
+    other = file.rename(tmp_path / "hopper.npz")
+    np.testing.assert_allclose(load_dataset(other).observations, OBSERVATIONS, atol=2e-6)
+    npz(tmp_path)  # whose normalization.npz it is then
+    scaled = 2 * (OBSERVATIONS - LOW) / (HIGH - LOW + 1e-6) - 1
+    np.testing.assert_allclose(load_dataset(other).observations, scaled, atol=2e-6)
+    other = other.rename(tmp_path / "ph_train.npz")
+    np.testing.assert_allclose(load_dataset(other).observations, scaled, atol=2e-6)
+
+
+def test_terminals_alone_will_do_where_the_last_step_is_one(tmp_path: Path) -> None:
+    file = edited(d4rl(tmp_path, next_observations=False, timeouts=False), put("terminals", LAST))
+    np.testing.assert_array_equal(load_dataset(file).ends, ENDS)
 
 
 def test_a_chunk_that_is_not_there_is_told(tmp_path: Path) -> None:
@@ -738,8 +752,14 @@ def test_an_archive_of_a_folder_is_read_as_well(tmp_path: Path) -> None:
     folder, archive = zarr_buffer(tmp_path), tmp_path / "pusht.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as stream:
         for file in sorted(folder.rglob("*")):
-            stream.write(file, file.relative_to(tmp_path).as_posix())
-    np.testing.assert_array_equal(load_dataset(archive).observations, OBSERVATIONS)
+            stream.write(file, f"pusht/{file.relative_to(tmp_path).as_posix()}")
+            stream.writestr(f"__MACOSX/{file.relative_to(tmp_path).as_posix()}", "")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no chunk is missed
+        np.testing.assert_array_equal(load_dataset(archive, keys=("state", "img")).observations, OBSERVATIONS)
+    with zipfile.ZipFile(archive, "a", zipfile.ZIP_STORED) as stream:
+        stream.writestr("pusht/other.zarr/meta/episode_ends/.zarray", "{}")
+    refused(archive, "several replay buffers: pusht/other.zarr, pusht/pusht.zarr")
 
 
 def test_a_black_episode_of_floats_is_black(tmp_path: Path) -> None:

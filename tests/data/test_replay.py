@@ -86,3 +86,12 @@ def test_a_buffer_that_would_not_fit_is_refused() -> None:
         ConfigError, match=rf"capacity = {most + 1}: must be at most {most:,}: decisions of {row} bytes"
     ):
         ReplayBuffer(most + 1, SEEN, 2, 1, CPU)
+
+
+def test_what_an_earlier_version_kept_goes_on() -> None:
+    buffer, other = ReplayBuffer(5, BLANK, 2, 1, CPU), ReplayBuffer(5, BLANK, 2, 1, CPU)
+    buffer.add(numbered(1, 3))
+    state = buffer.state()
+    del state["rows"]["n_steps"]
+    other.restore(state)
+    assert other.sample(4, torch_generator(0)).n_steps.tolist() == [2] * 4

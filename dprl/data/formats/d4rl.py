@@ -3,8 +3,9 @@
     observations (S, D), actions (S, A), rewards, terminals (S,), and perhaps timeouts (S,), next_observations (S, D)
 
 An episode ends with a terminal or a timeout, and the last with the file. Where there are no timeouts, it also ends
-where the next observation is not what the action led to; a file without both, such as D4RL's first version has, does
-not say where its episodes end, and is refused.
+where the next observation is not what the action led to. A file without both, as D4RL's first version has them, does
+not say where an episode was cut off, and is refused unless its last step is a terminal, as those of all episodes then
+must be.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ class D4RL(HDF5Source):
                 raise DatasetError(f"'{self.path}': {name} has {rows} rows, actions have {steps}")
         if steps == 0:
             raise DatasetError(f"'{self.path}' has no episodes")
-        if "timeouts" not in self.h5 and "next_observations" not in self.h5:
+        self._terminals = self._flags("terminals", steps)
+        told = "timeouts" in self.h5 or "next_observations" in self.h5
+        if not told and not self._terminals[-1]:
             raise DatasetError(f"'{self.path}' has neither timeouts nor next_observations: nothing says where an "
                                "episode was cut off. D4RL's later files (v1, v2) have timeouts")  # fmt: skip
-        self._terminals = self._flags("terminals", steps)
         ends = self._terminals | (self._flags("timeouts", steps) if "timeouts" in self.h5 else self._breaks(steps))
         ends[-1] = True
         self._ends = np.flatnonzero(ends) + 1
@@ -74,7 +76,7 @@ class D4RL(HDF5Source):
     def _breaks(self, steps: int) -> BoolArray:
         """Where an observation is not what the action before it led to."""
         ends = np.zeros(steps, np.bool_)
-        for first in range(0, steps - 1, ROWS_AT_ONCE):
+        for first in range(0, steps - 1, ROWS_AT_ONCE) if "next_observations" in self.h5 else ():
             end = min(first + ROWS_AT_ONCE, steps - 1)
             led_to, seen = self.h5["next_observations"][first:end], self.h5["observations"][first + 1 : end + 1]
             ends[first:end] = (led_to.astype(np.float32) != seen.astype(np.float32)).any(axis=1)

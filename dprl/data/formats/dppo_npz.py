@@ -72,10 +72,16 @@ class DPPONpz(Source):
 
     @property
     def _beside(self) -> Path | None:
-        """``PREFIXnormalization.npz`` beside ``PREFIXtrain.npz`` or ``PREFIXval.npz``, else ``normalization.npz``."""
-        own = [self.path.name.removesuffix(name) for name in ("train.npz", "val.npz") if self.path.name.endswith(name)]
-        files = (self.path.with_name(f"{prefix}normalization.npz") for prefix in (*own, ""))
-        return next((file for file in files if file.is_file()), None)
+        """``PREFIXnormalization.npz`` beside ``PREFIXtrain.npz`` or ``PREFIXval.npz``.
+
+        Of another name, ``normalization.npz``, but where there are a train.npz or val.npz it belongs to.
+        """
+        path, pair = self.path, ("train.npz", "val.npz")
+        prefixes = [path.name.removesuffix(name) for name in pair if path.name.endswith(name)]
+        if not prefixes and any(path.with_name(name).is_file() for name in pair):
+            return None
+        file = path.with_name(f"{(prefixes or [''])[0]}normalization.npz")
+        return file if file.is_file() else None
 
     @property
     def files(self) -> list[Path]:

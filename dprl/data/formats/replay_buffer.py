@@ -23,6 +23,7 @@ from dprl.errors import DatasetError, MissingDependencyError
 from dprl.observations import camera_name
 
 ENDS = "meta/episode_ends"
+DESCRIPTIONS = (".zarray", ".zattrs", ".zgroup", ".zmetadata", "zarr.json")
 
 
 class ReplayBuffer(Source):
@@ -64,13 +65,15 @@ class ReplayBuffer(Source):
             if name not in parts:
                 raise DatasetError(f"'{path}': there is no '{name}' in data: {', '.join(parts)}")
             self._take(name, parts[name], steps)
+        files = _files(path)
         for name in ("action", *wanted):
-            self._warn_of_gaps(name, self._actions if name == "action" else parts[name])
+            written = sum(file.startswith(f"data/{name}/") for file in files)
+            self._warn_of_gaps(name, self._actions if name == "action" else parts[name], written)
 
-    def _warn_of_gaps(self, name: str, array: Any) -> None:
+    def _warn_of_gaps(self, name: str, array: Any, written: int) -> None:
         """Say where a chunk is not there: zarr leaves out those that hold its fill value alone, copies lose others."""
-        written, all_of_them = array.nchunks_initialized, array.nchunks
-        if written < all_of_them:
+        all_of_them = array.nchunks
+        if array.shards is None and written < all_of_them:
             warnings.warn(
                 f"'{self.path}': {all_of_them - written} of {all_of_them} chunks of data/{name} are not there and read "
                 f"as {array.fill_value}: right if it was written so, wrong if a copy is not complete", stacklevel=2,
@@ -158,7 +161,20 @@ def _root_in(path: Path) -> str:
 def _root_in_zip(names: list[str]) -> str | None:
     """The same: at the root, or a folder below it; None where there is none."""
     found = (name.split(f"{ENDS}/")[0] for name in names if f"{ENDS}/" in name)
-    return next((root.strip("/") for root in found if root.count("/") <= 1 and root[-1:] in ("", "/")), None)
+    roots = sorted({root.rstrip("/") for root in found if root[-1:] in ("", "/") and not root.startswith("__MACOSX")})
+    if len(roots) > 1:
+        raise DatasetError(f"the archive holds several replay buffers: {', '.join(roots)}; unpack it and name one")
+    return roots[0] if roots else None
+
+
+def _files(path: Path) -> list[str]:
+    """Every file of the buffer, those that describe arrays not counted."""
+    if path.is_dir():
+        names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+    else:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removeprefix(f"{_root_in(path)}/") for name in archive.namelist() if name[-1:] != "/"]
+    return [name for name in names if name.rsplit("/", 1)[-1] not in DESCRIPTIONS]
 
 
 def require_zarr() -> Any:
