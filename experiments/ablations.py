@@ -156,5 +156,6 @@ def _setting(config: StudyConfig) -> str:
         f"Meta-World's {TASK}, {DEMONSTRATIONS} demonstrations with action noise {NOISE}, "
         f"{TIMESTEPS * config.scale:,.0f} environment steps; one choice at a time differs from the usual ones. Seeds "
         f"{', '.join(map(str, config.seeds))}, {config.episodes} held-out episodes of the best policy; the curves' "
-        "points are 100 episodes each."
+        "points are 100 episodes each. γ and λ are of decisions, whatever a decision executes; with other numbers of "
+        "executed actions another policy is cloned."
     )

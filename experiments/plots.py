@@ -109,6 +109,8 @@ def learning_curve(run: Path, file: Path, *, before: Evaluation, after: Evaluati
 def over_seeds(panels: Mapping[str, Mapping[str, Sequence[Path]]], file: Path, *, n_columns: int | None = None) -> None:
     """Draw the evaluations of runs against environment steps: the mean over seeds, its 95 % interval, every seed thin.
 
+    Two seeds tell so little of their spread that their interval, which would fill the panel, is not drawn.
+
     Args:
         panels: title -> what is compared in it -> the curves of its seeds, files of metrics' rows.
         file: the PNG to write.
@@ -117,13 +119,15 @@ def over_seeds(panels: Mapping[str, Mapping[str, Sequence[Path]]], file: Path, *
     n_columns = n_columns or len(panels)
     n_rows = math.ceil(len(panels) / n_columns)
     figure = new_figure(figsize=(4.2 * n_columns, 3.4 * n_rows))
-    axes = figure.subplots(n_rows, n_columns, squeeze=False).flat
+    axes = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
     for axis, (title, compared) in zip(axes, panels.items(), strict=False):
         for i, (name, files) in enumerate(compared.items()):
             steps, scores, metric = _evaluations(files)
             axis.plot(steps.T, scores.T, color=f"C{i}", lw=0.6, alpha=0.5)
             axis.plot(steps.mean(0), scores.mean(0), "o-", color=f"C{i}", ms=3, label=name)
-            if len(files) > 1:
+            if len(files) > 2:
                 low, high = mean_ci95(scores)
                 bounds = (0, 1) if metric == SUCCESS else (-np.inf, np.inf)
                 axis.fill_between(steps.mean(0), *np.clip((low, high), *bounds), color=f"C{i}", alpha=0.15, lw=0)
