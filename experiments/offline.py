@@ -275,7 +275,8 @@ def _setting(config: StudyConfig) -> str:
     return (
         f"Seeds {', '.join(map(str, config.seeds))}, of data and learning; {config.episodes} held-out episodes each, "
         "the same for every method. BC is IDQL's behaviour policy: one candidate. IQL's Gaussian acts by its mean; "
-        "Diffusion-QL draws among 50 samples by softmax of Q."
+        "Diffusion-QL draws among 50 samples by softmax of Q. Denoisers are MLPs 256 wide, where the paper has its "
+        "LN-ResNet, which is `dprl offline`'s default."
     )
 
 
