@@ -97,7 +97,7 @@ class PolicyMDP(ABC):
     def compile(self) -> None:
         """Let torch.compile make chains faster from now on, on a CPU: a GPU replays them. A copy is not compiled.
 
-        A few decisions at a time then take half as long; many, of which the matrix products are most, as long as
+        A few decisions at a time then take half as long; many, of which the matrix products are most, little less than
         before. The first chain of each batch size compiles, one of 20 steps for half a minute.
         """
         if self.is_replayable and self.policy.device.type == "cpu":
