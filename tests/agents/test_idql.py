@@ -80,7 +80,7 @@ def test_idql_chooses_the_better_of_two_modes_that_the_policy_keeps() -> None:
     config = DiffusionConfig(horizon=1, num_train_timesteps=20, denoiser=MLPConfig(hidden_size=64))
     critic = CriticConfig(hidden_size=64)
     agent = IDQL(DiffusionPolicy.for_dataset(data, config), IDQLConfig(BCConfig(batch_size=128), critic=critic))
-    policy = agent.fit(data, 1_500)
+    policy = agent.fit(data, 1_000)
     obs, generator = torch.zeros(n, 1, 1), torch_generator(1)
     cloned = policy.sample(obs, generator=generator)
     share = in_better_mode(cloned)
@@ -90,7 +90,7 @@ def test_idql_chooses_the_better_of_two_modes_that_the_policy_keeps() -> None:
     assert in_better_mode(policy.sample(obs, candidates=64, generator=generator)) >= 0.98
     gaussian = GaussianPolicy.for_dataset(data, GaussianConfig(horizon=1, hidden_size=64))
     weighted = IDQL(gaussian, IDQLConfig(BCConfig(batch_size=128), actor_objective="soft", critic=critic))
-    assert in_better_mode(weighted.fit(data, 1_500).sample(obs, generator=generator)) < 0.6
+    assert in_better_mode(weighted.fit(data, 1_000).sample(obs, generator=generator)) < 0.6
 
 
 def chain(n: int = 400) -> Episodes:

@@ -43,6 +43,7 @@ def learn(pool: RolloutPool, before: dict[int, Any], iterations: int = 4) -> dic
     return agent.policy.state_dict()
 
 
+@pytest.mark.full
 def test_training_goes_on_and_says_so_when_a_node_is_removed(cluster, tmp_path, caplog):
     """And learns what it would have learned."""
     node = cluster.add_node(num_cpus=2)

@@ -87,7 +87,7 @@ def planted(folder: Path) -> int:
 
 REPEATS = [pytest.param(i, marks=pytest.mark.full) if i else i for i in range(20)]
 # what a worker reports takes one way, whichever it is; in one process each is tried
-KINDS = [pytest.param(kind, marks=pytest.mark.full) if kind in ("raise", "shape") else kind for kind in FAULTS]
+KINDS = [pytest.param(kind, marks=pytest.mark.full) if kind != "kill" else kind for kind in FAULTS]
 
 
 @pytest.mark.parametrize("repeat", REPEATS)

@@ -90,7 +90,11 @@ def assert_same_checkpoint(a: Path, b: Path) -> None:
         assert (a / name).read_text() == (b / name).read_text()
 
 
-@pytest.mark.parametrize("kind", ["pretrain", pytest.param("offline", marks=pytest.mark.full), "online", "finetune"])
+ALIKE = [pytest.param(kind, marks=pytest.mark.full) for kind in ("pretrain", "offline")]
+"""What trains on data, as `online` does beside its environment."""
+
+
+@pytest.mark.parametrize("kind", [*ALIKE, "online", "finetune"])
 def test_killed_and_resumed_equals_uninterrupted(kind: str, inputs: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(command(kind, inputs, whole)) == 0
