@@ -14,16 +14,16 @@ CONFIG = LNResNetConfig(hidden_size=8, n_blocks=2, expansion=3, n_frequencies=4,
 
 def test_it_is_what_the_paper_writes() -> None:
     """Sines and cosines of learned frequencies; blocks x + W2 mish(W1 norm(x)); a mish before the last layer."""
-    net = shaken(build_denoiser(CONFIG, 2, 3, 1, 5)).eval()
+    net = shaken(build_denoiser(CONFIG, 2, 3, 1, 5)).double().eval()
     weights = dict(net.named_parameters())
 
     def dense(x: torch.Tensor, name: str) -> torch.Tensor:
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
-    noisy, t, condition = torch.randn(4, 2, 3), torch.tensor([0, 1, 2, 4]), torch.randn(4, 1, 5)
+    noisy, t, condition = torch.randn(4, 2, 3).double(), torch.tensor([0, 1, 2, 4]), torch.randn(4, 1, 5).double()
     blocks = {name.removesuffix(".norm.weight") for name in weights if name.endswith("norm.weight")}
     (time,) = {name.removesuffix(".frequencies") for name in weights if name.endswith("frequencies")}
-    angle = 2 * math.pi * t[:, None] * weights[f"{time}.frequencies"]
+    angle = 2 * math.pi * t[:, None].double() * weights[f"{time}.frequencies"]
     embedded = dense(mish(dense(torch.cat([angle.cos(), angle.sin()], 1), f"{time}.l1")), f"{time}.l2")
     x = dense(torch.cat([noisy.flatten(1), embedded, condition.flatten(1)], 1), "net.0")
     for block in sorted(blocks):
