@@ -62,10 +62,11 @@ class ValueTerms:
     gamma: float
     """Discount of one environment step."""
     reward_scale: float
-    """What rewards are multiplied by, as `return_range` asked for it."""
+    """What rewards are multiplied by."""
     bootstrap_truncated: bool
     """Whether something follows where an episode was cut off."""
     return_range: float | None = None
+    """What `reward_scale` was asked for by, if it was."""
 
 
 class ChunkCritic(nn.Module):
