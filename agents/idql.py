@@ -8,7 +8,7 @@ The behaviour policy is cloned from the data (`BC`), whatever they are worth. Be
 and acting is drawing N chunks from the behaviour policy and taking the one of the largest Q̄, or drawing one by the
 weights that f implies (algorithm 2): `InferenceConfig.candidates` and `selection`, chosen when the policy acts.
 
-A decision is a chunk of E actions: r sums the rewards of its steps, and γ is that of as many steps.
+A decision is a chunk of E actions: r is the n-step return of its steps, Σ γ^i r_i, and γ that of as many steps.
 
 Shapes: B decisions, O observation steps, D observation size, E executed actions, A action size.
 """

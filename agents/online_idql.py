@@ -28,6 +28,7 @@ from dprl.config import validate
 from dprl.data import Episodes
 from dprl.data.loader import DecisionBatch
 from dprl.data.replay import ReplayBuffer
+from dprl.data.transitions import chunk_return
 from dprl.errors import check
 from dprl.mdp import Chain
 from dprl.observations import Observation, TensorObservation, batch_size, map_parts
@@ -249,7 +250,7 @@ class OnlineIDQL(Agent[Rollout]):
             seen(rollout.observations),
             planned.gather(1, which[..., None].expand_as(planned)),
             seen(rollout.final_observations),
-            terms.reward_scale * rows(rollout.rewards),
+            terms.reward_scale * rows(chunk_return(rollout.step_rewards, terms.gamma)),
             rows(discount),
             n_steps,
         )

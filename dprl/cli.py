@@ -27,8 +27,7 @@ from dprl.doctor import examine
 from dprl.errors import DprlError, check, did_you_mean
 from dprl.experiments import demo as demo_module
 from dprl.experiments import inspection, runs
-from dprl.experiments.catalogue import CATALOGUE, STUDIES, find
-from dprl.experiments.finetuning import GROUPS
+from dprl.experiments.catalogue import CATALOGUE, SIZED, STUDIES, find
 from dprl.experiments.studies import StudyConfig
 from dprl.policy import (
     DiffusionConfig,
@@ -101,7 +100,7 @@ def experiment(
     """
     known = f"must be one of {', '.join(STUDIES)}.{did_you_mean(name, STUDIES)}"
     check(name in STUDIES, "experiment", name, known)
-    check(not config.paper or name in GROUPS, "paper", True, f"'{name}' has one size: leave it out")
+    check(not config.paper or name in SIZED, "paper", True, f"'{name}' has one size: leave it out")
     run, _ = STUDIES[name]
     table = load(run)(config, progress_bar=not quiet)
     print(f"\n{table.read_text(encoding='utf-8')}\nTable and figure are in {config.out}.")

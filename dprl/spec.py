@@ -123,6 +123,8 @@ class ChunkStep:
     """(n, O, D) what the chunk ended in, before any reset."""
     reward: FloatArray
     """(n,) summed over the executed steps."""
+    step_rewards: FloatArray
+    """(n, E) of each step; 0 where none was executed, since the episode had ended."""
     success: BoolArray
     """(n,) whether the task succeeded during the chunk."""
     terminated: BoolArray

@@ -54,6 +54,7 @@ CATALOGUE = (
 )
 
 
+GYM = ("hopper", "walker2d", "halfcheetah")
 # Comparisons: name -> (what does it, what it shows)
 STUDIES = {
     "multimodal": ("dprl.experiments.multimodal:run", "which policies keep both ways round the disc of Avoid-v0"),
@@ -78,7 +79,7 @@ STUDIES = {
     ),
     **{
         name: (f"dprl.experiments.finetuning:{name}", f"finetune-gym on {name} alone; --paper: the paper's size")
-        for name in ("hopper", "walker2d", "halfcheetah")
+        for name in GYM
     },
     "avoid": (
         "dprl.experiments.finetuning:on_avoid",
@@ -99,14 +100,18 @@ STUDIES = {
     ),
     "offline-mujoco": (
         "dprl.experiments.offline:on_all_of_mujoco",
-        "the same on Hopper, Walker2d and HalfCheetah: medium, medium-replay and medium-expert, after D4RL's recipe",
+        "the same on Hopper, Walker2d and HalfCheetah: medium, medium-replay and medium-expert, after D4RL's recipe; "
+        "--paper: the paper's size",
     ),
     **{
-        f"offline-{name}": (f"dprl.experiments.offline:on_{name}", f"offline-mujoco on {name} alone")
-        for name in ("hopper", "walker2d", "halfcheetah")
+        f"offline-{name}": (f"dprl.experiments.offline:on_{name}", f"offline-mujoco on {name} alone; --paper too")
+        for name in GYM
     },
     "score-field": ("dprl.experiments.score_field:run", "what a denoiser learns of a 2-D distribution, drawn"),
 }
+
+SIZED = {"finetune-gym", "avoid", "offline-mujoco", *GYM, *(f"offline-{name}" for name in GYM)}
+"""Studies that also have the paper's size."""
 
 
 def find(name: str) -> Experiment:

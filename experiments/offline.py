@@ -2,21 +2,22 @@
 
 Cloning is IDQL with a single candidate: the behaviour policy is trained alike, with the same draws.
 
-MuJoCo's data sets follow D4RL's recipe (arXiv:2004.07219, section 5) at a size for two cores: `medium` is of a policy
-of a third of the expert's return, `medium-replay` of all its forerunners alike, exploring, `medium-expert` half of it
-and half of the expert. The experts are PPO's of stable-baselines3, which a study trains first where it needs to.
+MuJoCo's data sets follow D4RL's recipe (arXiv:2004.07219, section 5): `medium` is of a policy of a third of the
+expert's return, `medium-replay` of all its forerunners alike, exploring, `medium-expert` of it and as much again of the
+expert. The experts are PPO's of stable-baselines3, which a study trains first where it needs to. There are a size for
+two cores and the paper's (`--paper`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from dprl.agents import DiffusionQLConfig, DPPOConfig, IDQLConfig, OnlineIDQLConfig
+from dprl.agents import BCConfig, DiffusionQLConfig, DPPOConfig, IDQLConfig, OnlineIDQLConfig
 from dprl.experiments import plots, runs
 from dprl.experiments.finetuning import (
     GYM,
@@ -41,7 +42,7 @@ from dprl.experiments.studies import (
     write_table,
 )
 from dprl.implicit import ValueObjective
-from dprl.networks import MLPConfig
+from dprl.networks import LNResNetConfig, MLPConfig
 from dprl.policy import CriticConfig, DiffusionConfig, GaussianConfig, InferenceConfig
 from dprl.spec import build, env_seeds, resolve
 
@@ -50,6 +51,8 @@ DRAWN = InferenceConfig(candidates=50, selection="softmax")
 """How Diffusion-QL acts in its paper."""
 BEST = 0.1
 """Share of the episodes that filtered cloning keeps."""
+MLP_BEHAVIOUR = replace(runs.BEHAVIOUR, denoiser=MLPConfig())
+"""IDQL's behaviour policy for two cores."""
 METHODS = {
     "idql | 1": "BC",
     "filtered": f"BC of the best {BEST:.0%}",
@@ -69,9 +72,7 @@ class Recipe:
     idql: IDQLConfig
     env: str | None = None
     """Where policies are evaluated. Default: where the data are from."""
-    policy: DiffusionConfig = field(
-        default_factory=lambda: DiffusionConfig(num_train_timesteps=5, schedule="vp", denoiser=MLPConfig())
-    )
+    policy: DiffusionConfig = MLP_BEHAVIOUR
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,18 @@ def metaworld(task: str) -> Recipe:
     )
 
 
-def mujoco(env: str, kind: str, forerunners: Sequence[str] = ()) -> Recipe:
+@dataclass(frozen=True)
+class Size:
+    """How large MuJoCo's data sets are, and how they are learned from."""
+
+    transitions: int
+    """Of each; `medium-expert` has twice as many."""
+    steps: int
+    idql: IDQLConfig
+    policy: DiffusionConfig = MLP_BEHAVIOUR
+
+
+def mujoco(env: str, kind: str, forerunners: Sequence[str], size: Size) -> Recipe:
     """One of `KINDS`; `forerunners` are the policies up to the medium one, by the names of their files."""
     folder = f"experts/{env}"
     experts = {
@@ -111,19 +123,30 @@ def mujoco(env: str, kind: str, forerunners: Sequence[str] = ()) -> Recipe:
         "medium-expert": [(f"{folder}/medium.zip", NOISE), (f"{folder}/expert.zip", NOISE)],
         REPLAY: [(f"{folder}/checkpoints/{name}.zip", EXPLORING) for name in forerunners],
     }[kind]
-    share = TRANSITIONS // max(len(experts), 1)
+    share = size.transitions // (len(experts) if kind == REPLAY else 1)
     return Recipe(
         tuple(CollectConfig(env, expert, noise, transitions=share) for expert, noise in experts),
-        steps=20_000,
-        idql=IDQLConfig(return_range=10.0),
+        steps=size.steps,
+        idql=size.idql,
+        policy=size.policy,
     )
 
 
 QUALITIES = (0.3, 1.0, 2.0)
 """Standard deviations of the action noise."""
 METAWORLD = ("push", "pick-place", "bin-picking", "box-close", "peg-insert-side", "hammer")
-TRANSITIONS = 100_000
-"""Of each of MuJoCo's data sets; D4RL's have a million, `medium-expert` two."""
+SMALL = Size(100_000, 20_000, IDQLConfig(return_range=10.0))
+PAPER = Size(
+    1_000_000,
+    3_000_000,
+    IDQLConfig(
+        BCConfig(batch_size=512, learning_rate=3e-4, final_learning_rate=1e-6, ema_decay=0.999),
+        batch_size=512,
+        return_range=1_000.0,
+    ),
+    replace(runs.BEHAVIOUR, horizon=1, n_action_steps=1),
+)
+"""D4RL's million of transitions, and the numbers of arXiv:2304.10573 for them: decisions are of one action."""
 NOISE, EXPLORING = 0.1, 0.37
 """Of demonstrators, and of those that still explore: what PPO begins with."""
 REPLAY = "medium-replay"
@@ -159,7 +182,7 @@ def cells_of(tasks: dict[str, Recipe], config: StudyConfig) -> list[Cell]:
 
 def _gaussian(policy: DiffusionConfig) -> GaussianConfig:
     """A Gaussian policy of the same chunks and width."""
-    assert isinstance(policy.denoiser, MLPConfig)
+    assert isinstance(policy.denoiser, MLPConfig | LNResNetConfig)
     own = policy.denoiser
     return GaussianConfig(
         horizon=policy.horizon,
@@ -188,12 +211,13 @@ def on_metaworld(config: StudyConfig, *, progress_bar: bool = True) -> Path:
 def on_mujoco(envs: Sequence[str], config: StudyConfig, *, progress_bar: bool = True) -> Path:
     """Study `offline-mujoco`, or of one of its environments."""
     tasks, notes, references = dict[str, Recipe](), [], dict[str, References]()
+    size = PAPER if config.paper else SMALL
     for name in envs:
         env = GYM[name]
-        known = {f"{name}-{kind}": mujoco(env, kind) for kind in KINDS if kind != REPLAY}
+        known = {f"{name}-{kind}": mujoco(env, kind, (), size) for kind in KINDS if kind != REPLAY}
         expert, medium = demonstrators_of(env, cells_of(known, config), config, progress_bar=progress_bar)
         before = [seen.name for seen in runs.forerunners(expert_folder(env, config))]
-        tasks |= known | {f"{name}-{REPLAY}": mujoco(env, REPLAY, before)}
+        tasks |= known | {f"{name}-{REPLAY}": mujoco(env, REPLAY, before, size)}
         references[name] = References(random_return(env), expert.return_mean)
         notes.append(
             f"{env}: scores are normalised between the returns of random actions, {references[name].random:,.0f}, and "
@@ -275,8 +299,7 @@ def _setting(config: StudyConfig) -> str:
     return (
         f"Seeds {', '.join(map(str, config.seeds))}, of data and learning; {config.episodes} held-out episodes each, "
         "the same for every method. BC is IDQL's behaviour policy: one candidate. IQL's Gaussian acts by its mean; "
-        "Diffusion-QL draws among 50 samples by softmax of Q. Denoisers are MLPs 256 wide, where the paper has its "
-        "LN-ResNet, which is `dprl offline`'s default."
+        "Diffusion-QL draws among 50 samples by softmax of Q." + ("" if config.paper else SMALLER)
     )
 
 
@@ -341,10 +364,14 @@ WAYS = {
     "continues": "IDQL, the policy goes on",
     "dppo": "DPPO",
 }
+SMALLER = (
+    " Denoisers are MLPs 256 wide, where the paper has its LN-ResNet, which is `dprl offline`'s default, and decisions "
+    "are chunks of four actions, where the paper's are single ones; there are fewer data and steps of learning."
+)
 PUBLISHED = (
     "Published for IDQL on D4RL's sets (arXiv:2304.10573; means of ten seeds), with scores against D4RL's references: "
-    "65.4 on Hopper's medium, 92.1 on its medium-replay and 108.6 on its medium-expert. Those sets are of SAC, ten "
-    "times as large, and were learned from in 1.5 to 3 million gradient steps by networks four times as wide."
+    "65.4 on Hopper's medium, 92.1 on its medium-replay and 108.6 on its medium-expert. Those sets are of SAC, have a "
+    "million transitions or two, and were learned from in 1.5 to 3 million gradient steps."
 )
 on_all_of_mujoco = partial(on_mujoco, tuple(GYM))
 on_hopper, on_walker2d, on_halfcheetah = (partial(on_mujoco, (name,)) for name in GYM)

@@ -31,12 +31,21 @@ class Decisions:
     next_rows: IntArray
     """(N, O) of what it led to: rows of the observations, followed by those of the final ones."""
     rewards: FloatArray
-    """(N,) sum over the executed steps, as rollouts have it."""
+    """(N,) what the executed steps earned, see `chunk_return`."""
     discounts: FloatArray
     """(N,) of what follows: gamma to the power of the executed steps, 0 where the episode terminated."""
 
     def __len__(self) -> int:
         return len(self.action_rows)
+
+
+def chunk_return(rewards: FloatArray, gamma: float) -> FloatArray:
+    """Return the n-step return of chunks, the sum of gamma^i r_i: rewards (..., E), 0 where none was executed -> (...).
+
+    Float32, summed in float64.
+    """
+    returns: FloatArray = (rewards @ gamma ** np.arange(rewards.shape[-1])).astype(np.float32)
+    return returns
 
 
 def decisions(
@@ -77,13 +86,13 @@ def decisions(
     kept = ~is_last | terminated | known
     if not kept.any():
         raise DatasetError("no decision is left: what follows is known of none")
-    sums = np.concatenate([[0.0], np.cumsum(np.asarray(data.rewards), dtype=np.float64)])
-    rewards = (sums[after] - sums[step]).astype(np.float32)
     observation_rows = np.maximum(step[:, None] + np.arange(1 - n_obs_steps, 1), first[:, None])
     next_rows = np.maximum(after[:, None] + np.arange(1 - n_obs_steps, 1), first[:, None])
     beyond = next_rows >= end[:, None]
     next_rows = np.where(beyond, data.ends[-1] + episode[:, None], next_rows)
     action_rows = np.minimum(step[:, None] + np.arange(n_action_steps), end[:, None] - 1)
+    executed = np.arange(n_action_steps) < n_steps[:, None]
+    rewards = chunk_return(np.where(executed, np.asarray(data.rewards)[action_rows], 0), gamma)
     discounts = np.where(terminated, 0.0, gamma**n_steps).astype(np.float32)
     columns = (observation_rows, action_rows, n_steps, next_rows, rewards, discounts)
     return Decisions(*(column[kept] for column in columns))

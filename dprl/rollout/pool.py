@@ -66,6 +66,8 @@ class Rollout:
     """(T, N, K', H, A) the log-density of each step of the chains, number by number."""
     rewards: FloatArray
     """Summed over the chunk."""
+    step_rewards: FloatArray
+    """(T, N, E) of each step; 0 where none was executed."""
     terminated: BoolArray
     truncated: BoolArray
     success: BoolArray

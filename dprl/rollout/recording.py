@@ -58,15 +58,17 @@ class Recorder:
         indices = np.arange(self.n_envs) if indices is None else np.asarray(indices)
         whole: ChunkStep | None = None
         going = np.arange(len(indices))
+        rewards = np.zeros(actions.shape[:2], np.float32)
         for e in range(actions.shape[1]):
             step = self._env.step_chunk(actions[going, e : e + 1], indices[going], autoreset=False)
             self._write(indices[going], actions[going, e], step)
+            rewards[going, e] = step.reward
             whole = step if whole is None else _merged(whole, step, going)
             going = going[~step.ended]
             if len(going) == 0:
                 break
         assert whole is not None
-        return whole
+        return replace(whole, step_rewards=rewards)
 
     def state(self) -> EnvState:
         """See `BatchedEnv.state`."""

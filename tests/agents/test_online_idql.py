@@ -66,7 +66,9 @@ def test_decisions_are_those_of_the_rollout() -> None:
     executed[cut, 1] = executed[cut, 0]  # what was not executed repeats the last that was, as in data
     np.testing.assert_array_equal(batch.actions.view(60, 4, 2, 1), executed)
     np.testing.assert_array_equal(batch.n_steps.view(60, 4), rollout.n_steps)
-    np.testing.assert_array_equal(batch.reward.view(60, 4), rollout.rewards)
+    first, second = rollout.step_rewards[..., 0], rollout.step_rewards[..., 1]
+    assert second.any()
+    np.testing.assert_allclose(batch.reward.view(60, 4), first + 0.99 * second, rtol=1e-6)
     np.testing.assert_allclose(batch.discount, np.where(rollout.ended, 0.0, 0.99**rollout.n_steps).flatten(), rtol=1e-6)
     assert len(batch.reward) == n
     bootstrapping = agent(n_steps=60, learner=replace(IDQL_SMALL, bootstrap_truncated=True))
@@ -168,7 +170,8 @@ def test_they_go_on_with_the_terms_that_they_were_learned_on(tmp_path: Path) -> 
         online = OnlineIDQL(loaded, env, replace(SMALL, learner=IDQLConfig(), n_steps=60), data=kept)
         rollout = online.collect()
         batch = online._decisions(rollout)
-        torch.testing.assert_close(batch.reward.view(60, 4), terms.reward_scale * torch.as_tensor(rollout.rewards))
+        earned = rollout.step_rewards @ np.array([1, 0.9], np.float32)
+        torch.testing.assert_close(batch.reward.view(60, 4), terms.reward_scale * torch.as_tensor(earned))
         alive = ~torch.as_tensor(rollout.terminated)
         expected = 0.9 ** torch.as_tensor(rollout.n_steps).float() * alive
         torch.testing.assert_close(batch.discount.view(60, 4), expected)

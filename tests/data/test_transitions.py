@@ -27,7 +27,7 @@ def by_hand(
             over = last and (data.terminated[i] or not bootstraps)
             if last and not over and not known:
                 continue
-            reward = sum(data.rewards[start + t + j] for j in range(n))
+            reward = sum(gamma**j * data.rewards[start + t + j] for j in range(n))
             discount = 0.0 if over else gamma**n
             seen, following = ([states[max(0, at + j)] for j in range(1 - n_obs, 1)] for at in (t, t + n))
             did = [data.actions[min(start + t + j, end - 1)] for j in range(n_act)]

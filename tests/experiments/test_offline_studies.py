@@ -14,7 +14,7 @@ from dprl.experiments import offline, plots, runs, studies
 from dprl.experiments.offline import References
 from dprl.experiments.runs import CollectConfig, Seen
 from dprl.experiments.studies import Outcome, StudyConfig, run_cells
-from dprl.networks import MLPConfig
+from dprl.networks import LNResNetConfig, MLPConfig
 from dprl.policy import ChunkCritic, CriticConfig, DiffusionConfig, GaussianPolicy, Policy, find_policy
 from tests.experiments.test_finetuning import outcome
 
@@ -135,13 +135,26 @@ def test_going_on_online_uses_data_critics_and_policy(tmp_path: Path, monkeypatc
 
 def test_mujocos_data_sets_follow_the_recipe() -> None:
     medium, replay, both = (
-        offline.mujoco("Hopper-v5", kind, ["step-1", "step-2"]) for kind in ("medium", offline.REPLAY, "medium-expert")
+        offline.mujoco("Hopper-v5", kind, ["step-1", "step-2"], offline.SMALL) for kind in offline.KINDS
     )
     assert [s.expert for s in medium.sources] == ["experts/Hopper-v5/medium.zip"]
     assert [s.expert.rsplit("/")[-1] for s in replay.sources] == ["step-1.zip", "step-2.zip"]
     assert [s.expert.rsplit("/")[-1] for s in both.sources] == ["medium.zip", "expert.zip"]
-    for recipe in (medium, replay, both):
-        assert sum(s.transitions or 0 for s in recipe.sources) == offline.TRANSITIONS
+    transitions = [sum(s.transitions or 0 for s in recipe.sources) for recipe in (medium, replay, both)]
+    assert transitions == [100_000, 100_000, 200_000]
+
+
+def test_the_papers_size_is_d4rls_and_the_papers() -> None:
+    config = StudyConfig(Path("unused"), seeds=(0,), paper=True)
+    cells = offline.cells_of({"x": offline.mujoco("Hopper-v5", "medium", (), offline.PAPER)}, config)
+    assert {c.collect.transitions for c in cells} == {1_000_000}
+    idql, _filtered, iql, _ql = cells
+    assert isinstance(idql.pretrain.policy, DiffusionConfig)
+    assert isinstance(idql.pretrain.policy.denoiser, LNResNetConfig)
+    assert {c.pretrain.policy.n_action_steps for c in cells} == {1}
+    assert idql.offline is not None
+    assert (idql.pretrain.steps, idql.offline.idql.batch_size, idql.offline.idql.return_range) == (3_000_000, 512, 1000)
+    assert iql.pretrain.policy.hidden_size == 256
 
 
 def test_forerunners_are_those_up_to_the_medium_one(tmp_path: Path) -> None:
