@@ -121,8 +121,6 @@ class ChunkStep:
     """(n, O, D) what the next decision sees: where an episode ended, the first observation of the next one."""
     final_observation: Observation
     """(n, O, D) what the chunk ended in, before any reset."""
-    reward: FloatArray
-    """(n,) summed over the executed steps."""
     step_rewards: FloatArray
     """(n, E) of each step; 0 where none was executed, since the episode had ended."""
     success: BoolArray
@@ -137,6 +135,12 @@ class ChunkStep:
     """(n,) reward of the episode so far, this chunk included."""
     episode_length: IntArray
     """(n,) steps of the episode so far, this chunk included."""
+
+    @property
+    def reward(self) -> FloatArray:
+        """(n,) summed over the executed steps."""
+        summed: FloatArray = self.step_rewards.sum(-1)
+        return summed
 
     @property
     def ended(self) -> BoolArray:

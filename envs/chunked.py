@@ -120,7 +120,7 @@ class ChunkedEnv:
         indices = np.arange(self.n_envs) if indices is None else np.asarray(indices, np.int64)
         actions = self._checked(actions, indices)
         n = len(indices)
-        reward, step_rewards = np.zeros(n, np.float32), np.zeros(actions.shape[:2], np.float32)
+        step_rewards = np.zeros(actions.shape[:2], np.float32)
         success, terminated, truncated = (np.zeros(n, np.bool_) for _ in range(3))
         n_steps = np.zeros(n, np.int64)
         for e in range(actions.shape[1]):
@@ -128,7 +128,6 @@ class ChunkedEnv:
             if len(rows) == 0:
                 break
             step = self._step(indices[rows], actions[rows, e])
-            reward[rows] += step.reward
             step_rewards[rows, e] = step.reward
             success[rows], terminated[rows], truncated[rows] = step.success, step.terminated, step.truncated
             n_steps[rows] += 1
@@ -141,7 +140,6 @@ class ChunkedEnv:
         return ChunkStep(
             observation=self._observation(indices),
             final_observation=final,
-            reward=reward,
             step_rewards=step_rewards,
             success=success,
             terminated=terminated,

@@ -224,6 +224,10 @@ def on_mujoco(envs: Sequence[str], config: StudyConfig, *, progress_bar: bool = 
             f"of the expert, {expert.return_mean:,.0f} (the best of {minutes_for(config):g} minutes of PPO); the "
             f"medium one's is {medium.return_mean:,.0f}, and medium-replay is of {len(before)} policies up to it."
         )
+    notes.append(
+        f"A data set has {size.transitions:,} transitions, medium-expert twice as many, and is learned from in "
+        f"{size.steps * config.scale:,.0f} gradient steps."
+    )
     outcomes = run_cells(cells_of(tasks, config), config, progress_bar=progress_bar)
     scored = [normalised(o, references[_task(o).split("-")[0]]) for o in outcomes]
     name = "offline-mujoco" if len(envs) > 1 else f"offline-{envs[0]}"
@@ -365,8 +369,8 @@ WAYS = {
     "dppo": "DPPO",
 }
 SMALLER = (
-    " Denoisers are MLPs 256 wide, where the paper has its LN-ResNet, which is `dprl offline`'s default, and decisions "
-    "are chunks of four actions, where the paper's are single ones; there are fewer data and steps of learning."
+    " Denoisers are MLPs 256 wide and decisions chunks of four actions, where the paper has its LN-ResNet, which is "
+    "`dprl offline`'s default, and single actions."
 )
 PUBLISHED = (
     "Published for IDQL on D4RL's sets (arXiv:2304.10573; means of ten seeds), with scores against D4RL's references: "

@@ -192,7 +192,6 @@ class Record:
             observations=map_parts(lambda *arrays: np.stack(arrays), *(d.observation for d in decisions)),
             chains=np.stack([d.chains for d in decisions]),
             log_probs=np.stack([d.log_probs for d in decisions]),
-            rewards=np.stack([s.reward for s in steps]),
             step_rewards=np.stack([s.step_rewards for s in steps]),
             terminated=np.stack([s.terminated for s in steps]),
             truncated=np.stack([s.truncated for s in steps]),

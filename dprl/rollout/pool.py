@@ -64,8 +64,6 @@ class Rollout:
     """(T, N, K'+1, H, A)."""
     log_probs: FloatArray
     """(T, N, K', H, A) the log-density of each step of the chains, number by number."""
-    rewards: FloatArray
-    """Summed over the chunk."""
     step_rewards: FloatArray
     """(T, N, E) of each step; 0 where none was executed."""
     terminated: BoolArray
@@ -83,6 +81,12 @@ class Rollout:
     """(N,) their indices; fewer than the pool has, where a worker was lost whose episodes cannot be replayed."""
     inference_s: float = field(default=0.0, compare=False)
     """Seconds in which the policy was asked, not the environments; of several workers the longest."""
+
+    @property
+    def rewards(self) -> FloatArray:
+        """(T, N) summed over the executed steps."""
+        summed: FloatArray = self.step_rewards.sum(-1)
+        return summed
 
     @property
     def ended(self) -> BoolArray:

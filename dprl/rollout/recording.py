@@ -101,7 +101,7 @@ def _merged(whole: ChunkStep, step: ChunkStep, rows: IntArray) -> ChunkStep:
     merged = {}
     for part in fields(ChunkStep):
         old, new = getattr(whole, part.name), getattr(step, part.name)
-        if part.name in ("reward", "n_steps"):
+        if part.name == "n_steps":
             new = take(old, rows) + new
         old = map_parts(np.copy, old)
         put(old, rows, new)

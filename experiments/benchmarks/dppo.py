@@ -211,7 +211,6 @@ def random_rollout(task: Task, n_steps: int) -> Rollout:
         observations=normal(1, task.observation_size),
         chains=0.3 * normal(TUNED_STEPS + 1, *chunk),
         log_probs=normal(TUNED_STEPS, *chunk),
-        rewards=normal(),
         step_rewards=normal(task.chunk),
         terminated=no, truncated=no, success=no,
         n_steps=np.full(rows, task.chunk),

@@ -71,7 +71,7 @@ def test_what_belongs_to_denoising_steps_is_looked_up_on_the_learners_device() -
 def test_rewards_are_scaled_by_returns_of_the_same_discount(gamma: float, per: str, discount: float) -> None:
     dppo = agent(gamma=gamma, gamma_per=per, n_steps=60)
     rollout = dppo.collect()
-    rollout = replace(rollout, rewards=np.random.default_rng(0).standard_normal((60, 4), np.float32))
+    rollout = replace(rollout, step_rewards=np.random.default_rng(0).standard_normal((60, 4, 1), np.float32))
     metrics = dppo.update(rollout)
     scaler = RunningReturnStd(4, discount)
     scaler(torch.as_tensor(rollout.rewards), torch.as_tensor(rollout.ended))

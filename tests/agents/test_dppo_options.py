@@ -312,7 +312,7 @@ def test_losses_are_of_what_the_config_asks_for() -> None:
 
 def test_values_are_learned_of_the_scaled_rewards() -> None:
     dppo, rewards = agent(gae_lambda=0.0), np.random.default_rng(0).standard_normal((6, 4), np.float32)
-    rollout = replace(dppo.collect(), rewards=rewards)
+    rollout = replace(dppo.collect(), step_rewards=rewards[..., None])
     with torch.no_grad():
         following = dppo.critic(dppo._rows(rollout.final_observations)).view(6, 4)
     targets, _ = dppo._prepare(rollout)

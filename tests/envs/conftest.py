@@ -13,13 +13,11 @@ from dprl.spec import BatchedEnv, ChunkStep
 def _step_singly(env: BatchedEnv, actions: np.ndarray) -> ChunkStep:
     """Do what `step_chunk(actions)` promises with chunks of one action: stop at an episode's end, reset at last."""
     n, n_actions, _ = actions.shape
-    reward, n_steps = np.zeros(n, np.float32), np.zeros(n, np.int64)
-    step_rewards = np.zeros((n, n_actions), np.float32)
+    step_rewards, n_steps = np.zeros((n, n_actions), np.float32), np.zeros(n, np.int64)
     last: dict = {}
     playing = np.arange(n)
     for e in range(n_actions):
         step = env.step_chunk(actions[playing, e][:, None], playing, autoreset=False)
-        reward[playing] += step.reward
         step_rewards[playing, e] = step.reward
         n_steps[playing] += step.n_steps
         for field in fields(ChunkStep):
@@ -32,7 +30,7 @@ def _step_singly(env: BatchedEnv, actions: np.ndarray) -> ChunkStep:
     ended = np.flatnonzero(last["terminated"] | last["truncated"])
     if len(ended):
         put(last["observation"], ended, env.reset(ended))
-    return ChunkStep(**{**last, "reward": reward, "step_rewards": step_rewards, "n_steps": n_steps})
+    return ChunkStep(**{**last, "step_rewards": step_rewards, "n_steps": n_steps})
 
 
 def _assert_same_step(one: ChunkStep, other: ChunkStep, rows: list[int] | None = None) -> None:
