@@ -118,6 +118,9 @@ class IDQL(Agent[Picks]):
         with seeded_init(seed, "critic"):
             self.critic, self.target = (ChunkCritic(policy, self.config.critic).to(policy.device) for _ in range(2))
         if isinstance(policy.scorer, ChunkCritic):
+            learned = policy.scorer.n_action_steps
+            check(policy.n_action_steps == learned, "n_action_steps", policy.n_action_steps,
+                  f"must be {learned}: the policy's critics were learned of as many actions")  # fmt: skip
             check(policy.scorer.config == self.config.critic, "critic", self.config.critic,
                   f"the policy has critics already, of {policy.scorer.config}")  # fmt: skip
             self.critic.load_state_dict(policy.scorer.state_dict())
@@ -151,7 +154,7 @@ class IDQL(Agent[Picks]):
     def set_data(self, data: Episodes, total_steps: int, terms: ValueTerms | None = None) -> None:
         """Take `data` to learn from; `total_steps` shapes the learning rate's decay, `terms` are the config's own."""
         policy, bc = self.policy, self.config.bc
-        shown, _ = data.split(bc.validation_share, self.seed)  # as the behaviour policy's own
+        shown = self.shown(data)
         terms = terms or self._terms_of(shown)
         self.target.terms = terms
         if terms.reward_scale != 1:
@@ -162,6 +165,10 @@ class IDQL(Agent[Picks]):
         )  # fmt: skip
         self.actor.set_data(data, total_steps)
         self.decisions = DecisionBatches(shown, cut, policy.device, num_workers=bc.num_workers)
+
+    def shown(self, data: Episodes) -> Episodes:
+        """Return the part of `data` that is learned from, as the behaviour policy's own."""
+        return data.split(self.config.bc.validation_share, self.seed)[0]
 
     def _terms_of(self, data: Episodes) -> ValueTerms:
         asked = self.config.bootstrap_truncated

@@ -15,7 +15,7 @@ import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from dprl.data.transitions import chunk_return
 from dprl.errors import check
 from dprl.mdp import Chain
 from dprl.observations import Observation, TensorObservation, batch_size, map_parts
-from dprl.policy import ChunkCritic, DiffusionPolicy
+from dprl.policy import ChunkCritic, CriticConfig, DiffusionPolicy
 from dprl.policy.candidates import Selection, best_of
 from dprl.policy.critic import ValueTerms
 from dprl.rollout import Rollout, RolloutPool, as_pool
@@ -70,6 +70,8 @@ class OnlineIDQLConfig:
         counts = ("candidates", "n_steps", "start_decisions", "capacity")
         validate(self, at_least=dict.fromkeys(counts, 1), above={"updates_per_decision": 0})
         check(0 <= self.data_share < 1, "data_share", self.data_share, "must be at least 0 and below 1")
+        fits = self.start_decisions <= self.capacity
+        check(fits, "start_decisions", self.start_decisions, f"must be at most capacity, which is {self.capacity}")
 
     @property
     def chosen_by(self) -> Selection:
@@ -77,17 +79,25 @@ class OnlineIDQLConfig:
         return self.selection or ("argmax" if self.actor == "frozen" else "implicit")
 
 
+Settings = TypeVar("Settings", IDQLConfig, CriticConfig)
+
+
 def _as_learned(learner: IDQLConfig, scorer: ChunkCritic) -> IDQLConfig:
     """The numbers with those that `scorer` was learned by."""
-    learner, terms, usual = replace(learner, critic=scorer.config), scorer.terms, IDQLConfig()
+    learner, terms = replace(learner, critic=_with(learner.critic, vars(scorer.config), "learner.critic")), scorer.terms
     if terms is None:
         return learner
-    for name in ("gamma", "bootstrap_truncated", "return_range"):
-        asked, value = getattr(learner, name), getattr(terms, name)
-        agrees = asked in (value, getattr(usual, name))
-        check(agrees, f"learner.{name}", asked, f"must be left out: the policy's critics were learned with {value}")
-        learner = replace(learner, **{name: value})
-    return learner
+    names = ("gamma", "bootstrap_truncated", "return_range")
+    return _with(learner, {name: getattr(terms, name) for name in names}, "learner")
+
+
+def _with(asked: Settings, learned: dict[str, Any], where: str) -> Settings:
+    """Settings with the values that critics were learned with; others may not be asked for."""
+    for name, value in learned.items():
+        own, usual = getattr(asked, name), getattr(type(asked)(), name)
+        agrees = own in (value, usual)
+        check(agrees, f"{where}.{name}", own, f"must be left out: the policy's critics were learned with {value}")
+    return replace(asked, **learned)
 
 
 class CandidateActor:
@@ -177,6 +187,9 @@ class OnlineIDQL(Agent[Rollout]):
         self.learner = IDQL(policy, self.config.learner, seed=seed)
         self._terms = self._learn_values_of(data)
         self._has_data = data is not None and self.config.data_share > 0
+        at_once = self.pool.n_envs * self.config.n_steps
+        check(self.config.capacity >= at_once, "capacity", self.config.capacity,
+              f"must be at least {at_once}: n_steps of every environment come at once")  # fmt: skip
         self._actor = CandidateActor(policy, self.config.candidates, self.config.chosen_by)
         self._buffer = ReplayBuffer(
             self.config.capacity, policy.blank_observation(1), policy.n_action_steps, policy.features.action_size,
@@ -192,7 +205,7 @@ class OnlineIDQL(Agent[Rollout]):
         if terms is None:
             check(scaled is None or data is not None, "learner.return_range", scaled, "must be None: there are no data")
             bootstraps = self.pool.spec.reward != "sparse" if asked is None else asked
-            scale = 1.0 if data is None else learner.scale_of(data)
+            scale = 1.0 if data is None else learner.scale_of(learner.shown(data))
             terms = ValueTerms(learner.config.gamma, scale, bootstraps, scaled)
         target.terms = terms
         if data is not None:

@@ -24,7 +24,7 @@ from dprl.data import convert as convert_dataset
 from dprl.data.load import FORMATS
 from dprl.diffusion.solvers import SolverName
 from dprl.doctor import examine
-from dprl.errors import DprlError, check, did_you_mean
+from dprl.errors import ConfigError, DprlError, check, did_you_mean
 from dprl.experiments import demo as demo_module
 from dprl.experiments import inspection, runs
 from dprl.experiments.catalogue import CATALOGUE, SIZED, STUDIES, find
@@ -40,7 +40,7 @@ from dprl.policy import (
     find_policy,
 )
 from dprl.rollout import evaluate as evaluate_policy
-from dprl.rollout.pool import require_fit
+from dprl.rollout.evaluation import check_evaluation
 from dprl.spec import EnvOptions, load, resolve
 from dprl.training.progress import ProgressBar
 
@@ -186,7 +186,8 @@ def collect(config: Annotated[runs.CollectConfig, Flat], *, out: Out, quiet: Qui
     success = f"success {data.success_rate:.2f} ({low:.2f} to {high:.2f}), " if resolve(config.env).has_success else ""
     print(
         f"{data.n_episodes} episodes, {data.ends[-1]:,} steps, {success}mean return "
-        f"{np.sum(data.rewards) / data.n_episodes:,.1f} in {out}. Next: dprl pretrain {out} --out runs/pretrain"
+        f"{np.sum(data.rewards) / data.n_episodes:,.1f} in {out}. Next: dprl pretrain {out} --out runs/pretrain, "
+        f"or, where many fail: dprl offline {out} --out runs/offline"
     )
 
 
@@ -260,11 +261,14 @@ def pretrain(config: Annotated[runs.PretrainConfig, Flat], *, out: Out, quiet: Q
 def offline(config: Annotated[runs.OfflineConfig, Flat], *, out: Out, quiet: Quiet = False) -> None:
     """Learn from rewards in a data set, without a simulator: IDQL, IQL or Diffusion-QL."""
     runs.offline(config, out, progress_bar=not quiet)
-    env = config.env or "ENV"
+    learned_in = Policy.from_pretrained(out).features.env_id
+    env = config.env or ("ENV" if learned_in is None else None)
     acting = config.acting
-    how = f" --candidates {acting.candidates} --selection {acting.selection}" if acting.candidates else ""
+    how = f" --env {env}" if env else ""
+    how += f" --candidates {acting.candidates}" if acting.candidates else ""
+    how += f" --selection {acting.selection}" if acting.selection else ""
     how += f" --temperature {acting.temperature:g}" if acting.temperature != 1 else ""
-    print(f"The policy and its critics are in {out}. Next: dprl evaluate {out} --env {env}{how}")
+    print(f"The policy and its critics are in {out}. Next: dprl evaluate {out}{how}")
 
 
 @app.command
@@ -291,7 +295,7 @@ def resume(run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN"
 def evaluate(
     policy: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="POLICY")]],
     *,
-    env: str,
+    env: str | None = None,
     episodes: int = 100,
     seed: int = 0,
     inference: Annotated[InferenceConfig, Flat] = InferenceConfig(),  # noqa: B008  frozen
@@ -305,7 +309,7 @@ def evaluate(
 
     Args:
         policy: Folder of the policy, or of a run (its best checkpoint, else its last).
-        env: Environment, see 'dprl list envs'.
+        env: Environment, see 'dprl list envs'. Default: where the policy learned.
         episodes: How many.
         seed: Of the start states and the policy's noise; the same seed gives the same result.
         inference: How the policy acts.
@@ -316,9 +320,10 @@ def evaluate(
         quiet: Show no progress bar.
     """
     runs.check_device(device)
-    spec = resolve(env, options)
+    asked = None if env is None else resolve(env, options)
     loaded = Policy.from_pretrained(policy, device=device)
-    require_fit(loaded, spec)
+    spec = asked or resolve(_home(loaded), options)
+    check_evaluation(loaded, spec, episodes, seed)
     if loaded.features.env_id not in (None, spec.id):
         print(f"note: the policy learned in {loaded.features.env_id}, not in {spec.id}", file=sys.stderr)
     control = RecedingHorizon(loaded, inference)
@@ -339,6 +344,13 @@ def evaluate(
         shown = f"{value:.3f}" if isinstance(value, float) else value
         table.add_row(name, f"{value[0]:.3f} to {value[1]:.3f}" if isinstance(value, list | tuple) else str(shown))
     Console().print(table)
+
+
+def _home(policy: Policy) -> str:
+    """Where a policy learned."""
+    if policy.features.env_id is None:
+        raise ConfigError("env: the policy does not say where it learned; give one, see 'dprl list envs'")
+    return policy.features.env_id
 
 
 @app.command

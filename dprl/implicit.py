@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dprl.config import validate
 from dprl.errors import check
 
 
@@ -42,14 +43,9 @@ class ValueObjective:
     """The quantile's weights divide by |A|, which counts as no less than this."""
 
     def __post_init__(self) -> None:
-        known = self.kind in ("expectile", "quantile", "exponential")
-        check(known, "kind", self.kind, "must be one of expectile, quantile, exponential")
-        if self.kind == "exponential":
-            check(self.level > 0 and math.isfinite(self.level), "level", self.level, "of an exponential: above 0")
-        else:
-            check(0 < self.level < 1, "level", self.level, f"of an {self.kind} must be between 0 and 1")
-        check(self.clip > 1, "clip", self.clip, "must be above 1")
-        check(self.least_advantage > 0, "least_advantage", self.least_advantage, "must be above 0")
+        validate(self, above={"level": 0, "clip": 1, "least_advantage": 0})
+        fits = self.kind == "exponential" or self.level < 1
+        check(fits, "level", self.level, f"must be below 1 where kind is {self.kind}")
 
     def loss(self, advantage: Tensor) -> Tensor:
         """Return f(A)."""

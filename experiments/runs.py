@@ -37,7 +37,7 @@ from dprl.data.source import require_h5py
 from dprl.diffusion import SolverConfig
 from dprl.envs.collect import collect_episodes
 from dprl.envs.experts import make_expert
-from dprl.errors import CheckpointError, ConfigError, check
+from dprl.errors import CheckpointError, ConfigError, DatasetError, check
 from dprl.experiments import plots
 from dprl.log import read_metrics, require_wandb
 from dprl.mdp import mdp_of
@@ -266,8 +266,8 @@ class OfflineConfig:
     """Iterations between evaluations; 0 never evaluates."""
     eval_episodes: int = 50
     inference: InferenceConfig = field(default_factory=InferenceConfig)
-    """How the policy acts in these evaluations. Default: idql's takes the best of 64 candidates, diffusion-ql's draws
-    one of 50 by softmax of Q, iql's acts by its mean."""
+    """How the policy acts in these evaluations. Without `candidates`, idql's takes the best of 64 and diffusion-ql's
+    draws one of 50 by softmax of Q. iql's acts by its mean, at temperature 0, and so where it is asked for 1."""
     seed: int = 0
     device: str = "cpu"
     wandb: str | None = None
@@ -286,7 +286,10 @@ class OfflineConfig:
     @property
     def acting(self) -> InferenceConfig:
         """How the policy is evaluated."""
-        return ACTING[self.agent] if self.inference == InferenceConfig() else self.inference
+        asked, usual = self.inference, ACTING[self.agent]
+        if asked.candidates is None and usual.candidates is not None:
+            asked = replace(asked, candidates=usual.candidates, selection=usual.selection)
+        return asked if asked.temperature != 1 else replace(asked, temperature=usual.temperature)
 
     @property
     def learning(self) -> IDQLConfig:
@@ -567,18 +570,19 @@ def _prepare_training(config: PretrainConfig | OfflineConfig) -> _Training:
         fits = config.episodes <= data.n_episodes
         check(fits, "episodes", config.episodes, f"the data set has {data.n_episodes}")
         data = data.select(np.arange(config.episodes))
-    if isinstance(config, PretrainConfig):
-        data = data.best(config.best)
     kind = next(kind for kind in Policy.kinds.values() if kind.config_class is type(config.policy))
-    shown, _ = data.split(config.bc.validation_share, config.seed)  # ranges and bins come from these alone
-    policy = kind.for_dataset(shown, config.policy, seed=config.seed).to(config.device)
     agent: BC[Policy] | IDQL
-    if isinstance(config, OfflineConfig):
-        agent = _offline_agent(policy, config)
-    else:
-        agent = BC(policy, config.bc, seed=config.seed)
-    policy.check_inference(config.acting)
-    agent.set_data(data, config.steps)
+    with _named(config.data):
+        if isinstance(config, PretrainConfig):
+            data = data.best(config.best)
+        shown, _ = data.split(config.bc.validation_share, config.seed)  # ranges and bins come from these alone
+        policy = kind.for_dataset(shown, config.policy, seed=config.seed).to(config.device)
+        if isinstance(config, OfflineConfig):
+            agent = _offline_agent(policy, config)
+        else:
+            agent = BC(policy, config.bc, seed=config.seed)
+        policy.check_inference(config.acting)
+        agent.set_data(data, config.steps)
     if not config.eval_every:
         return _Training(agent, None)
     env = (config.env if isinstance(config, OfflineConfig) else None) or data.env_id
@@ -637,7 +641,8 @@ def _agent(config: FinetuneConfig, prepared: _Finetuning, pool: RolloutPool) -> 
     if config.agent == "dppo":
         return DPPO(prepared.policy, pool, config.dppo, seed=config.seed)
     policy = cast("DiffusionPolicy", prepared.policy)  # or it is refused
-    agent = OnlineIDQL(policy, pool, config.idql, data=prepared.data, seed=config.seed)
+    with _named(config.data):
+        agent = OnlineIDQL(policy, pool, config.idql, data=prepared.data, seed=config.seed)
     policy.check_inference(config.acting)
     return agent
 
@@ -711,6 +716,15 @@ def _called(field: str) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError(re.sub(r"^num_workers\b", field, str(error))) from error
+
+
+@contextmanager
+def _named(data: str | None) -> Iterator[None]:
+    """Let a refusal of data that were read say which they are."""
+    try:
+        yield
+    except DatasetError as error:
+        raise DatasetError(f"'{data}': {error}") from error
 
 
 def check_device(name: str) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from dprl.data.formats.d4rl import D4RL
 from dprl.data.formats.d4rl import NEEDED as D4RL_NEEDED
 from dprl.data.formats.dppo_npz import NEEDED as NPZ_NEEDED
 from dprl.data.formats.dppo_npz import DPPONpz, arrays_of
-from dprl.data.formats.hdf5 import top_level
+from dprl.data.formats.hdf5 import is_hdf5, top_level
 from dprl.data.formats.lerobot import LeRobot
 from dprl.data.formats.maniskill import ManiSkill
 from dprl.data.formats.minari import Described, Minari, write
@@ -53,12 +54,13 @@ def open_dataset(path: str | Path, options: DataOptions | None = None) -> Source
     path = Path(path)
     if not path.exists():
         raise DatasetError(f"'{path}' holds no data set: it does not exist")
+    _require_whole(path)
     options = options or DataOptions()
     known = ", ".join(kind.format for kind in FORMATS)
     with damage_named(f"'{path}'", f"any known format ({known})"):
         found = [kind for kind in FORMATS if kind.detects(path)]
     if not found:
-        raise DatasetError(f"'{path}' holds no data set: it is not {known}{_hint(path)}")
+        raise DatasetError(f"'{path}' holds no data set: it is none of these: {known}{_hint(path)}")
     kind = found[0]
     for name, value in vars(options).items():
         if value is not None and name not in kind.takes:
@@ -74,6 +76,18 @@ def open_dataset(path: str | Path, options: DataOptions | None = None) -> Source
         source.close()
         raise
     return source
+
+
+def _require_whole(path: Path) -> None:
+    """Raise DatasetError for a file that is empty, or not of the kind that its name says."""
+    if not path.is_file():
+        return
+    if path.stat().st_size == 0:
+        raise DatasetError(f"'{path}' is empty: was it copied whole?")
+    if path.suffix in (".npz", ".zip") and not zipfile.is_zipfile(path):
+        raise DatasetError(f"'{path}' is damaged: it is no whole {path.suffix} file. Was it copied whole?")
+    if path.suffix in (".hdf5", ".h5") and not is_hdf5(path):
+        raise DatasetError(f"'{path}' is damaged: it does not begin as an HDF5 file does")
 
 
 def _hint(path: Path) -> str:

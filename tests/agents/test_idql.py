@@ -277,6 +277,10 @@ def test_critics_that_a_policy_has_go_on() -> None:
         assert all(value.equal(had[name]) for name, value in critic.state_dict().items())
     with pytest.raises(ConfigError, match="the policy has critics already"):
         IDQL(policy, replace(SMALL, critic=CriticConfig()))
+    executed = policy.n_action_steps
+    policy.set_n_action_steps(executed - 1)
+    with pytest.raises(ConfigError, match=f"n_action_steps = {executed - 1}: must be {executed}: the policy's critics"):
+        IDQL(policy, SMALL)
 
 
 def test_a_range_of_returns_scales_the_rewards() -> None:

@@ -17,12 +17,14 @@ from dprl.seeding import torch_generator
 from tests.toys import make_toy, reach_demonstrations, reach_spec, toy_policy
 
 IDQL_SMALL = IDQLConfig(BCConfig(batch_size=8), critic=CriticConfig(hidden_size=8, n_layers=1), batch_size=16)
-SMALL = OnlineIDQLConfig(IDQL_SMALL, candidates=3, n_steps=5, updates_per_decision=0.5, start_decisions=20, capacity=50)
+SMALL = OnlineIDQLConfig(
+    IDQL_SMALL, candidates=3, n_steps=5, updates_per_decision=0.5, start_decisions=20, capacity=300
+)
 
 
-def agent(data: bool = False, **changes: object) -> OnlineIDQL:
-    config = replace(SMALL, **changes)
-    return OnlineIDQL(toy_policy(), make_toy(reach_spec(), 4), config, data=reach_demonstrations(0) if data else None)
+def agent(data: bool = False, policy: DiffusionPolicy | None = None, **changes: object) -> OnlineIDQL:
+    config, shown = replace(SMALL, **changes), reach_demonstrations(0) if data else None
+    return OnlineIDQL(policy or toy_policy(), make_toy(reach_spec(), 4), config, data=shown)
 
 
 def weights(online: OnlineIDQL) -> list[torch.Tensor]:
@@ -129,16 +131,9 @@ def test_a_resumed_run_goes_on_exactly(name: str, tmp_path: Path) -> None:
         whole.update(whole.collect())
     whole.save(tmp_path / "saved")
     rows = [whole.update(whole.collect()) for _ in range(2)]
-    resumed = agent(**options)
+    saved = DiffusionPolicy.from_pretrained(tmp_path / "saved")  # as a command resumes: it has critics already
+    resumed = agent(policy=saved, **options)
     resumed.load_state(tmp_path / "saved")
-    loaded = DiffusionPolicy.from_pretrained(tmp_path / "saved")  # as a command resumes
-    data = reach_demonstrations(0) if options.get("data") else None
-    OnlineIDQL(
-        loaded,
-        make_toy(reach_spec(), 4),
-        replace(SMALL, **{k: v for k, v in options.items() if k != "data"}),
-        data=data,
-    )
     again = [resumed.update(resumed.collect()) for _ in range(2)]
     for ours, theirs in zip(again, rows, strict=True):
         assert all(value == theirs[key] for key, value in ours.items() if not key.startswith("time/"))
@@ -183,6 +178,7 @@ def test_they_go_on_with_the_terms_that_they_were_learned_on(tmp_path: Path) -> 
             {"return_range": 3.0},
             "learner.return_range = 3.0: must be left out: the policy's critics were learned with 0.5",
         ),
+        ({"critic": CriticConfig(hidden_size=16)}, "learner.critic.hidden_size = 16: must be left out: .* with 8"),
     ):
         with pytest.raises(ConfigError, match=message):
             OnlineIDQL(loaded, env, replace(SMALL, learner=replace(IDQLConfig(), **changes)), data=data)
@@ -245,6 +241,7 @@ def test_it_learns() -> None:
         ({"data_share": 1.0}, "data_share = 1.0: must be at least 0 and below 1"),
         ({"candidates": 0}, "candidates = 0"),
         ({"updates_per_decision": 0.0}, "updates_per_decision = 0.0"),
+        ({"start_decisions": 301}, "start_decisions = 301: must be at most capacity, which is 300"),
     ],
 )
 def test_bad_settings_are_refused(changes: dict[str, object], message: str) -> None:
@@ -261,6 +258,8 @@ def test_what_cannot_go_on_is_refused() -> None:
     plans = DiffusionPolicy(Features(2, 1), DiffusionConfig(horizon=4, n_action_steps=2))
     with pytest.raises(ConfigError, match="actor = 'continues': must be frozen"):
         OnlineIDQL(plans, env, replace(SMALL, actor="continues"))
+    with pytest.raises(ConfigError, match="capacity = 20: must be at least 24: n_steps of every environment"):
+        OnlineIDQL(toy_policy(), env, replace(SMALL, capacity=20, n_steps=6))
     with pytest.raises(DatasetError, match="neither rewards nor success"):
         OnlineIDQL(toy_policy(), env, SMALL, data=replace(reach_demonstrations(0), rewards_from="none"))
 
@@ -269,6 +268,8 @@ def test_rewards_are_scaled_as_those_of_the_data() -> None:
     plain, scaled = agent(data=True), agent(data=True, learner=replace(SMALL.learner, return_range=0.5))
     rollout = plain.collect()
     scale = scaled.learner.target.terms.reward_scale
+    shown, _ = reach_demonstrations(0).split(IDQL_SMALL.bc.validation_share, 0)
+    assert scale == pytest.approx(0.5 / (shown.returns.max() - shown.returns.min()))
     assert scale != 1
     torch.testing.assert_close(scaled._decisions(rollout).reward, scale * plain._decisions(rollout).reward)
     with pytest.raises(ConfigError, match=r"learner.return_range = 0.5: must be None: there are no data"):

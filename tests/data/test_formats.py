@@ -490,7 +490,8 @@ def test_damage_in_hdf5_files(
         ({"states": OBSERVATIONS[:, :3]}, ["episode 0: there are 3 numbers, but normalization.npz has (4,)"]),
         ({"images": IMAGES}, ["images are uint8 (10, 8, 6, 3)", "(steps, 1 or 3 for each camera, height, width)"]),
         ({"images": REWARDS}, ["images are float32 (10,)"]),
-        ({"traj_lengths": np.array([3, np.nan])}, ["damaged or not of a data set of DPPO's code"]),
+        ({"traj_lengths": np.array([3, 7.5])}, ["episode 1: traj_lengths has 7.5 steps"]),
+        ({"traj_lengths": np.array([3, np.nan])}, ["episode 1: traj_lengths has nan steps"]),
         ({"actions": np.array([[None, 1]] * S)}, ["Python objects"]),
         ({"actions": np.asfortranarray(ACTIONS)}, ["stored by columns"]),
     ],
@@ -572,6 +573,15 @@ def test_what_is_no_data_set_is_told(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no data")
     for path in (tmp_path / "notes.txt", tmp_path):
         refused(path, path.name, "holds no data set", "a Minari data set", "a data set of DPPO's code")
+
+
+@pytest.mark.parametrize("name", ["train.npz", "buffer.zarr.zip", "low_dim.hdf5", "demos.h5"])
+def test_a_file_that_is_empty_or_not_what_its_name_says(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.touch()
+    refused(file, name, "is empty")
+    file.write_text("<html>404: not found</html>")
+    refused(file, name, "is damaged", "HDF5" if file.suffix in (".hdf5", ".h5") else "is no whole")
 
 
 # ------------------------------------------------------------------------------------------- images that do not fit

@@ -91,7 +91,7 @@ def test_data_without_rewards_are_refused_before_a_run_is_made(tmp_path: Path) -
     spec = EnvSpec("some/env", "", "", 3, (-1.0,) * 2, (1.0,) * 2, 10)
     bare = replace(random_episodes(), rewards_from="none", rewards=np.zeros(28, np.float32))
     save_dataset(bare, tmp_path / "data", spec)
-    with pytest.raises(DatasetError, match="neither rewards nor success"):
+    with pytest.raises(DatasetError, match=f"'{tmp_path / 'data'}': .* neither rewards nor success"):
         runs.offline(config(tmp_path / "data"), tmp_path / "run", progress_bar=False)
     assert not (tmp_path / "run").exists()
 
@@ -129,7 +129,22 @@ def test_every_agent_is_evaluated_as_it_acts(agent: str, inference: InferenceCon
     settings = runs.OfflineConfig("data", agent=agent)  # type: ignore[arg-type]
     assert settings.acting == inference
     asked = InferenceConfig(candidates=3)
-    assert replace(settings, inference=asked).acting == asked
+    acting = replace(settings, inference=asked).acting
+    assert (acting.candidates, acting.selection) == (3, None)
+    fewer = replace(settings, inference=InferenceConfig(num_inference_steps=2)).acting
+    assert fewer == replace(inference, num_inference_steps=2)
+
+
+def test_the_env_is_the_policys_own_unless_another_is_given(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["offline", str(data), "--steps", "2", "--out", str(tmp_path / "run"), "--quiet", "mlp"]) == 0
+    told = capsys.readouterr().out
+    assert f"dprl evaluate {tmp_path / 'run'} --candidates 64" in told
+    assert "--env" not in told
+    options = ["--episodes", "2", "--options.max-episode-steps", "8", "--candidates", "64"]
+    assert main(["evaluate", str(tmp_path / "run"), *options]) == 0
+    assert "on Avoid-v0" in capsys.readouterr().out
 
 
 def test_what_the_policy_does_not_have_is_refused(data: Path, tmp_path: Path) -> None:

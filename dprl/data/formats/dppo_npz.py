@@ -52,7 +52,11 @@ class DPPONpz(Source):
         here = {name.removesuffix(".npy") for name in archive.namelist()}
         self._arrays = {name: _Array(archive, f"{name}.npy", self._closing) for name in KNOWN if name in here}
         lengths = self._arrays["traj_lengths"]
-        self.lengths = [int(length) for length in lengths.rows(0, len(lengths)).reshape(-1)]
+        found = lengths.rows(0, len(lengths)).reshape(-1)
+        broken = [i for i, length in enumerate(found) if length != np.floor(length)]
+        if broken:
+            raise DatasetError(f"'{path}', episode {broken[0]}: traj_lengths has {found[broken[0]]} steps")
+        self.lengths = [int(length) for length in found]
         steps = len(self._arrays["actions"])
         empty = [i for i, length in enumerate(self.lengths) if length < 1]
         if empty:

@@ -32,13 +32,16 @@ class HDF5Source(Source):
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
+def is_hdf5(file: Path) -> bool:
+    """Whether a file begins as HDF5 files do."""
+    with file.open("rb") as stream:
+        return stream.read(len(SIGNATURE)) == SIGNATURE
+
+
 def top_level(path: Path) -> set[str]:
     """Names in the root of an HDF5 file; none, where it is no such file."""
-    if not path.is_file():
+    if not path.is_file() or not is_hdf5(path):
         return set()
-    with path.open("rb") as stream:
-        if stream.read(len(SIGNATURE)) != SIGNATURE:
-            return set()
     with require_h5py().File(path, "r") as h5:
         return set(h5)
 
