@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -75,6 +75,27 @@ class IDQLConfig:
         check(self.tau <= 1, "tau", self.tau, "must be at most 1")
 
 
+Settings = TypeVar("Settings", IDQLConfig, CriticConfig)
+
+
+def _as_learned(config: IDQLConfig, scorer: ChunkCritic) -> IDQLConfig:
+    """The numbers with those that `scorer` was learned by."""
+    config, terms = replace(config, critic=_with(config.critic, vars(scorer.config), "critic.")), scorer.terms
+    if terms is None:
+        return config
+    names = ("gamma", "bootstrap_truncated", "return_range")
+    return _with(config, {name: getattr(terms, name) for name in names})
+
+
+def _with(asked: Settings, learned: dict[str, Any], where: str = "") -> Settings:
+    """Settings with the values that critics were learned with; others may not be asked for."""
+    for name, value in learned.items():
+        own, usual = getattr(asked, name), getattr(type(asked)(), name)
+        agrees = own in (value, usual)
+        check(agrees, f"{where}{name}", own, f"must be left out: the policy's critics were learned with {value}")
+    return replace(asked, **learned)
+
+
 Figures = tuple[Tensor, ...]
 
 
@@ -104,12 +125,20 @@ class IDQL(Agent[Picks]):
         """Prepare to train `policy` and its critics.
 
         Args:
-            policy: the behaviour policy, of any kind; untrained, or cloned before. A critic that it has is kept.
-            config: the numbers.
+            policy: the behaviour policy, of any kind; untrained, or cloned before. Critics that it has go on.
+            config: the numbers. Where the policy has critics, theirs are `critic`, `gamma`, `bootstrap_truncated` and
+                the scale of the rewards.
             seed: of the critics, minibatches and noise.
+
+        Raises:
+            ConfigError: settings at odds, also with those that the policy's critics were learned with.
         """
-        self.policy = policy
-        self.config = config or IDQLConfig()
+        self.policy, self.config = policy, config or IDQLConfig()
+        had = policy.scorer if isinstance(policy.scorer, ChunkCritic) else None
+        if had is not None:
+            check(policy.n_action_steps == had.n_action_steps, "n_action_steps", policy.n_action_steps,
+                  f"must be {had.n_action_steps}: the policy's critics were learned of as many actions")  # fmt: skip
+            self.config = _as_learned(self.config, had)
         objective = self.config.actor_objective
         fits = objective == "bc" or policy.weighs_samples
         check(fits, "actor_objective", objective, f"must be bc: a {policy.name} policy's loss weighs all samples alike")
@@ -117,14 +146,9 @@ class IDQL(Agent[Picks]):
         self.actor = BC(policy, self.config.bc, seed=seed)
         with seeded_init(seed, "critic"):
             self.critic, self.target = (ChunkCritic(policy, self.config.critic).to(policy.device) for _ in range(2))
-        if isinstance(policy.scorer, ChunkCritic):
-            learned = policy.scorer.n_action_steps
-            check(policy.n_action_steps == learned, "n_action_steps", policy.n_action_steps,
-                  f"must be {learned}: the policy's critics were learned of as many actions")  # fmt: skip
-            check(policy.scorer.config == self.config.critic, "critic", self.config.critic,
-                  f"the policy has critics already, of {policy.scorer.config}")  # fmt: skip
-            self.critic.load_state_dict(policy.scorer.state_dict())
-            self.target.terms = policy.scorer.terms
+        if had is not None:
+            self.critic.load_state_dict(had.state_dict())
+            self.target.terms = had.terms
         self.target.load_state_dict(self.critic.state_dict())
         policy.scorer = self.target.requires_grad_(False)
         if self.config.bc.compile:
@@ -155,7 +179,7 @@ class IDQL(Agent[Picks]):
         """Take `data` to learn from; `total_steps` shapes the learning rate's decay, `terms` are the config's own."""
         policy, bc = self.policy, self.config.bc
         shown = self.shown(data)
-        terms = terms or self._terms_of(shown)
+        terms = terms or self.target.terms or self._terms_of(shown)
         self.target.terms = terms
         if terms.reward_scale != 1:
             shown = replace(shown, rewards=np.asarray(shown.rewards) * np.float32(terms.reward_scale))

@@ -15,7 +15,7 @@ import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from dprl.data.transitions import chunk_return
 from dprl.errors import check
 from dprl.mdp import Chain
 from dprl.observations import Observation, TensorObservation, batch_size, map_parts
-from dprl.policy import ChunkCritic, CriticConfig, DiffusionPolicy
+from dprl.policy import DiffusionPolicy
 from dprl.policy.candidates import Selection, best_of
 from dprl.policy.critic import ValueTerms
 from dprl.rollout import Rollout, RolloutPool, as_pool
@@ -77,27 +77,6 @@ class OnlineIDQLConfig:
     def chosen_by(self) -> Selection:
         """`selection`, or its default."""
         return self.selection or ("argmax" if self.actor == "frozen" else "implicit")
-
-
-Settings = TypeVar("Settings", IDQLConfig, CriticConfig)
-
-
-def _as_learned(learner: IDQLConfig, scorer: ChunkCritic) -> IDQLConfig:
-    """The numbers with those that `scorer` was learned by."""
-    learner, terms = replace(learner, critic=_with(learner.critic, vars(scorer.config), "learner.critic")), scorer.terms
-    if terms is None:
-        return learner
-    names = ("gamma", "bootstrap_truncated", "return_range")
-    return _with(learner, {name: getattr(terms, name) for name in names}, "learner")
-
-
-def _with(asked: Settings, learned: dict[str, Any], where: str) -> Settings:
-    """Settings with the values that critics were learned with; others may not be asked for."""
-    for name, value in learned.items():
-        own, usual = getattr(asked, name), getattr(type(asked)(), name)
-        agrees = own in (value, usual)
-        check(agrees, f"{where}.{name}", own, f"must be left out: the policy's critics were learned with {value}")
-    return replace(asked, **learned)
 
 
 class CandidateActor:
@@ -172,19 +151,17 @@ class OnlineIDQL(Agent[Rollout]):
         config = config or OnlineIDQLConfig()
         bc = config.learner.bc
         learner = replace(config.learner, bc=replace(bc, final_learning_rate=bc.learning_rate))  # a run has no end yet
-        if isinstance(policy.scorer, ChunkCritic):
-            learner = _as_learned(learner, policy.scorer)
-        self.config = config = replace(config, learner=learner)
         known = isinstance(policy, DiffusionPolicy)
         check(known, "policy", type(policy).__name__, "must be a diffusion policy or flow, whose noise can be replayed")
         whole = policy.n_action_steps == policy.config.horizon
-        check(self.config.actor == "frozen" or whole, "actor", self.config.actor,
+        check(config.actor == "frozen" or whole, "actor", config.actor,
               "must be frozen: only what was executed can be cloned, and this policy plans further")  # fmt: skip
         self.pool = as_pool(env, seed)
         require_fit(policy, self.pool.spec)
         self.seed, self.timesteps = seed, 0
         self.policy = policy
-        self.learner = IDQL(policy, self.config.learner, seed=seed)
+        self.learner = IDQL(policy, learner, seed=seed)
+        self.config = replace(config, learner=self.learner.config)
         self._terms = self._learn_values_of(data)
         self._has_data = data is not None and self.config.data_share > 0
         at_once = self.pool.n_envs * self.config.n_steps

@@ -263,20 +263,22 @@ def offline(config: Annotated[runs.OfflineConfig, Flat], *, out: Out, quiet: Qui
     runs.offline(config, out, progress_bar=not quiet)
     learned_in = Policy.from_pretrained(out).features.env_id
     env = config.env or ("ENV" if learned_in is None else None)
-    acting = config.acting
-    how = f" --env {env}" if env else ""
-    how += f" --candidates {acting.candidates}" if acting.candidates else ""
-    how += f" --selection {acting.selection}" if acting.selection else ""
-    how += f" --temperature {acting.temperature:g}" if acting.temperature != 1 else ""
-    print(f"The policy and its critics are in {out}. Next: dprl evaluate {out}{how}")
+    where = f" --env {env}" if env else ""
+    print(f"The policy and its critics are in {out}. Next: dprl evaluate {out}{where}{_how(config.acting)}")
+
+
+def _how(acting: InferenceConfig) -> str:
+    """The options that let a policy act so."""
+    how = f" --candidates {acting.candidates}" if acting.candidates else ""
+    how += f" --selection {acting.selection}" if acting.selection not in (None, "argmax") else ""
+    return how + (f" --temperature {acting.temperature:g}" if acting.temperature != 1 else "")
 
 
 @app.command
 def finetune(config: Annotated[runs.FinetuneConfig, Flat], *, out: Out, quiet: Quiet = False) -> None:
     """Improve a pretrained policy with reward: DPPO, or IDQL that goes on after 'dprl offline'."""
     runs.finetune(config, out, progress_bar=not quiet)
-    how = f" --candidates {config.acting.candidates}" if config.acting.candidates else ""
-    print(f"The policy is in {out}. Next: dprl evaluate {out} --env {config.env} --episodes 100{how}")
+    print(f"The policy is in {out}. Next: dprl evaluate {out} --env {config.env} --episodes 100{_how(config.acting)}")
 
 
 @app.command

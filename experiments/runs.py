@@ -339,7 +339,7 @@ class FinetuneConfig:
     eval_workers: int = 0
     """Ray workers that evaluate while training goes on; 0: training waits for its evaluations."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
-    """How the policy acts in these evaluations; with idql by default among as many candidates as in training."""
+    """How the policy acts in these evaluations; with idql by default as in training, candidates and selection."""
     options: EnvOptions = field(default_factory=EnvOptions)
     seed: int = 0
     device: str = "cpu"
@@ -366,7 +366,8 @@ class FinetuneConfig:
         """How the policy is evaluated."""
         if self.agent == "dppo" or self.inference.candidates is not None:
             return self.inference
-        return replace(self.inference, candidates=self.idql.candidates)
+        many = self.idql.candidates > 1
+        return replace(self.inference, candidates=self.idql.candidates, selection=self.idql.chosen_by if many else None)
 
 
 KINDS: dict[str, type[PretrainConfig] | type[OfflineConfig] | type[FinetuneConfig]] = {
@@ -583,14 +584,15 @@ def _prepare_training(config: PretrainConfig | OfflineConfig) -> _Training:
             agent = BC(policy, config.bc, seed=config.seed)
         policy.check_inference(config.acting)
         agent.set_data(data, config.steps)
-    if not config.eval_every:
+    asked = config.env if isinstance(config, OfflineConfig) else None
+    if not config.eval_every and asked is None:
         return _Training(agent, None)
-    env = (config.env if isinstance(config, OfflineConfig) else None) or data.env_id
+    env = asked or data.env_id
     if env is None:
         raise ConfigError("eval_every: the data set does not say which environment it is from; set it to 0")
     spec = resolve(env)
     require_fit(policy, spec)
-    return _Training(agent, spec)
+    return _Training(agent, spec if config.eval_every else None)
 
 
 def _offline_agent(policy: Policy, config: OfflineConfig) -> IDQL:

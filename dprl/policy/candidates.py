@@ -80,8 +80,9 @@ def _scores(scorer: Scorer, obs: TensorObservation, chunks: Tensor, selection: S
     if selection == "implicit":
         if not isinstance(scorer, ChunkCritic):
             raise ConfigError(f"selection = 'implicit': {type(scorer).__name__} has no value objective; use argmax")
-        return scorer.config.objective.weight(scorer.advantage(obs, chunks))
-    scores = torch.as_tensor(scorer.score(obs, chunks))
+        scores = scorer.config.objective.weight(scorer.advantage(obs, chunks))
+    else:
+        scores = torch.as_tensor(scorer.score(obs, chunks))
     shape = tuple(scores.shape)
     check(shape == (len(chunks),), "scorer", shape, f"must return one score for each of {len(chunks)} chunks")
     check(bool(scores.isfinite().all()), "scorer", "not finite", "must return finite scores")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dprl.policy.base import Policy
 
 CONFIG_FILE, MODEL_FILE = "critic.json", "critic.safetensors"
-TERMS = "terms"
+TERMS, EXECUTED = "terms", "n_action_steps"
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,11 @@ class ChunkCritic(nn.Module):
     terms: ValueTerms | None = None
     """None: nothing was learned yet."""
 
-    def __init__(self, policy: Policy, config: CriticConfig) -> None:
+    def __init__(self, policy: Policy, config: CriticConfig, n_action_steps: int | None = None) -> None:
+        """Make networks for what `policy` observes; Q is of `n_action_steps`, by default as many as it executes."""
         super().__init__()
         features, size = policy.features, policy.config.n_obs_steps * policy.feature_size
-        self.config, self.n_action_steps = config, policy.n_action_steps
+        self.config, self.n_action_steps = config, n_action_steps or policy.n_action_steps
         self._condition, self._normalize = policy.condition, policy.action_normalizer.normalize
         self.encoder = copy.deepcopy(policy.encoder)
 
@@ -122,7 +123,8 @@ class ChunkCritic(nn.Module):
 
     def write(self, folder: Path) -> None:
         """Write critic.json and critic.safetensors into an existing folder."""
-        about = to_json(self.config) | ({} if self.terms is None else {TERMS: to_json(self.terms)})
+        about = to_json(self.config) | {EXECUTED: self.n_action_steps}
+        about |= {} if self.terms is None else {TERMS: to_json(self.terms)}
         checkpoint.write_json(folder / CONFIG_FILE, about)
         checkpoint.save_tensors(folder / MODEL_FILE, self.state_dict())
 
@@ -137,8 +139,10 @@ class ChunkCritic(nn.Module):
             return None
         try:
             about, file = _about(folder), str(folder / CONFIG_FILE)
-            terms = about.pop(TERMS, None)
-            critic = ChunkCritic(policy, from_json(CriticConfig, about, file))
+            terms, executed = about.pop(TERMS, None), about.pop(EXECUTED, None)
+            fits = executed is None or (isinstance(executed, int) and 1 <= executed <= policy.config.horizon)
+            check(fits, f"{file}: {EXECUTED}", executed, f"must be from 1 to the horizon, {policy.config.horizon}")
+            critic = ChunkCritic(policy, from_json(CriticConfig, about, file), executed)
             critic.terms = None if terms is None else from_json(ValueTerms, terms, file)
             critic.load_state_dict(checkpoint.load_tensors(folder / MODEL_FILE))
         except ConfigError as error:

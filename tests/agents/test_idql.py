@@ -1,5 +1,6 @@
 """IDQL: what critics learn on problems whose answer is known, that they choose well, and that runs go on exactly."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,8 +126,11 @@ def test_values_are_those_of_what_follows(n_action_steps: int) -> None:
 
 
 def test_gradients_are_those_of_the_two_losses() -> None:
-    """In float64, against losses written out."""
+    """In float64, against losses written out; critics and targets differ."""
     agent = make()
+    with torch.no_grad():
+        for value in agent.critic.parameters():
+            value.add_(0.3 * torch.randn(value.shape, generator=torch_generator(0, "apart")))
     batch = next(agent.decisions.read(agent.collect().decisions))
     for module in (agent.policy, agent.critic, agent.target):
         module.double()
@@ -252,6 +256,10 @@ def test_held_out_episodes_are_validated_on_and_not_learned_from() -> None:
     config = replace(SMALL, bc=replace(SMALL.bc, validation_share=0.25, validation_every=1))
     agent = make(config)
     assert len(agent.decisions) < len(make().decisions)
+    (by_critics,) = agent.decisions.read(torch.arange(len(agent.decisions))[None])
+    (by_clone,) = agent.actor.read(torch.arange(len(agent.actor._training))[None])
+    seen = [{tuple(row) for row in batch.obs.flatten(1).tolist()} for batch in (by_critics, by_clone)]
+    assert seen[0] <= seen[1]
     (row,) = iterate(agent)
     assert {"validation/loss", "bc/learning_rate"} <= row.keys()
 
@@ -275,12 +283,45 @@ def test_critics_that_a_policy_has_go_on() -> None:
     again = IDQL(policy, SMALL, seed=5)
     for critic in (again.critic, again.target):
         assert all(value.equal(had[name]) for name, value in critic.state_dict().items())
-    with pytest.raises(ConfigError, match="the policy has critics already"):
-        IDQL(policy, replace(SMALL, critic=CriticConfig()))
+    assert IDQL(policy).config.critic == SMALL.critic
+    for changes, message in (
+        ({"critic": CriticConfig(n_critics=5)}, "critic.n_critics = 5: must be left out: the policy's critics"),
+        ({"gamma": 0.5}, "gamma = 0.5: must be left out: the policy's critics were learned with 0.99"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            IDQL(policy, replace(SMALL, **changes))
     executed = policy.n_action_steps
     policy.set_n_action_steps(executed - 1)
     with pytest.raises(ConfigError, match=f"n_action_steps = {executed - 1}: must be {executed}: the policy's critics"):
         IDQL(policy, SMALL)
+
+
+@pytest.mark.parametrize("selection", ["argmax", "implicit", "softmax"])
+def test_critics_that_are_not_finite_choose_nothing(selection: str) -> None:
+    policy = make().fit(random_episodes(), STEPS)
+    for net in (policy.scorer.q_net, policy.scorer.v_net):
+        net.biases[-1].fill_(torch.nan)
+    obs = torch.rand(5, policy.config.n_obs_steps, 3)
+    with pytest.raises(ConfigError, match="must return finite scores"):
+        policy.sample(obs, candidates=4, selection=selection)
+
+
+def test_critics_are_saved_of_as_many_actions_as_they_are(tmp_path: Path) -> None:
+    policy = make().fit(random_episodes(), STEPS)
+    obs = torch.rand(5, policy.config.n_obs_steps, 3)
+    chunks = policy.sample(obs)
+    scores = policy.scorer.score(obs, chunks)
+    policy.set_n_action_steps(policy.n_action_steps - 1)
+    policy.save_pretrained(tmp_path)
+    loaded = Policy.from_pretrained(tmp_path)
+    assert loaded.scorer.n_action_steps == policy.n_action_steps + 1
+    torch.testing.assert_close(loaded.scorer.score(obs, chunks), scores)
+    file = tmp_path / "critic.json"
+    about = json.loads(file.read_text())
+    file.write_text(json.dumps(about | {"n_action_steps": 99}))
+    (tmp_path / "manifest.json").unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match="n_action_steps = 99: must be from 1 to the horizon"):
+        Policy.from_pretrained(tmp_path)
 
 
 def test_a_range_of_returns_scales_the_rewards() -> None:

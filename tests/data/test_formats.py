@@ -60,7 +60,11 @@ def d4rl(path: Path, *, next_observations: bool = True, timeouts: bool = True) -
     return file
 
 
-ROBOT = {"robot0_eef_pos": slice(0, 1), "robot0_eef_quat": slice(1, 2), "robot0_gripper_qpos": slice(2, 3)}
+ROBOT = {"robot0_eef_pos": slice(0, 1), "robot0_eef_quat": slice(1, 2), "robot0_gripper_qpos": slice(2, 4)}
+
+QUAT = "robot0_eef_quat"
+FIRST = np.zeros((LENGTHS[0] + 1, 3, 8, 6), np.uint8)
+"""Of the first episode, images whose channels come first."""
 
 
 def robomimic(path: Path, *, shaped: bool = False, next_obs: bool = True) -> Path:
@@ -443,9 +447,10 @@ def put(name: str, values: Any) -> Callable[[Any], None]:
         (robomimic, put("data/demo_1/actions", None), ["low_dim.hdf5", "demo_1", "actions is missing"]),
         (robomimic, put("data/demo_1/obs", None), ["demo_1", "has no observations", "dataset_states_to_obs"]),
         (robomimic, put("data/demo_1/rewards", np.zeros(4)), ["demo_1", "rewards has the shape (4,)"]),
-        (robomimic, put("data/demo_1/obs/object", np.zeros((4, 1))), ["demo_1", "object has the shape (4, 1); 5 act"]),
-        (robomimic, put("data/demo_1/obs/object", np.zeros((5, 2))), ["demo_1", "no 'object' of the shape (5, 2)"]),
-        (robomimic, put("data/demo_1/next_obs/object", None), ["demo_1", "next_obs has no 'object'"]),
+        (robomimic, put(f"data/demo_1/obs/{QUAT}", np.zeros((4, 1))), ["demo_1", f"{QUAT} has the shape (4, 1)"]),
+        (robomimic, put(f"data/demo_1/obs/{QUAT}", np.zeros((5, 2))), ["demo_1", f"no '{QUAT}' of the shape (5, 2)"]),
+        (robomimic, put(f"data/demo_1/next_obs/{QUAT}", None), ["demo_1", f"next_obs has no '{QUAT}'"]),
+        (maniskill, put("traj_0/obs/extra/map", FIRST), ["traj_0: extra/map is uint8 (4, 3, 8, 6); images are uint8"]),
         (robomimic, put("data/demo_x", np.zeros(1)), ["demo_x", "demo_ and a number"]),
         (maniskill, put("traj_1/obs", None), ["traj_1", "has no observations", "replay_trajectory"]),
         (maniskill, put("traj_1/terminated", None), ["trajectory", "traj_1: terminated is missing"]),
@@ -735,7 +740,8 @@ def test_a_renamed_npz_is_scaled_back_as_well(tmp_path: Path) -> None:
     scaled = 2 * (OBSERVATIONS - LOW) / (HIGH - LOW + 1e-6) - 1
     np.testing.assert_allclose(load_dataset(other).observations, scaled, atol=2e-6)
     other = other.rename(tmp_path / "ph_train.npz")
-    np.testing.assert_allclose(load_dataset(other).observations, scaled, atol=2e-6)
+    with pytest.warns(UserWarning, match="there is no normalization.npz beside it to scale them back"):
+        np.testing.assert_allclose(load_dataset(other).observations, scaled, atol=2e-6)
 
 
 def test_terminals_alone_will_do_where_the_last_step_is_one(tmp_path: Path) -> None:
@@ -970,7 +976,57 @@ def test_depth_is_not_of_the_state(tmp_path: Path) -> None:
                 demo[f"{group}/depth"] = np.zeros((len(demo["actions"]), 8, 6, 1), np.float32)
 
     data = load_dataset(edited(robomimic(tmp_path), edit))
-    np.testing.assert_array_equal(data.observations, OBSERVATIONS[:, :3])
+    np.testing.assert_array_equal(data.observations, OBSERVATIONS)
+
+
+def test_the_object_is_of_the_state_where_there_are_no_images(tmp_path: Path) -> None:
+    def edit(h5: Any) -> None:
+        for demo in h5["data"].values():
+            for group in ("obs", "next_obs"):
+                del demo[f"{group}/agentview_image"]
+
+    seeing = robomimic(tmp_path)
+    assert load_dataset(seeing).observations.shape[1] == 4
+    blind = load_dataset(edited(seeing, edit))
+    np.testing.assert_array_equal(blind.observations, OBSERVATIONS[:, [0, 1, 2, 3, 3]])
+
+
+def test_images_with_channels_first_are_refused(tmp_path: Path) -> None:
+    def edit(h5: Any) -> None:
+        for demo in h5["data"].values():
+            for group in ("obs", "next_obs"):
+                images = demo[f"{group}/agentview_image"][()]
+                del demo[f"{group}/agentview_image"]
+                demo[f"{group}/agentview_image"] = np.moveaxis(images, 3, 1)
+
+    refused(edited(robomimic(tmp_path), edit), "demo_0: agentview_image is uint8 (3, 3, 8, 6); images are uint8 (rows")
+
+
+def test_maniskill_2s_cameras(tmp_path: Path) -> None:
+    """Their colours become images; depth and parameters are not of the state."""
+
+    def edit(h5: Any) -> None:
+        for trajectory in h5.values():
+            rows = len(trajectory["actions"]) + 1
+            trajectory.move("obs/sensor_data/hand/rgb", "obs/image/hand/rgb")
+            trajectory["obs/image/hand/depth"] = np.zeros((rows, 8, 6, 1), np.float32)
+            trajectory["obs/camera_param/hand/extrinsic_cv"] = np.zeros((rows, 4, 4), np.float32)
+
+    data = load_dataset(edited(maniskill(tmp_path), edit))
+    np.testing.assert_array_equal(data.observations, OBSERVATIONS)
+    assert set(data.images) == {"hand"}
+
+
+@pytest.mark.parametrize("off", [1e-6, -1e-6])
+def test_what_is_nearly_the_next_observation_breaks_no_episode(off: float, tmp_path: Path) -> None:
+    file = edited(d4rl(tmp_path, timeouts=False), put("next_observations", led_to(OBSERVATIONS, FINAL) + off))
+    np.testing.assert_array_equal(load_dataset(file).ends, ENDS)
+
+
+def test_an_episode_ends_where_the_next_observation_says_so_too(tmp_path: Path) -> None:
+    """A time-out that nobody wrote down."""
+    file = edited(d4rl(tmp_path), put("timeouts", np.zeros(S, np.bool_)))
+    np.testing.assert_array_equal(load_dataset(file).ends, ENDS)
 
 
 def test_observations_of_another_precision_still_tell_where_episodes_end(tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dprl.agents import BCConfig, DiffusionQLConfig, IDQLConfig
+from dprl.agents import BCConfig, DiffusionQLConfig, IDQLConfig, OnlineIDQLConfig
 from dprl.cli import main
 from dprl.data import save_dataset
-from dprl.errors import ConfigError, DatasetError
+from dprl.errors import ConfigError, DatasetError, EnvError
 from dprl.experiments import plots, runs
-from dprl.experiments.runs import CollectConfig, OfflineConfig
+from dprl.experiments.runs import CollectConfig, FinetuneConfig, OfflineConfig
 from dprl.log import read_metrics
 from dprl.networks import LNResNetConfig
 from dprl.policy import ChunkCritic, CriticConfig, DiffusionConfig, Features, InferenceConfig, Policy
@@ -145,6 +145,24 @@ def test_the_env_is_the_policys_own_unless_another_is_given(
     options = ["--episodes", "2", "--options.max-episode-steps", "8", "--candidates", "64"]
     assert main(["evaluate", str(tmp_path / "run"), *options]) == 0
     assert "on Avoid-v0" in capsys.readouterr().out
+
+
+def test_an_env_that_does_not_exist_is_refused_even_if_nothing_is_evaluated(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(EnvError, match=r"Avod-v0.*Did you mean Avoid-v0"):
+        runs.offline(config(data, env="Avod-v0"), tmp_path / "run", progress_bar=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("idql", "acting"),
+    [
+        (OnlineIDQLConfig(), InferenceConfig(candidates=64, selection="argmax")),
+        (OnlineIDQLConfig(actor="continues"), InferenceConfig(candidates=64, selection="implicit")),
+        (OnlineIDQLConfig(candidates=1), InferenceConfig(candidates=1)),
+    ],
+)
+def test_online_it_is_evaluated_as_it_acts(idql: OnlineIDQLConfig, acting: InferenceConfig) -> None:
+    assert FinetuneConfig("policy", "Avoid-v0", agent="idql", idql=idql).acting == acting
 
 
 def test_what_the_policy_does_not_have_is_refused(data: Path, tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
     observations (S, D), actions (S, A), rewards, terminals (S,), and perhaps timeouts (S,), next_observations (S, D)
 
-An episode ends with a terminal or a timeout, and the last with the file. Where there are no timeouts, it also ends
-where the next observation is not what the action led to. A file without both, as D4RL's first version has them, does
+An episode ends with a terminal or a timeout, where the next observation is not what the action led to, and the last
+with the file. A file without both, as D4RL's first version has them, does
 not say where an episode was cut off, and is refused unless its last step is a terminal, as those of all episodes then
 must be.
 """
@@ -22,6 +22,8 @@ from dprl.spec import BoolArray
 
 NEEDED = ("observations", "actions", "rewards", "terminals")
 ROWS_AT_ONCE = 100_000
+SAME = 1e-5
+"""How near, absolutely or relatively, an observation is to what the action led to."""
 
 
 class D4RL(HDF5Source):
@@ -44,7 +46,9 @@ class D4RL(HDF5Source):
         if not told and not self._terminals[-1]:
             raise DatasetError(f"'{self.path}' has neither timeouts nor next_observations: nothing says where an "
                                "episode was cut off. D4RL's later files (v1, v2) have timeouts")  # fmt: skip
-        ends = self._terminals | (self._flags("timeouts", steps) if "timeouts" in self.h5 else self._breaks(steps))
+        ends = self._terminals | self._breaks(steps)
+        if "timeouts" in self.h5:
+            ends |= self._flags("timeouts", steps)
         ends[-1] = True
         self._ends = np.flatnonzero(ends) + 1
         self._starts = np.concatenate([[0], self._ends[:-1]])
@@ -79,5 +83,5 @@ class D4RL(HDF5Source):
         for first in range(0, steps - 1, ROWS_AT_ONCE) if "next_observations" in self.h5 else ():
             end = min(first + ROWS_AT_ONCE, steps - 1)
             led_to, seen = self.h5["next_observations"][first:end], self.h5["observations"][first + 1 : end + 1]
-            ends[first:end] = (led_to.astype(np.float32) != seen.astype(np.float32)).any(axis=1)
+            ends[first:end] = ~np.isclose(led_to, seen, rtol=SAME, atol=SAME).all(axis=1)
         return ends

@@ -3,13 +3,15 @@
     states (S, D), actions (S, A), traj_lengths (episodes,), and perhaps rewards, terminals (S,), images (S, C, h, w)
 
 States and actions are scaled to [-1, 1]; ``normalization.npz`` beside the file (obs_min, obs_max, action_min,
-action_max) says from what, and they are scaled back. Images of several cameras are
-stored as one of many channels, and taken apart. What the last action of an episode led to is not kept.
+action_max) says from what, and they are scaled back; without it they are read as they are, with a warning. Images of
+several cameras are stored as one of many channels, and taken apart. What the last action of an episode led to is not
+kept.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 import zipfile
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -73,6 +75,10 @@ class DPPONpz(Source):
                                "(steps, 1 or 3 for each camera, height, width)")  # fmt: skip
         self._starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
         self._scales = _scales(self._beside) if self._beside is not None else None
+        parts = (self._arrays[name].rows(0, self.lengths[0]) for name in ("states", "actions"))
+        if self._scales is None and all(np.abs(part).max(initial=0) <= 1 for part in parts):
+            warnings.warn(f"'{path}' begins with states and actions within [-1, 1], and there is no normalization.npz "
+                          "beside it to scale them back: right if they were never scaled", stacklevel=2)  # fmt: skip
 
     @property
     def _beside(self) -> Path | None:

@@ -86,6 +86,13 @@ def is_image(dataset: Any) -> bool:
     return bool(dataset.dtype == np.uint8 and dataset.ndim == 4 and dataset.shape[3] in CHANNELS)
 
 
+def require_numbers(dataset: Any, name: str, where: str) -> None:
+    """Raise DatasetError for what has the shape of images but is none that is read."""
+    if dataset.ndim >= 4:
+        raise DatasetError(f"{where}: {name} is {dataset.dtype} {dataset.shape}; images are uint8 (rows, height, "
+                           "width, 1 or 3), and everything else is numbers of a state")  # fmt: skip
+
+
 def state_and_images(
     parts: Mapping[str, Any], last: Mapping[str, Any] | None, length: int, steps: int, where: str
 ) -> tuple[FloatArray, dict[str, Frames]]:
@@ -106,11 +113,13 @@ def state_and_images(
         if is_image(dataset):
             if after is not None and len(after) != steps:
                 raise DatasetError(f"{where}: next_obs's {name} has {len(after)} images; {steps} actions need {steps}")
-            camera = camera_name(name.removesuffix("_image").removesuffix("/rgb").removeprefix("sensor_data/"))
+            plain = name.removesuffix("_image").removesuffix("/rgb").removeprefix("sensor_data/").removeprefix("image/")
+            camera = camera_name(plain)
             if camera in images:
                 raise DatasetError(f"{where}: different parts are the same camera '{camera}': {', '.join(parts)}")
             images[camera] = RawFrames(dataset, f"{where}: {name}", after)
             continue
+        require_numbers(dataset, name, where)
         rows = numbers(dataset[()], name, length, None, where, steps=steps).reshape(length, -1)
         if after is not None:
             rows = np.concatenate(

@@ -17,7 +17,8 @@ from dprl.data.formats.hdf5 import HDF5Source, chosen_parts, is_image, numbered,
 from dprl.data.source import Episode, flags, leaves, numbers
 from dprl.errors import DatasetError
 
-NOT_STATE = ("sensor_data/", "sensor_param/", "pointcloud/")
+NOT_STATE = ("sensor_data/", "sensor_param/", "pointcloud/", "image/", "camera_param/")
+"""The last two are ManiSkill 2's."""
 
 
 class ManiSkill(HDF5Source):

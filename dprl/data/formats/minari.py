@@ -28,7 +28,7 @@ import numpy as np
 
 from dprl import checkpoint
 from dprl.data.episodes import Episodes, RewardsFrom
-from dprl.data.formats.hdf5 import HDF5Source, RawFrames, is_image, numbered
+from dprl.data.formats.hdf5 import HDF5Source, RawFrames, is_image, numbered, require_numbers
 from dprl.data.images import decode, png, stack
 from dprl.data.source import (
     Episode,
@@ -161,6 +161,7 @@ def _split_parts(observations: Any, steps: int, where: str) -> tuple[FloatArray,
                 f"images are uint8 ({steps + 1}, height, width, 1 or 3), or encoded"
             )
         else:
+            require_numbers(dataset, key or name, where)
             array = numbers(dataset, name, steps + 1, None if key else 2, where, steps=steps)
             rows.append(array.reshape(steps + 1, -1).astype(np.float32, copy=False))
     if len(images) + len(rows) - 1 < len(parts):

@@ -4,10 +4,10 @@
     data/demo_<i>       actions (T, A), rewards, dones (T,), obs/<key> and next_obs/<key> (T, ...)
     mask/<filter key>   names of demonstrations
 
-The state is robomimic's own choice, pose and gripper of each robot and the object, unless `keys` says otherwise; images
-become cameras, ``agentview_image`` the camera ``agentview``. Rewards that robosuite gives without shaping are 1 in
-success, so an episode with one of them succeeded; of others nobody knows. Of the dones the last counts: they may mark
-every step in which the task is done.
+The state is robomimic's own choice, pose and gripper of each robot and, where there are no images, the object, unless
+`keys` says otherwise; images become cameras, ``agentview_image`` the camera ``agentview``. Rewards that robosuite gives
+without shaping are 1 in success, so an episode with one of them succeeded; of others nobody knows. Of the dones the
+last counts: they may mark every step in which the task is done.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dprl.data.formats.hdf5 import HDF5Source, chosen_parts, is_image, numbered, state_and_images, top_level
+import numpy as np
+
+from dprl.data.formats.hdf5 import HDF5Source, chosen_parts, numbered, state_and_images, top_level
 from dprl.data.source import Episode, flags, leaves, numbers
 from dprl.errors import DatasetError, did_you_mean
 
 ROBOT_PARTS = ("eef_pos", "eef_quat", "gripper_qpos")
-STANDARD = [*(f"robot{i}_{part}" for i in range(2) for part in ROBOT_PARTS), "object"]
+OBJECT = "object"
+STANDARD = [*(f"robot{i}_{part}" for i in range(2) for part in ROBOT_PARTS), OBJECT]
 
 
 class Robomimic(HDF5Source):
@@ -89,6 +92,6 @@ class Robomimic(HDF5Source):
 def _default(obs: Any) -> list[str]:
     """Robomimic's choice of the state, or all numbers where that is not there; and every image."""
     parts = dict(leaves(obs))
-    images = [name for name, dataset in parts.items() if is_image(dataset)]
-    standard = [name for name in STANDARD if name in parts]
+    images = [name for name, dataset in parts.items() if dataset.ndim == 4 and dataset.dtype == np.uint8]
+    standard = [name for name in STANDARD if name in parts and not (images and name == OBJECT)]
     return (standard or [name for name, dataset in parts.items() if dataset.ndim <= 2]) + images  # not depth images
