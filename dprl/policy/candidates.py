@@ -77,12 +77,15 @@ def best_of(
 
 def _scores(scorer: Scorer, obs: TensorObservation, chunks: Tensor, selection: Selection) -> Tensor:
     """What the choice is made by: (B·N,)."""
-    if selection == "implicit":
-        if not isinstance(scorer, ChunkCritic):
-            raise ConfigError(f"selection = 'implicit': {type(scorer).__name__} has no value objective; use argmax")
-        scores = scorer.config.objective.weight(scorer.advantage(obs, chunks))
-    else:
-        scores = torch.as_tensor(scorer.score(obs, chunks))
+    if selection != "implicit":
+        return _finite(torch.as_tensor(scorer.score(obs, chunks)), chunks)
+    if not isinstance(scorer, ChunkCritic):
+        raise ConfigError(f"selection = 'implicit': {type(scorer).__name__} has no value objective; use argmax")
+    return scorer.config.objective.weight(_finite(scorer.advantage(obs, chunks), chunks))
+
+
+def _finite(scores: Tensor, chunks: Tensor) -> Tensor:
+    """Check that there is a finite score for every chunk."""
     shape = tuple(scores.shape)
     check(shape == (len(chunks),), "scorer", shape, f"must return one score for each of {len(chunks)} chunks")
     check(bool(scores.isfinite().all()), "scorer", "not finite", "must return finite scores")
