@@ -69,8 +69,8 @@ def test_what_ends_an_episode(place, action, terminated, success):
 def test_a_step_goes_as_far_as_walls_let_it():
     simulator = at("S")
     for _ in range(20):
-        simulator.step(ONLY, np.array([[-1.0, 0.5]], np.float32))
-    assert simulator.position[0].tolist() == pytest.approx([0.6, 1.4], abs=0.11)
+        simulator.step(ONLY, np.array([[1.0, -0.5]], np.float32))
+    assert simulator.position[0].tolist() == pytest.approx([3.4, 0.6], abs=0.11)
 
 
 def test_the_dense_reward_sums_to_the_way():
