@@ -204,9 +204,11 @@ def on_metaworld(config: StudyConfig, *, progress_bar: bool = True) -> Path:
     tasks = {task: metaworld(task) for task in METAWORLD}
     outcomes = run_cells(cells_of(tasks, config), config, progress_bar=progress_bar)
     qualities = ", ".join(map(str, QUALITIES))
+    recipe = tasks[METAWORLD[0]]
     note = (
-        f"200 episodes each of a scripted expert whose actions are disturbed by noise of {qualities}; sparse reward. "
-        f"Critics learn at 1e-3 for {20_000 * config.scale:,.0f} gradient steps, where the paper has 3e-4 and millions."
+        f"{recipe.sources[0].episodes} episodes each of a scripted expert whose actions are disturbed by noise of "
+        f"{qualities}; sparse reward. Critics learn at {recipe.idql.learning_rate:g} for "
+        f"{recipe.steps * config.scale:,.0f} gradient steps, where the paper has 3e-4 and millions."
     )
     return _write("offline-metaworld", outcomes, config, [note])
 
