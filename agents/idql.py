@@ -176,7 +176,10 @@ class IDQL(Agent[Picks]):
         return self.policy
 
     def set_data(self, data: Episodes, total_steps: int, terms: ValueTerms | None = None) -> None:
-        """Take `data` to learn from; `total_steps` shapes the learning rate's decay, `terms` are the config's own."""
+        """Take `data` to learn from; `total_steps` shapes the learning rate's decay.
+
+        Without `terms`, critics that had been learned keep theirs, and new ones have the config's.
+        """
         policy, bc = self.policy, self.config.bc
         shown = self.shown(data)
         terms = terms or self.target.terms or self._terms_of(shown)
