@@ -367,15 +367,17 @@ def doctor() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, 2 for a user's error, 128 + n after signal n."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         app.cli(
             prog="dprl",
-            args=list(sys.argv[1:] if arguments is None else arguments),
+            args=given,
             description=__doc__,
             config=(tyro.conf.CascadeSubcommandArgs,),
         )
     except DprlError as error:
-        print("; ".join([f"dprl: error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        message = f"dprl: error: {_option_of(str(error), given)}{error}"
+        print("; ".join([message, *getattr(error, "__notes__", [])]), file=sys.stderr)
         return getattr(error, "exit_code", 2)
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -393,6 +395,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("dprl: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
+
+
+def _option_of(message: str, arguments: Sequence[str]) -> str:
+    """``--idql.critic.hidden-size: `` for a message of `hidden_size`: the one nested option that was given for it."""
+    options = {argument.split("=")[0] for argument in arguments if argument.startswith("--")}
+    name = message.split(" = ", maxsplit=1)[0].replace("_", "-")
+    found = [option for option in options if option.endswith(f".{name}")]
+    return f"{found[0]}: " if len(found) == 1 else ""
 
 
 def _is_memory_error(error: Exception) -> bool:

@@ -197,6 +197,10 @@ ERRORS = {
     "negative seed (pretrain)": (f"{PRETRAIN} --steps 1 --seed -1", "seed = -1"),
     "negative seed (finetune)": (f"{FINETUNE} --total-timesteps 8 --seed -1", "seed = -1"),
     "no time": (f"{EVALUATE.removesuffix(' 8')} 0", "max_episode_steps = 0"),
+    "a nested option": (
+        f"{PRETRAIN} --policy.denoiser.hidden-size=-1",
+        "--policy.denoiser.hidden-size: hidden_size = -1",
+    ),
     "negative time": (f"{EVALUATE.removesuffix(' 8')} -1", "max_episode_steps = -1"),
 }
 
