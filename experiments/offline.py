@@ -10,6 +10,7 @@ two cores and the paper's (`--paper`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -280,8 +281,10 @@ def _write(name: str, outcomes: Sequence[Outcome], config: StudyConfig, notes: S
 
 def _against_candidates(by_task: dict[str, dict[str, list[Outcome]]], file: Path) -> None:
     """Draw the score of IDQL against N, every seed thin, and of the other methods as lines."""
-    figure = plots.new_figure(figsize=(4.2 * len(by_task), 3.6))
-    for axis, (task, found) in zip(figure.subplots(1, len(by_task), squeeze=False).flat, by_task.items(), strict=True):
+    columns = min(len(by_task), 3)
+    rows = math.ceil(len(by_task) / columns)
+    figure = plots.new_figure(figsize=(4.2 * columns, 3.6 * rows))
+    for axis, (task, found) in zip(figure.subplots(rows, columns, squeeze=False).flat, by_task.items(), strict=False):
         groups = [found[f"idql | {n}"] for n in CANDIDATES]
         axis.plot(CANDIDATES, [[score_of(o) for o in group] for group in groups], color="C0", lw=0.6, alpha=0.5)
         axis.plot(CANDIDATES, [mean_score(group) for group in groups], "o-", color="C0", label="IDQL")
@@ -289,6 +292,7 @@ def _against_candidates(by_task: dict[str, dict[str, list[Outcome]]], file: Path
             axis.axhline(mean_score(found[method]), color=f"C{i}", ls="--", lw=1, label=METHODS[method])
         axis.set_title(task, fontsize=10)
         axis.set_xscale("log", base=2)
+        axis.set_xticks(CANDIDATES, [str(n) for n in CANDIDATES])
         axis.set_xlabel("candidates N (1: BC)")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
