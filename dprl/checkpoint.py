@@ -34,18 +34,21 @@ def publish(path: Path, write: Callable[[Path], None], *, overwrite: bool = Fals
     """Let `write(folder)` fill a temporary folder, then rename it to `path` in one step.
 
     Args:
-        path: the folder to create. Its parents are created too.
+        path: the folder to create. Its parents are created too; if `write` fails, they are not there either.
         write: writes files into the folder it is given.
         overwrite: whether an existing folder may be replaced; the old one is kept until the new one is complete.
 
     Raises:
-        RunExistsError: `path` exists and `overwrite` is not set, or it is no folder.
+        RunExistsError: `path` exists and `overwrite` is not set, or it is no folder, or the working directory.
     """
-    if path.exists() and not path.is_dir():
+    if path.absolute() == Path.cwd():
+        raise RunExistsError(f"'{path}' is the folder that you are in; name a new one in it")
+    if (path.exists() or path.is_symlink()) and not path.is_dir():
         raise RunExistsError(f"'{path}' already exists and is no folder; choose another name or remove it first")
     occupied = path.exists() and any(path.iterdir())
     if occupied and not overwrite:
         raise RunExistsError(f"'{path}' already exists; choose another folder or remove it first")
+    new_parents = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     replaced = temporary.with_suffix(".old")
@@ -62,6 +65,9 @@ def publish(path: Path, write: Callable[[Path], None], *, overwrite: bool = Fals
             replaced.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+        for parent in () if path.exists() else new_parents:
+            with contextlib.suppress(OSError):  # something else was put there meanwhile
+                parent.rmdir()
 
 
 def write_manifest(folder: Path) -> None:

@@ -323,3 +323,23 @@ def test_a_file_is_not_replaced_by_a_folder(tmp_path):
         checkpoint.publish(tmp_path / "notes", lambda folder: None, overwrite=True)
     assert (tmp_path / "notes").read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_failing_writer_leaves_no_parents_either(tmp_path):
+    (tmp_path / "there").mkdir()
+
+    def write(folder):
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        checkpoint.publish(tmp_path / "there/new/newer/run", write)
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_a_link_to_nothing_and_the_folder_one_is_in_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    monkeypatch.chdir(tmp_path)
+    for path, words in ((Path("link"), "is no folder"), (Path(), "the folder that you are in")):
+        with pytest.raises(RunExistsError, match=words):
+            checkpoint.publish(path, lambda folder: None)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["link"]

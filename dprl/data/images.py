@@ -18,7 +18,8 @@ def decode(encoded: bytes, where: str) -> Pixels:
         DatasetError: it is none, or of another kind.
     """
     try:
-        image = np.asarray(require_pillow().open(io.BytesIO(encoded)))
+        opened = require_pillow().open(io.BytesIO(encoded))
+        image = np.asarray(opened.convert("RGB") if opened.mode == "P" else opened)  # else the palette's indices
     except MissingDependencyError:
         raise
     except Exception as error:  # Pillow raises almost any kind

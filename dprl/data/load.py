@@ -37,7 +37,7 @@ from dprl.errors import CheckpointError, DatasetError, RunExistsError
 
 FORMATS: tuple[type[Source], ...] = (Minari, MinariTables, LeRobot, ReplayBuffer, D4RL, Robomimic, ManiSkill, DPPONpz)
 CACHE = ".cache"
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 """Of what readers make of a file: caches of another version are made anew."""
 SHARE_OF_MEMORY = 3
 MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -54,6 +54,8 @@ def open_dataset(path: str | Path, options: DataOptions | None = None) -> Source
     path = Path(path)
     if not path.exists():
         raise DatasetError(f"'{path}' holds no data set: it does not exist")
+    if not os.access(path, os.R_OK):
+        raise DatasetError(f"'{path}' may not be read: its permissions do not allow it")
     _require_whole(path)
     options = options or DataOptions()
     known = ", ".join(kind.format for kind in FORMATS)

@@ -271,6 +271,15 @@ def ends_at_the_end(flag: BoolArray, name: str, where: str) -> bool:
     return bool(flag[-1])
 
 
+def seed_of(value: Any) -> int:
+    """Return a seed as files hold it; -1 for what is none, such as Minari's word None, or a number of other sizes."""
+    try:
+        seed = int(value)
+    except (TypeError, ValueError, OverflowError):
+        return -1
+    return seed if 0 <= seed < 2**63 else -1
+
+
 @contextmanager
 def damage_named(where: str, format_: str) -> Iterator[None]:
     """Turn whatever is raised into a DatasetError that says where."""
@@ -278,6 +287,8 @@ def damage_named(where: str, format_: str) -> Iterator[None]:
         yield
     except (DatasetError, MissingDependencyError):
         raise
+    except PermissionError as error:
+        raise DatasetError(f"{where} may not be read: {error}") from error
     except Exception as error:  # a damaged file makes its readers raise almost any kind
         raise DatasetError(f"{where} is damaged or not of {format_}: {error!r}") from error
 

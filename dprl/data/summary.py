@@ -5,7 +5,6 @@ Shapes: n episodes, D observation size, A action size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from dprl.data.source import Source
 from dprl.spec import BoolArray, FloatArray, IntArray
 
 SAMPLED = 100_000
-"""At most so many actions are kept for histograms, evenly spread over all steps."""
+"""About so many actions are kept for histograms, drawn from all steps."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,10 @@ class Summary:
     """(2, D) least and largest."""
     action_limits: FloatArray
     """(2, A)."""
+    action_mean: FloatArray
+    """(A,)."""
     actions: FloatArray
-    """(SAMPLED or fewer, A) some of them."""
+    """(about SAMPLED or fewer, A) some of them."""
 
 
 def summarize(source: Source, on_progress: Callable[[int], None] | None = None) -> Summary:
@@ -56,17 +57,18 @@ def summarize(source: Source, on_progress: Callable[[int], None] | None = None) 
     Raises:
         DatasetError: an episode is damaged.
     """
-    stride = math.ceil(sum(source.lengths) / SAMPLED)
+    steps, rng = sum(source.lengths), np.random.default_rng(0)
     returns, success, terminated, known, actions = [], [], [], [], []
-    lows, highs, seen = [], [], 0
+    lows, highs, sums = [], [], []
     cameras: dict[str, tuple[int, ...]] = {}
     for episode in source:
         returns.append(None if episode.rewards is None else float(episode.rewards.sum(dtype=np.float64)))
         success.append(episode.success)
         terminated.append(episode.terminated)
         known.append(episode.final_known)
-        actions.append(episode.actions[-seen % stride :: stride].copy())  # a view would hold all of them
-        seen += len(episode)
+        kept = rng.random(len(episode)) * steps < SAMPLED  # all, where there are no more
+        actions.append(episode.actions[kept])
+        sums.append(episode.actions.sum(axis=0, dtype=np.float64))
         both = np.concatenate([episode.observations[: len(episode)], episode.actions], axis=1)
         lows.append(both.min(axis=0))
         highs.append(both.max(axis=0))
@@ -77,7 +79,8 @@ def summarize(source: Source, on_progress: Callable[[int], None] | None = None) 
     limits = np.stack([np.min(lows, axis=0), np.max(highs, axis=0)])
     return Summary(
         source.format, source.env_id, *sizes, cameras, np.asarray(source.lengths),
-        None if None in returns else np.array(returns, np.float32),
+        None if None in returns else np.array(returns),
         None if None in success else np.array(success, np.bool_),
-        np.array(terminated), np.array(known), limits[:, : sizes[0]], limits[:, sizes[0] :], np.concatenate(actions),
+        np.array(terminated), np.array(known), limits[:, : sizes[0]], limits[:, sizes[0] :],
+        np.sum(sums, axis=0) / steps, np.concatenate(actions),
     )  # fmt: skip

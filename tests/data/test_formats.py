@@ -492,7 +492,7 @@ def test_damage_in_hdf5_files(
         ({"terminals": np.ones(S)}, ["episode 0, step 0: terminals says that the episode ended, but 2 more steps fol"]),
         ({"terminals": np.full(S, 0.5)}, ["episode 0, step 0: terminals is 0.5; it must be 0 or 1"]),
         ({"rewards": REWARDS[:-1]}, ["rewards has 9 rows, actions have 10"]),
-        ({"states": OBSERVATIONS[:, :3]}, ["episode 0: there are 3 numbers, but normalization.npz has (4,)"]),
+        ({"states": OBSERVATIONS[:, :3]}, ["episode 0: there are 3 numbers, but normalization.npz has 4 of obs_min"]),
         ({"images": IMAGES}, ["images are uint8 (10, 8, 6, 3)", "(steps, 1 or 3 for each camera, height, width)"]),
         ({"images": REWARDS}, ["images are float32 (10,)"]),
         ({"traj_lengths": np.array([3, 7.5])}, ["episode 1: traj_lengths has 7.5 steps"]),
@@ -587,6 +587,12 @@ def test_a_file_that_is_empty_or_not_what_its_name_says(name: str, tmp_path: Pat
     refused(file, name, "is empty")
     file.write_text("<html>404: not found</html>")
     refused(file, name, "is damaged", "HDF5" if file.suffix in (".hdf5", ".h5") else "is no whole")
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = npz(tmp_path)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    refused(file, "train.npz' may not be read")
 
 
 # ------------------------------------------------------------------------------------------- images that do not fit

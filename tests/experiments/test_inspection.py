@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from dprl.cli import main
-from dprl.data import Summary, load_dataset, open_dataset, save_dataset, summarize
+from dprl.data import Episodes, Summary, load_dataset, open_dataset, save_dataset, summarize
 from dprl.experiments import inspection
 from tests.data.test_minari import SPEC, toy_episodes
 
@@ -51,8 +51,48 @@ def test_a_summary_has_what_is_in_the_data(summary: Summary) -> None:
 def test_few_actions_are_kept_of_many(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dprl.data.summary.SAMPLED", 4)
     with open_dataset(folder) as source:
-        kept = summarize(source).actions
-    np.testing.assert_array_equal(kept, toy_episodes().actions[::3])
+        few = summarize(source)
+    data = toy_episodes()
+    assert 0 < len(few.actions) < len(data.actions)
+    assert set(few.actions.ravel()) <= set(data.actions.ravel())
+    np.testing.assert_allclose(few.action_mean, data.actions.mean(axis=0), rtol=1e-6)
+
+
+def test_actions_that_alternate_are_not_sampled_in_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = toy_episodes()
+    every = Episodes.concatenate([data] * 200)
+    every.actions[:, 0] = np.arange(len(every.actions)) % 2
+    save_dataset(every, folder.parent / "alternating", SPEC)
+    monkeypatch.setattr("dprl.data.summary.SAMPLED", len(every.actions) // 2)
+    with open_dataset(folder.parent / "alternating") as source:
+        summary = summarize(source)
+    assert 0.4 < summary.actions.mean() < 0.6
+    assert summary.action_mean == pytest.approx(0.5)
+
+
+@pytest.mark.filterwarnings("error")
+def test_numbers_that_are_all_the_same_enormous_one(folder: Path) -> None:
+    data = toy_episodes()
+    data.actions[:] = np.float32(1e30)
+    data.rewards[:] = np.float32(3e38)
+    save_dataset(data, folder.parent / "same", SPEC)
+    with open_dataset(folder.parent / "same") as source:
+        summary = summarize(source)
+    assert "action 0 1e+30 1e+30 1e+30" in text(summary)
+    inspection.draw(summary, folder.parent / "same.png")
+
+
+def test_every_number_of_an_action_is_shown(summary: Summary, tmp_path: Path) -> None:
+    wide = replace(
+        summary,
+        action_size=30,
+        action_limits=np.zeros((2, 30), np.float32),
+        action_mean=np.zeros(30, np.float32),
+        actions=np.zeros((9, 30), np.float32),
+    )
+    assert "action 29 0 0 0" in text(wide)
+    inspection.draw(wide, tmp_path / "wide.png")
+    assert (tmp_path / "wide.png").is_file()
 
 
 def test_means_are_of_the_actions_alone(folder: Path) -> None:

@@ -3,13 +3,14 @@
     observations (S, D), actions (S, A), rewards, terminals (S,), and perhaps timeouts (S,), next_observations (S, D)
 
 An episode ends with a terminal or a timeout, where the next observation is not what the action led to, and the last
-with the file. A file without both, as D4RL's first version has them, does
-not say where an episode was cut off, and is refused unless its last step is a terminal, as those of all episodes then
-must be.
+with the file. A file without both, as D4RL's first version has them, does not say where an episode was cut off, and is
+refused unless its last step is a terminal, as those of all episodes then must be. There is a warning where episodes end
+that the file's timeouts say nothing of.
 """
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,7 +24,9 @@ from dprl.spec import BoolArray
 NEEDED = ("observations", "actions", "rewards", "terminals")
 ROWS_AT_ONCE = 100_000
 SAME = 1e-5
-"""How near, absolutely or relatively, an observation is to what the action led to."""
+"""How near, absolutely or relatively, an observation is to what the action led to; of float16, as near as it can be."""
+MOST_BREAKS = 0.5
+"""Of the rows, that may end an episode by next_observations alone."""
 
 
 class D4RL(HDF5Source):
@@ -34,22 +37,26 @@ class D4RL(HDF5Source):
     def open(self) -> None:
         """See `Source.open`."""
         super().open()
-        steps = len(self.h5["actions"])
-        for name in (*NEEDED, "timeouts", "next_observations"):
-            rows = len(self.h5[name]) if name in self.h5 else steps
-            if rows != steps:
-                raise DatasetError(f"'{self.path}': {name} has {rows} rows, actions have {steps}")
+        known = (*NEEDED, "timeouts", "next_observations")
+        self._arrays = {name: self.h5[name] for name in known if name in self.h5}  # kept, as their caches of chunks are
+        self._closing.callback(self._arrays.clear)
+        steps = len(self._arrays["actions"])
+        for name, array in self._arrays.items():
+            if len(array) != steps:
+                raise DatasetError(f"'{self.path}': {name} has {len(array)} rows, actions have {steps}")
         if steps == 0:
             raise DatasetError(f"'{self.path}' has no episodes")
         self._terminals = self._flags("terminals", steps)
-        told = "timeouts" in self.h5 or "next_observations" in self.h5
+        told = "timeouts" in self._arrays or "next_observations" in self._arrays
         if not told and not self._terminals[-1]:
             raise DatasetError(f"'{self.path}' has neither timeouts nor next_observations: nothing says where an "
                                "episode was cut off. D4RL's later files (v1, v2) have timeouts")  # fmt: skip
-        ends = self._terminals | self._breaks(steps)
-        if "timeouts" in self.h5:
-            ends |= self._flags("timeouts", steps)
-        ends[-1] = True
+        said, breaks = self._terminals.copy(), self._breaks(steps)
+        if "timeouts" in self._arrays:
+            said |= self._flags("timeouts", steps)
+        said[-1] = True
+        self._compare(said, breaks)
+        ends = said | breaks
         self._ends = np.flatnonzero(ends) + 1
         self._starts = np.concatenate([[0], self._ends[:-1]])
         self.lengths = (self._ends - self._starts).tolist()
@@ -63,25 +70,44 @@ class D4RL(HDF5Source):
         first, end = int(self._starts[index]), int(self._ends[index])
         where, steps = f"'{self.path}', episode {index} (from row {first})", end - first
         observations, actions, rewards = (
-            numbers(self.h5[name][first:end], name, steps, ndim, where)
+            numbers(self._arrays[name][first:end], name, steps, ndim, where)
             for name, ndim in (("observations", 2), ("actions", 2), ("rewards", None))
         )
         if rewards.size != steps:
             raise DatasetError(f"{where}: rewards have the shape {rewards.shape}; {steps} actions need one each")
-        if "next_observations" in self.h5:
-            last = numbers(self.h5["next_observations"][end - 1 : end], "next_observations", 1, 2, where)
-            observations = np.concatenate([observations, last])
+        if "next_observations" in self._arrays:
+            led_to = numbers(self._arrays["next_observations"][first:end], "next_observations", steps, 2, where)
+            observations = np.concatenate([observations, led_to[-1:]])
         terminated = bool(self._terminals[end - 1])
         return Episode(where, observations, actions, rewards.reshape(steps), terminated=terminated, success=None)
 
     def _flags(self, name: str, steps: int) -> BoolArray:
-        return flags(self.h5[name][()], name, steps, f"'{self.path}'")
+        return flags(self._arrays[name][()], name, steps, f"'{self.path}'")
+
+    def _compare(self, said: BoolArray, breaks: BoolArray) -> None:
+        """Say where only next_observations tell of an end; refuse them where they hardly ever fit."""
+        found = np.flatnonzero(breaks & ~said)
+        if len(found) > len(said) * MOST_BREAKS:
+            raise DatasetError(f"'{self.path}': in {len(found)} of {len(said)} rows next_observations is not the "
+                               f"observation that follows (first in row {found[0]}): nothing says which rows are one "
+                               "episode. Leave next_observations out if they are inexact")  # fmt: skip
+        if len(found) and "timeouts" in self._arrays:
+            warnings.warn(
+                f"'{self.path}': {len(found)} episodes end where next_observations say so and timeouts do not (first "
+                f"at row {found[0]}): right if timeouts are not complete, wrong if they are in other rows or "
+                "next_observations inexact", stacklevel=2,
+            )  # fmt: skip
 
     def _breaks(self, steps: int) -> BoolArray:
         """Where an observation is not what the action before it led to."""
         ends = np.zeros(steps, np.bool_)
-        for first in range(0, steps - 1, ROWS_AT_ONCE) if "next_observations" in self.h5 else ():
+        if "next_observations" not in self._arrays:
+            return ends
+        after, before = self._arrays["next_observations"], self._arrays["observations"]
+        same = max(SAME, *(2 * float(np.finfo(a.dtype).eps) for a in (after, before) if a.dtype.kind == "f"), 0.0)
+        for first in range(0, steps - 1, ROWS_AT_ONCE):
             end = min(first + ROWS_AT_ONCE, steps - 1)
-            led_to, seen = self.h5["next_observations"][first:end], self.h5["observations"][first + 1 : end + 1]
-            ends[first:end] = ~np.isclose(led_to, seen, rtol=SAME, atol=SAME).all(axis=1)
+            led_to, seen = after[first:end], before[first + 1 : end + 1]
+            fits = np.isclose(led_to, seen, rtol=same, atol=same) | ~np.isfinite(led_to) | ~np.isfinite(seen)
+            ends[first:end] = ~fits.all(axis=1)  # what is not finite is refused where its episode is read
         return ends

@@ -70,7 +70,7 @@ class DPPONpz(Source):
             if name in self._arrays and len(self._arrays[name]) != steps:
                 raise DatasetError(f"'{path}': {name} has {len(self._arrays[name])} rows, actions have {steps}")
         images = self._arrays.get("images")
-        if images is not None and (images.dtype != np.uint8 or len(images.shape) != 4 or not _cameras(images.shape[1])):
+        if images is not None and not _are_images(images):
             raise DatasetError(f"'{path}': images are {images.dtype} {images.shape}; they must be uint8 "
                                "(steps, 1 or 3 for each camera, height, width)")  # fmt: skip
         self._starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
@@ -131,7 +131,8 @@ class DPPONpz(Source):
             return scaled
         low, high = self._scales[f"{name}_min"], self._scales[f"{name}_max"]
         if low.shape != scaled.shape[1:] or high.shape != low.shape:
-            raise DatasetError(f"{where}: there are {scaled.shape[1]} numbers, but normalization.npz has {low.shape}")
+            raise DatasetError(f"{where}: there are {scaled.shape[1]} numbers, but normalization.npz has {len(low)} of "
+                               f"{name}_min and {len(high)} of {name}_max")  # fmt: skip
         raw: FloatArray = ((scaled + 1) / 2 * (high - low + TINY) + low).astype(np.float32)
         return raw
 
@@ -142,6 +143,12 @@ def arrays_of(path: Path) -> set[str]:
         return set()
     with zipfile.ZipFile(path) as archive:
         return {name.removesuffix(".npy") for name in archive.namelist()}
+
+
+def _are_images(images: _Array) -> bool:
+    """Whether they are uint8 (steps, channels, height, width), and not with the channels last."""
+    fits = images.dtype == np.uint8 and len(images.shape) == 4
+    return fits and bool(_cameras(images.shape[1])) and images.shape[3] not in CHANNELS
 
 
 def _cameras(channels: int) -> dict[str, slice]:

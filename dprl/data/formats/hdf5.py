@@ -46,6 +46,15 @@ def top_level(path: Path) -> set[str]:
         return set(h5)
 
 
+def groups_of(path: Path) -> set[str]:
+    """Names of the groups in the root of an HDF5 file; none, where it is no such file."""
+    if not top_level(path):
+        return set()
+    h5py = require_h5py()
+    with h5py.File(path, "r") as h5:
+        return {name for name in h5 if h5.get(name, getclass=True) is h5py.Group}
+
+
 def numbered(group: Any, prefix: str, file: Path) -> list[str]:
     """Names like ``demo_12`` in the order of their numbers.
 
@@ -86,11 +95,20 @@ def is_image(dataset: Any) -> bool:
     return bool(dataset.dtype == np.uint8 and dataset.ndim == 4 and dataset.shape[3] in CHANNELS)
 
 
-def require_numbers(dataset: Any, name: str, where: str) -> None:
+NO_PICTURES = ("depth", "segmentation", "pointcloud", "point_cloud")
+"""In the names of parts that are neither read as images nor as numbers, unless they are asked for."""
+
+
+def is_read(name: str) -> bool:
+    """Whether a part of this name is read where nothing is asked for."""
+    return not any(word in name.lower() for word in NO_PICTURES)
+
+
+def require_numbers(dataset: Any, name: str, where: str, remedy: str = "") -> None:
     """Raise DatasetError for what has the shape of images but is none that is read."""
     if dataset.ndim >= 4:
         raise DatasetError(f"{where}: {name} is {dataset.dtype} {dataset.shape}; images are uint8 (rows, height, "
-                           "width, 1 or 3), and everything else is numbers of a state")  # fmt: skip
+                           f"width, 1 or 3), and everything else is numbers of a state{remedy}")  # fmt: skip
 
 
 def state_and_images(
@@ -119,7 +137,7 @@ def state_and_images(
                 raise DatasetError(f"{where}: different parts are the same camera '{camera}': {', '.join(parts)}")
             images[camera] = RawFrames(dataset, f"{where}: {name}", after)
             continue
-        require_numbers(dataset, name, where)
+        require_numbers(dataset, name, where, "; keys can leave it out")
         rows = numbers(dataset[()], name, length, None, where, steps=steps).reshape(length, -1)
         if after is not None:
             rows = np.concatenate(

@@ -14,6 +14,7 @@ without that, ``next.done``.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -32,6 +33,9 @@ INFO = Path("meta") / "info.json"
 OBSERVATION = "observation."
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 VISUAL = ("image", "video")
+SAME_RATE = 0.01
+"""How near, relatively, a video's frames per second are to what was said."""
+OUTCOMES = ("next.reward", "next.success", "next.done")
 
 
 @dataclass(frozen=True)
@@ -75,12 +79,24 @@ class LeRobot(Source):
             self._places = (_places_of_v3 if version == "v3.0" else _places_of_v2)(path, info, self._of_kind("video"))
         if not self._places:
             raise DatasetError(f"'{path}' has no episodes")
+        self._require_all(info)
         empty = [place.index for place in self._places if place.length < 1]
         if empty:
             raise DatasetError(f"'{path / 'meta'}', episode {empty[0]}: has no steps")
         self.lengths = [place.length for place in self._places]
         self._latest: tuple[Path, Any] | None = None  # a table that the next episode may share
         self._closing.callback(setattr, self, "_latest", None)
+
+    def _require_all(self, info: dict[str, Any]) -> None:
+        """Raise DatasetError unless the episodes that are listed are all there are, each once."""
+        listed = [place.index for place in self._places]
+        twice = [index for index, times in Counter(listed).items() if times > 1]
+        if twice:
+            raise DatasetError(f"'{self.path / 'meta'}': episode {twice[0]} is listed twice")
+        found = {"total_episodes": len(listed), "total_frames": sum(place.length for place in self._places)}
+        for key, n in found.items():
+            if int(info.get(key, n)) != n:
+                raise DatasetError(f"'{self.path / INFO}': {key} is {info[key]}, but meta's list of episodes has {n}")
 
     @property
     def files(self) -> list[Path]:
@@ -102,17 +118,19 @@ class LeRobot(Source):
         def part(name: str) -> npt.NDArray[Any]:
             return numbers(_array(columns[name], name, where), name, steps, None, where).reshape(steps, -1)
 
-        absent = [name for name in ("action", *self._parts) if self._kinds.get(name) != "video" and name not in columns]
+        needed = ["action", *self._parts, *(name for name in OUTCOMES if name in self._features)]
+        absent = [name for name in needed if self._kinds.get(name) != "video" and name not in columns]
         if absent:
             raise DatasetError(f"{where}: the column {absent[0]} is missing, which meta/info.json has")
         with damage_named(where, self.format):
             state = [part(name) for name in self._parts if name not in self._shapes]
             observations = np.concatenate([np.zeros((steps, 0), np.float32), *state], axis=1)
             actions = part("action")
-            rewards = part("next.reward")[:, 0] if "next.reward" in columns else None
+            rewards = part(OUTCOMES[0]) if OUTCOMES[0] in columns else None
+            if rewards is not None and rewards.shape[1] != 1:
+                raise DatasetError(f"{where}: {OUTCOMES[0]} has {rewards.shape[1]} numbers a step; it must be one")
             success, done = (
-                flags(part(name), name, steps, where) if name in columns else None
-                for name in ("next.success", "next.done")
+                flags(part(name), name, steps, where) if name in columns else None for name in OUTCOMES[1:]
             )
             if "frame_index" in columns:
                 self._require_in_turn(part("frame_index")[:, 0], where)
@@ -125,13 +143,15 @@ class LeRobot(Source):
             images[_camera(name)] = _Encoded(columns[name], self._shapes[name], f"{where}: {name}")
         ended = done if success is None else success
         return Episode(
-            where, observations, actions, rewards,
+            where, observations, actions, None if rewards is None else rewards[:, 0],
             terminated=ended is not None and bool(ended[-1]),
             success=None if success is None else bool(success.any()),
             images=images,
         )  # fmt: skip
 
     def _require_in_turn(self, frames: npt.NDArray[Any], where: str) -> None:
+        if frames[0] != 0:
+            raise DatasetError(f"{where}, step 0: frame_index is {frames[0]:g}; it must begin with 0")
         wrong = np.flatnonzero(np.diff(frames) != 1)
         if len(wrong):
             step = wrong[0] + 1
@@ -139,7 +159,7 @@ class LeRobot(Source):
 
     def _chosen(self) -> list[str]:
         """Parts of the observation, by name: numbers first, the state before others; no parts of another part."""
-        seen = [name for name in self._features if name.startswith(OBSERVATION)]
+        seen = [name for name in self._features if name.startswith(OBSERVATION) and not _is_depth(self._features[name])]
         seen = [name for name in seen if not any(name.startswith(f"{other}.") for other in seen)]
         if self.options.keys is not None:
             missing = [name for name in self.options.keys if name not in self._features]
@@ -171,6 +191,11 @@ def _camera(name: str) -> str:
     return camera_name(name.removeprefix(IMAGES).removeprefix(OBSERVATION))
 
 
+def _is_depth(feature: dict[str, Any]) -> bool:
+    """Whether a video's grey or colours stand for distances."""
+    return bool((feature.get("info") or {}).get("video.is_depth_map", False))
+
+
 def _shape(feature: dict[str, Any]) -> tuple[int, ...]:
     """(height, width, channels), whichever order the feature is described in."""
     shape = [int(size) for size in feature["shape"]]
@@ -183,13 +208,14 @@ def _shape(feature: dict[str, Any]) -> tuple[int, ...]:
 
 def _places_of_v2(path: Path, info: dict[str, Any], videos: list[str]) -> list[_Place]:
     """One file for each episode."""
-    found = []
-    for line in (path / "meta" / "episodes.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        index = int(row["episode_index"])
+    found, listed = [], path / "meta" / "episodes.jsonl"
+    for number, line in enumerate(listed.read_text(encoding="utf-8").splitlines(), start=1):
+        with damage_named(f"'{listed}', line {number}", "a LeRobotDataset"):
+            row = json.loads(line)
+            index, length = int(row["episode_index"]), int(row["length"])
         at = {"episode_index": index, "episode_chunk": index // int(info["chunks_size"])}
         files = {name: (path / info["video_path"].format(video_key=name, **at), 0.0) for name in videos}
-        found.append(_Place(index, int(row["length"]), path / info["data_path"].format(**at), files))
+        found.append(_Place(index, length, path / info["data_path"].format(**at), files))
     return found
 
 
@@ -266,12 +292,17 @@ class _Video:
             with closing(
                 require_ffmpeg().read_frames(str(self.file), input_params=seek, output_params=passed)
             ) as stream:
-                width, height = next(stream)["size"]
+                about = next(stream)
+                width, height = about["size"]
                 if (height, width, 3) != self.shape:
                     raise DatasetError(f"{self.where}: '{self.file}' is {(height, width, 3)}, not {self.shape}")
+                if abs(about.get("fps", self.fps) / self.fps - 1) > SAME_RATE:
+                    raise DatasetError(f"{self.where}: '{self.file}' has {about['fps']:g} frames a second, not the "
+                                       f"{self.fps:g} of {INFO}")  # fmt: skip
                 frames = [np.frombuffer(f, np.uint8).reshape(self.shape) for f in islice(stream, self.length)]
         except (OSError, RuntimeError, StopIteration) as error:
-            raise DatasetError(f"{self.where}: '{self.file}' cannot be decoded: {str(error)[-300:]}") from error
+            last = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+            raise DatasetError(f"{self.where}: '{self.file}' cannot be decoded: {last}") from error
         if len(frames) != self.length:
             raise DatasetError(f"{self.where}: '{self.file}' ends at step {len(frames)} of {self.length}")
         return np.stack(frames)

@@ -5,6 +5,7 @@
 
 Parts of the observation are joined in alphabetical order, without point clouds, unless `keys` says otherwise;
 ``sensor_data/<camera>/rgb`` become cameras. Of the flags the last counts: a recording may go on after a success.
+ManiSkill 2 writes neither terminated nor truncated: there success at the end is what terminated an episode.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dprl.data.formats.hdf5 import HDF5Source, chosen_parts, is_image, numbered, state_and_images, top_level
-from dprl.data.source import Episode, flags, leaves, numbers
+from dprl.data.source import Episode, flags, leaves, numbers, seed_of
 from dprl.errors import DatasetError
 
 NOT_STATE = ("sensor_data/", "sensor_param/", "pointcloud/", "image/", "camera_param/")
@@ -32,6 +33,8 @@ class ManiSkill(HDF5Source):
         super().open()
         self._names = numbered(self.h5, "traj_", self.path)
         for name in self._names:
+            if hasattr(self.h5[name].get("actions"), "keys"):
+                raise DatasetError(f"'{self.path}', {name}: actions have named parts; only observations may")
             if "actions" not in self.h5[name] or len(self.h5[name]["actions"]) == 0:
                 lacks = "has no steps" if "actions" in self.h5[name] else "actions is missing"
                 raise DatasetError(f"'{self.path}', {name}: {lacks}")
@@ -73,14 +76,15 @@ class ManiSkill(HDF5Source):
             flags(trajectory[part][()], part, steps, where) if part in trajectory else None
             for part in ("success", "terminated")
         )
+        if terminated is None and "truncated" not in trajectory:
+            terminated = success
         if terminated is None:
             raise DatasetError(f"{where}: terminated is missing")
-        seed = self._seeds.get(int(name.removeprefix("traj_")))
         return Episode(
             where, observations, actions, rewards,
             terminated=bool(terminated[-1]),
             success=None if success is None else bool(success.any()),
-            seed=seed if isinstance(seed, int) else -1,
+            seed=seed_of(self._seeds.get(int(name.removeprefix("traj_")))),
             images=images,
         )  # fmt: skip
 
@@ -88,7 +92,7 @@ class ManiSkill(HDF5Source):
 def _default(obs: Any) -> list[str]:
     """All numbers that are not a camera's, and every colour image."""
     parts = dict(leaves(obs))
-    images = [name for name, dataset in parts.items() if is_image(dataset)]
+    images = [name for name, dataset in parts.items() if is_image(dataset) or name.endswith("/rgb")]
     return [name for name in parts if name not in images and not name.startswith(NOT_STATE)] + images
 
 

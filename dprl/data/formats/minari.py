@@ -40,6 +40,7 @@ from dprl.data.source import (
     leaves,
     numbers,
     require_h5py,
+    seed_of,
 )
 from dprl.errors import CheckpointError, DatasetError
 from dprl.observations import IMAGES, STATE, camera_name
@@ -80,6 +81,9 @@ class Minari(HDF5Source):
             self.lengths = [self._length(name) for name in self._names]
         metadata = read_metadata(self.path / METADATA_FILE)
         self.env_id = env_id_of(metadata, self.path / METADATA_FILE)
+        for key, found in (("total_episodes", len(self.lengths)), ("total_steps", sum(self.lengths))):
+            if metadata.get(key, found) != found:
+                raise DatasetError(f"'{self.file}': {key} is {metadata[key]} in {METADATA_FILE.name}, here are {found}")
         self.rewards_from: RewardsFrom = metadata.get(REWARDS_KEY, "data")
         if self.rewards_from not in get_args(RewardsFrom):
             raise DatasetError(f"'{self.path / METADATA_FILE}': {REWARDS_KEY} is {self.rewards_from!r}")
@@ -122,8 +126,13 @@ def episode_of(
     terminated, _ = (
         ends_at_the_end(flags(parts[name], name, steps, where), name, where) for name in ("terminations", "truncations")
     )
-    infos = parts.get("infos", {})
-    success = np.asarray(infos["success"]).any() if "success" in infos else attributes.get("success")
+    said = attributes.get("total_steps", steps)
+    if said != steps:
+        raise DatasetError(f"{where}: there are {steps} actions, but total_steps is {said}")
+    success = attributes.get("success")
+    if "success" in parts.get("infos", {}):
+        infos = np.asarray(parts["infos"]["success"])
+        success = flags(infos, "infos/success", steps + (len(infos) == steps + 1), where).any()
     return Episode(
         where,
         state if attributes.get("final_known", True) else state[:-1],
@@ -131,17 +140,9 @@ def episode_of(
         arrays["rewards"] if rewards_from == "data" else None,
         terminated=terminated,
         success=None if success is None else bool(success),
-        seed=_seed(attributes.get("seed", -1)),
+        seed=seed_of(attributes.get("seed", -1)),
         images=images,
     )
-
-
-def _seed(value: Any) -> int:
-    """Minari writes a seed that nobody knows as the word None."""
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        return -1
 
 
 def _split_parts(observations: Any, steps: int, where: str) -> tuple[FloatArray, dict[str, Frames]]:

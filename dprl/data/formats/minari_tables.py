@@ -77,7 +77,12 @@ class MinariTables(Source):
 def _decoded(space: Any, column: Any, where: str) -> Any:
     """Arrays (T+1, ...), of named parts too; Minari flattens what is no image, and encodes what is."""
     if hasattr(space, "spaces"):
-        return {name: _decoded(part, column.field(name), f"{where}: {name}") for name, part in space.spaces.items()}
+        named = hasattr(space.spaces, "items")  # those of a tuple are called as in Minari's HDF5 files
+        parts = space.spaces.items() if named else ((str(i), part) for i, part in enumerate(space.spaces))
+        return {
+            name if named else f"_index_{name}": _decoded(part, column.field(name), f"{where}: {name}")
+            for name, part in parts
+        }
     if str(column.type) == "binary":
         return stack([decode(row, f"{where}, step {step}") for step, row in enumerate(column.to_pylist())], where)
     rows = column.flatten() if hasattr(column.type, "list_size") else column

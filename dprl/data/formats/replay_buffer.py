@@ -10,6 +10,7 @@ the last action of an episode led to is not kept.
 
 from __future__ import annotations
 
+import re
 import warnings
 import zipfile
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from dprl.errors import DatasetError, MissingDependencyError
 from dprl.observations import camera_name
 
 ENDS = "meta/episode_ends"
-DESCRIPTIONS = (".zarray", ".zattrs", ".zgroup", ".zmetadata", "zarr.json")
 
 
 class ReplayBuffer(Source):
@@ -37,7 +37,11 @@ class ReplayBuffer(Source):
         path = self.path
         self._root = require_zarr().open_group(_store(path), mode="r", path=_root_in(path))
         self._closing.callback(self._root.store.close)
-        self._ends = np.asarray(self._root[ENDS][:]).astype(np.int64)
+        ends = np.asarray(self._root[ENDS][:])
+        self._ends = ends.astype(np.int64)
+        broken = np.flatnonzero(self._ends != ends)
+        if len(broken):
+            raise DatasetError(f"'{path}', episode {broken[0]}: {ENDS} is {ends[broken[0]]}, no whole number")
         try:
             parts = dict(leaves(self._root["data"]))
         except Exception as error:
@@ -67,7 +71,8 @@ class ReplayBuffer(Source):
             self._take(name, parts[name], steps)
         files = _files(path)
         for name in ("action", *wanted):
-            written = sum(file.startswith(f"data/{name}/") for file in files)
+            chunk = re.compile(rf"data/{re.escape(name)}/(c[/.])?\d+([/.]\d+)*")
+            written = sum(chunk.fullmatch(file) is not None for file in files)
             self._warn_of_gaps(name, self._actions if name == "action" else parts[name], written)
 
     def _warn_of_gaps(self, name: str, array: Any, written: int) -> None:
@@ -168,13 +173,13 @@ def _root_in_zip(names: list[str]) -> str | None:
 
 
 def _files(path: Path) -> list[str]:
-    """Every file of the buffer, those that describe arrays not counted."""
+    """Every file of the buffer."""
     if path.is_dir():
         names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
     else:
         with zipfile.ZipFile(path) as archive:
-            names = [name.removeprefix(f"{_root_in(path)}/") for name in archive.namelist() if name[-1:] != "/"]
-    return [name for name in names if name.rsplit("/", 1)[-1] not in DESCRIPTIONS]
+            names = [name.removeprefix(f"{_root_in(path)}/") for name in archive.namelist()]
+    return names
 
 
 def require_zarr() -> Any:

@@ -5,7 +5,8 @@
     mask/<filter key>   names of demonstrations
 
 The state is robomimic's own choice, pose and gripper of each robot and, where there are no images, the object, unless
-`keys` says otherwise; images become cameras, ``agentview_image`` the camera ``agentview``. Rewards that robosuite gives
+`keys` says otherwise; where no robot has these under their usual names, it is all numbers. Images become cameras,
+``agentview_image`` the camera ``agentview``. Rewards that robosuite gives
 without shaping are 1 in success, so an episode with one of them succeeded; of others nobody knows. Of the dones the
 last counts: they may mark every step in which the task is done.
 """
@@ -16,15 +17,12 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
-from dprl.data.formats.hdf5 import HDF5Source, chosen_parts, numbered, state_and_images, top_level
+from dprl.data.formats.hdf5 import HDF5Source, chosen_parts, groups_of, is_read, numbered, state_and_images
 from dprl.data.source import Episode, flags, leaves, numbers
 from dprl.errors import DatasetError, did_you_mean
 
 ROBOT_PARTS = ("eef_pos", "eef_quat", "gripper_qpos")
 OBJECT = "object"
-STANDARD = [*(f"robot{i}_{part}" for i in range(2) for part in ROBOT_PARTS), OBJECT]
 
 
 class Robomimic(HDF5Source):
@@ -42,8 +40,12 @@ class Robomimic(HDF5Source):
         for name in self._names:
             if "actions" not in data[name]:
                 raise DatasetError(f"'{self.path}', {name}: actions is missing")
-            if len(data[name]["actions"]) == 0:
+            steps = len(data[name]["actions"])
+            if steps == 0:
                 raise DatasetError(f"'{self.path}', {name}: has no steps")
+            if data[name].attrs.get("num_samples", steps) != steps:
+                said = data[name].attrs["num_samples"]
+                raise DatasetError(f"'{self.path}', {name}: there are {steps} actions, but num_samples is {said}")
         self.lengths = [len(data[name]["actions"]) for name in self._names]
         env = json.loads(data.attrs["env_args"]) if "env_args" in data.attrs else {}
         env_name, kwargs = env.get("env_name"), env.get("env_kwargs", {})
@@ -54,7 +56,7 @@ class Robomimic(HDF5Source):
     @staticmethod
     def detects(path: Path) -> bool:
         """See `Source.detects`."""
-        return "data" in top_level(path)
+        return "data" in groups_of(path)
 
     def _read(self, index: int) -> Episode:
         name, steps = self._names[index], self.lengths[index]
@@ -91,7 +93,9 @@ class Robomimic(HDF5Source):
 
 def _default(obs: Any) -> list[str]:
     """Robomimic's choice of the state, or all numbers where that is not there; and every image."""
-    parts = dict(leaves(obs))
-    images = [name for name, dataset in parts.items() if dataset.ndim == 4 and dataset.dtype == np.uint8]
-    standard = [name for name in STANDARD if name in parts and not (images and name == OBJECT)]
-    return (standard or [name for name, dataset in parts.items() if dataset.ndim <= 2]) + images  # not depth images
+    parts = {name: dataset for name, dataset in leaves(obs) if is_read(name)}
+    images = [name for name, dataset in parts.items() if dataset.ndim >= 4]
+    robots = [[f"robot{i}_{part}" for part in ROBOT_PARTS] for i in range(2)]
+    usual = [name for robot in robots if all(name in parts for name in robot) for name in robot]
+    state = [*usual, OBJECT] if usual else [name for name in parts if name not in images]
+    return [name for name in state if name in parts and not (images and name == OBJECT)] + images
