@@ -29,7 +29,7 @@ from dprl.data import Episodes
 from dprl.data.loader import DecisionBatch
 from dprl.data.replay import ReplayBuffer
 from dprl.data.transitions import chunk_return
-from dprl.errors import check
+from dprl.errors import DatasetError, check
 from dprl.mdp import Chain
 from dprl.observations import Observation, TensorObservation, batch_size, map_parts
 from dprl.policy import DiffusionPolicy
@@ -48,7 +48,8 @@ class OnlineIDQLConfig:
 
     learner: IDQLConfig = field(default_factory=IDQLConfig)
     """How critics, and a behaviour policy that goes on, learn: the latter at a constant `bc.learning_rate`. Where the
-    policy has critics, `critic`, `gamma`, `bootstrap_truncated` and the scale of the rewards are theirs."""
+    policy has critics, `critic`, `gamma`, `bootstrap_truncated` and the scale of the rewards are theirs. Without, the
+    default of `bootstrap_truncated` is: unless the environment's reward is sparse."""
     actor: Literal["frozen", "continues"] = "frozen"
     """Whether the behaviour policy stays as it is, or goes on being cloned."""
     candidates: int = 64
@@ -72,6 +73,12 @@ class OnlineIDQLConfig:
         check(0 <= self.data_share < 1, "data_share", self.data_share, "must be at least 0 and below 1")
         fits = self.start_decisions <= self.capacity
         check(fits, "start_decisions", self.start_decisions, f"must be at most capacity, which is {self.capacity}")
+        check(
+            self.candidates > 1 or self.selection is None, "selection", self.selection, "needs candidates, more than 1"
+        )
+        objective, clones = self.learner.actor_objective, self.actor == "continues"
+        check(clones or objective == "bc", "learner.actor_objective", objective,
+              "must be bc: a frozen policy is not cloned; actor = continues")  # fmt: skip
 
     @property
     def chosen_by(self) -> Selection:
@@ -186,6 +193,9 @@ class OnlineIDQL(Agent[Rollout]):
             terms = ValueTerms(learner.config.gamma, scale, bootstraps, scaled)
         target.terms = terms
         if data is not None:
+            if data.rewards_from == "success" and self.pool.spec.reward == "dense":
+                raise DatasetError("the data's rewards were made of success, 1 or 0, and the environment's are dense: "
+                                   "values are of one kind. Take its sparse reward, or leave the data out")  # fmt: skip
             learner.set_data(data, 1, terms)
         return terms
 

@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from dprl.agents import BC, DPPO, IDQL, IQL, DiffusionQL, OnlineIDQL
+from dprl.agents import BC, DPPO, IDQL, IQL, DiffusionQL, DPPOConfig, OnlineIDQL
 from dprl.config import to_json
 from dprl.data import DataOptions, open_dataset, summarize
 from dprl.data import convert as convert_dataset
@@ -252,7 +252,8 @@ def pretrain(config: Annotated[runs.PretrainConfig, Flat], *, out: Out, quiet: Q
     env = features.env_id or "ENV"
     then = f"evaluate {out} --env {env}"
     if isinstance(config.policy, DiffusionConfig | GaussianConfig | GMMConfig | LSTMGMMConfig):
-        steps = "" if isinstance(config.policy, DiffusionConfig) else " --dppo.tuned-steps 1"
+        there = config.policy.num_train_timesteps if isinstance(config.policy, DiffusionConfig) else 1
+        steps = "" if there >= DPPOConfig().tuned_steps else f" --dppo.tuned-steps {there}"
         then = f"finetune {out} --env {env}{steps} --out runs/finetune"
     print(f"The policy is in {out}. Next: dprl {then}")
 
@@ -269,9 +270,9 @@ def offline(config: Annotated[runs.OfflineConfig, Flat], *, out: Out, quiet: Qui
 
 def _how(acting: InferenceConfig) -> str:
     """The options that let a policy act so."""
-    how = f" --candidates {acting.candidates}" if acting.candidates else ""
-    how += f" --selection {acting.selection}" if acting.selection not in (None, "argmax") else ""
-    return how + (f" --temperature {acting.temperature:g}" if acting.temperature != 1 else "")
+    usual = InferenceConfig()
+    asked = {name: value for name, value in vars(acting).items() if value not in (getattr(usual, name), "argmax")}
+    return "".join(f" --{name.replace('_', '-')} {value}" for name, value in asked.items())
 
 
 @app.command
@@ -388,7 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not _is_memory_error(error):
             raise
-        remedy = "a smaller network, batch or number of environments needs less"
+        remedy = "a smaller network, batch or number of environments or candidates needs less"
         print(f"dprl: error: {str(error).splitlines()[0]}: {remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

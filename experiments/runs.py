@@ -289,7 +289,10 @@ class OfflineConfig:
         asked, usual = self.inference, ACTING[self.agent]
         if asked.candidates is None and usual.candidates is not None:
             asked = replace(asked, candidates=usual.candidates, selection=usual.selection)
-        return asked if asked.temperature != 1 else replace(asked, temperature=usual.temperature)
+        chooses, draws = asked.candidates is not None, not isinstance(self.policy, MSEConfig)
+        if chooses or not draws or asked.temperature != 1:
+            return asked
+        return replace(asked, temperature=usual.temperature)
 
     @property
     def learning(self) -> IDQLConfig:
@@ -643,6 +646,9 @@ def _agent(config: FinetuneConfig, prepared: _Finetuning, pool: RolloutPool) -> 
     if config.agent == "dppo":
         return DPPO(prepared.policy, pool, config.dppo, seed=config.seed)
     policy = cast("DiffusionPolicy", prepared.policy)  # or it is refused
+    fewest, start = config.total_timesteps // policy.n_action_steps, config.idql.start_decisions
+    check(fewest >= start, "total_timesteps", config.total_timesteps, f"are about {fewest} decisions; nothing is "
+          f"learned before idql.start_decisions, which are {start}")  # fmt: skip
     with _named(config.data):
         agent = OnlineIDQL(policy, pool, config.idql, data=prepared.data, seed=config.seed)
     policy.check_inference(config.acting)

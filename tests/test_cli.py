@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from dprl import cli
 from dprl.cli import main
 from dprl.data import Episodes, save_dataset
 from dprl.envs import catalogue
 from dprl.experiments import plots
 from dprl.experiments.catalogue import STUDIES
 from dprl.networks import LNResNetConfig, MLPConfig, TransformerConfig, UNetConfig
-from dprl.policy import DiffusionConfig, DiffusionPolicy, Features, GMMConfig, GMMPolicy, Policy
+from dprl.policy import DiffusionConfig, DiffusionPolicy, Features, GMMConfig, GMMPolicy, InferenceConfig, Policy
 from dprl.spec import EnvSpec
 
 PENDULUM = "InvertedPendulum-v5"
@@ -434,3 +435,19 @@ def test_every_study_is_on_the_command_line(capsys):
     assert run("experiment --help") == 0
     text = capsys.readouterr().out
     assert [name for name in STUDIES if name not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("acting", "options"),
+    [
+        (InferenceConfig(), ""),
+        (InferenceConfig(candidates=64, selection="argmax"), " --candidates 64"),
+        (
+            InferenceConfig("ddim", 2, 0.5, candidates=7, selection="softmax", selection_scale=3.0, temperature=0.5),
+            " --solver ddim --num-inference-steps 2 --eta 0.5 --temperature 0.5 --candidates 7 --selection softmax"
+            " --selection-scale 3.0",
+        ),
+    ],
+)
+def test_what_comes_next_says_how_the_policy_acts(acting, options):
+    assert cli._how(acting) == options

@@ -9,13 +9,15 @@ Shapes: N decisions, O observation steps, E executed actions.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from dprl.data.episodes import Episodes
 from dprl.errors import DatasetError, check, check_count
-from dprl.spec import FloatArray, IntArray
+from dprl.spec import BoolArray, FloatArray, IntArray
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ def decisions(
     """Cut every decision out of `data`.
 
     Left out is a decision after which nobody knows what follows: its episode was cut off there, and what its last
-    action led to was not kept.
+    action led to was not kept. There is a warning where most of what was earned is left out with them, or where nothing
+    was earned at all.
 
     Args:
         data: with rewards.
@@ -65,7 +68,7 @@ def decisions(
             of success, see `Episodes.rewards_from`.
 
     Raises:
-        DatasetError: the data have no rewards, or no decision is left.
+        DatasetError: the data have no rewards, no decision is left, or none that earned anything.
     """
     check_count("n_obs_steps", n_obs_steps)
     check_count("n_action_steps", n_action_steps)
@@ -93,6 +96,26 @@ def decisions(
     action_rows = np.minimum(step[:, None] + np.arange(n_action_steps), end[:, None] - 1)
     executed = np.arange(n_action_steps) < n_steps[:, None]
     rewards = chunk_return(np.where(executed, np.asarray(data.rewards)[action_rows], 0), gamma)
+    _require_rewards(np.abs(rewards, dtype=np.float64), kept)
     discounts = np.where(terminated, 0.0, gamma**n_steps).astype(np.float32)
     columns = (observation_rows, action_rows, n_steps, next_rows, rewards, discounts)
     return Decisions(*(column[kept] for column in columns))
+
+
+MUCH = 0.5
+"""Share of what was earned; if more than this is left out, it is told."""
+
+
+def _require_rewards(earned: npt.NDArray[np.float64], kept: BoolArray) -> None:
+    """Raise DatasetError where every decision that `earned` anything, positive or not, is left out; tell of less."""
+    total, left_out = earned.sum(), earned[~kept].sum()
+    remedy = ("what the last action of an episode led to was not kept; if nothing follows where episodes end, set "
+              "bootstrap_truncated to False")  # fmt: skip
+    if total == 0:
+        warnings.warn("all rewards of the data are 0: there is nothing to choose actions by", stacklevel=3)
+    elif not earned[kept].any():
+        raise DatasetError(f"all rewards are in decisions that must be left out: {remedy}")
+    elif left_out > MUCH * total:
+        warnings.warn(
+            f"{left_out / total:.0%} of the rewards are in decisions that are left out: {remedy}", stacklevel=3
+        )

@@ -70,7 +70,8 @@ def best_of(
     if selection == "argmax":
         chosen = scores.argmax(1)
     else:
-        weight = scores if selection == "implicit" else torch.softmax(scale * scores, dim=1)
+        best = scores.amax(1, keepdim=True)  # taken off first, so that no product is too large
+        weight = scores if selection == "implicit" else torch.softmax(scale * (scores - best), dim=1)
         chosen = _pick(weight, draw_uniform((n,), generator, weight.device) if uniform is None else uniform)
     return chunks.view(n, candidates, *chunks.shape[1:])[torch.arange(n, device=chunks.device), chosen]
 

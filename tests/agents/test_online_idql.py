@@ -242,6 +242,11 @@ def test_it_learns() -> None:
         ({"candidates": 0}, "candidates = 0"),
         ({"updates_per_decision": 0.0}, "updates_per_decision = 0.0"),
         ({"start_decisions": 301}, "start_decisions = 301: must be at most capacity, which is 300"),
+        ({"candidates": 1, "selection": "argmax"}, "selection = 'argmax': needs candidates, more than 1"),
+        (
+            {"learner": IDQLConfig(actor_objective="soft")},
+            "learner.actor_objective = 'soft': must be bc: a frozen policy",
+        ),
     ],
 )
 def test_bad_settings_are_refused(changes: dict[str, object], message: str) -> None:
@@ -262,6 +267,9 @@ def test_what_cannot_go_on_is_refused() -> None:
         OnlineIDQL(toy_policy(), env, replace(SMALL, capacity=20, n_steps=6))
     with pytest.raises(DatasetError, match="neither rewards nor success"):
         OnlineIDQL(toy_policy(), env, SMALL, data=replace(reach_demonstrations(0), rewards_from="none"))
+    dense = make_toy(replace(reach_spec(), reward="dense"), 4)
+    with pytest.raises(DatasetError, match="rewards were made of success, 1 or 0, and the environment's are dense"):
+        OnlineIDQL(toy_policy(), dense, SMALL, data=replace(reach_demonstrations(0), rewards_from="success"))
 
 
 def test_rewards_are_scaled_as_those_of_the_data() -> None:

@@ -88,3 +88,31 @@ def test_data_without_rewards_are_refused() -> None:
 def test_bad_arguments_are_refused(arguments: tuple[int, int, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         decisions(random_episodes(), *arguments)
+
+
+def sparse(rewards: list[float], known: list[bool]) -> Episodes:
+    """Four episodes that were cut off, each with a reward at its end."""
+    data = random_episodes()
+    earned = np.zeros(len(data.actions), np.float32)
+    earned[np.asarray(data.ends) - 1] = rewards
+    cut, outcomes = np.zeros(4, np.bool_), np.array(known)
+    return replace(data, rewards=earned, terminated=cut, final_known=outcomes, rewards_from="data")
+
+
+def test_rewards_that_would_all_be_left_out_are_refused() -> None:
+    data = sparse([0, 1, 0, 1], [True, False, True, False])
+    with pytest.raises(DatasetError, match="all rewards are in decisions that must be left out"):
+        decisions(data, 1, 2, 0.9)
+    kept = decisions(data, 1, 2, 0.9, bootstrap_truncated=False)
+    assert len(kept) == len(data.actions)
+    assert (kept.rewards > 0).sum() == 4
+
+
+def test_rewards_of_which_most_are_left_out_are_told() -> None:
+    with pytest.warns(UserWarning, match="75% of the rewards are in decisions that are left out"):
+        decisions(sparse([1, 1, 1, 1], [True, False, False, False]), 1, 2, 0.9)
+
+
+def test_rewards_that_are_all_zero_are_told() -> None:
+    with pytest.warns(UserWarning, match="all rewards of the data are 0"):
+        decisions(sparse([0] * 4, [True] * 4), 1, 2, 0.9)

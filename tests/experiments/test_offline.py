@@ -15,7 +15,7 @@ from dprl.experiments import plots, runs
 from dprl.experiments.runs import CollectConfig, FinetuneConfig, OfflineConfig
 from dprl.log import read_metrics
 from dprl.networks import LNResNetConfig
-from dprl.policy import ChunkCritic, CriticConfig, DiffusionConfig, Features, InferenceConfig, Policy
+from dprl.policy import ChunkCritic, CriticConfig, DiffusionConfig, Features, GaussianConfig, InferenceConfig, Policy
 from dprl.spec import EnvOptions, EnvSpec
 from tests.policy.small import random_episodes
 
@@ -171,3 +171,24 @@ def test_what_the_policy_does_not_have_is_refused(data: Path, tmp_path: Path) ->
             config(data, inference=InferenceConfig("euler", candidates=2)), tmp_path / "run", progress_bar=False
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_iql_with_a_policy_that_draws_nothing(data: Path, tmp_path: Path) -> None:
+    small = ["--steps", "2", "--eval-every", "1", "--eval-episodes", "1", "--idql.bc.steps-per-iteration", "1"]
+    arguments = ["offline", str(data), "--agent", "iql", "--quiet", *small, "--out", str(tmp_path / "run")]
+    assert main([*arguments, "mse", "--policy.hidden-size", "8"]) == 0
+    assert Policy.from_pretrained(tmp_path / "run").name == "mse"
+
+
+def test_iqls_candidates_differ() -> None:
+    asked = InferenceConfig(candidates=8)
+    assert OfflineConfig("data", GaussianConfig(), agent="iql", inference=asked).acting == asked
+    assert OfflineConfig("data", GaussianConfig(), agent="iql").acting == InferenceConfig(temperature=0.0)
+
+
+def test_too_few_steps_to_learn_anything_online_are_refused(data: Path, tmp_path: Path) -> None:
+    runs.offline(config(data), tmp_path / "run", progress_bar=False)
+    short = FinetuneConfig(str(tmp_path / "run"), "Avoid-v0", total_timesteps=1_000, agent="idql", n_envs=4, workers=0)
+    with pytest.raises(ConfigError, match="total_timesteps = 1000: are about 250 decisions; nothing is learned before"):
+        runs.finetune(short, tmp_path / "short", progress_bar=False)
+    assert not (tmp_path / "short").exists()

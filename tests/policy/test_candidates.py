@@ -241,3 +241,21 @@ def test_a_critic_sees_images_by_itself() -> None:
     assert critic.score(obs, torch.zeros(2, 3, 2)).shape == (2,)
     assert critic.encoder is not policy.encoder
     assert FEATURES.cameras == ()
+
+
+@pytest.mark.parametrize("scale", [1e38, 3.4e38])
+def test_a_softmax_of_an_enormous_scale_takes_the_best(scale: float) -> None:
+    policy = small_policy("diffusion")
+
+    class Large(FirstNumber):
+        def score(self, obs: Tensor, actions: Tensor) -> Tensor:
+            return 100 * actions[:, 0, 0]
+
+    policy.scorer = Large()
+
+    def planned(inference: InferenceConfig) -> Tensor:
+        control = RecedingHorizon(policy, inference)
+        return control.plan(OBS, control.start(4), torch_generator(3))[0]
+
+    chosen = planned(InferenceConfig(candidates=5, selection="softmax", selection_scale=scale))
+    assert chosen[:, 0, 0].equal(planned(InferenceConfig(candidates=5))[:, 0, 0])
