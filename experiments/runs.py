@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -64,6 +65,7 @@ from dprl.spec import EnvOptions, EnvSpec, resolve, with_n_obs_steps
 from dprl.training import Evaluate, LoopConfig, RunFolder, train
 from dprl.training.run import RUN_FILE
 
+log = logging.getLogger(__name__)
 policy_name = partial(tyro.conf.subcommand, prefix_name=False)
 FLOW = DiffusionConfig(
     num_train_timesteps=100,
@@ -627,18 +629,26 @@ def _prepare_finetune(config: FinetuneConfig, folder: Path) -> _Finetuning:
     dppo, spec = config.dppo, resolve(config.env, config.options)
     policy = Policy.from_pretrained(folder, device=config.device)
     require_fit(policy, spec)
+    _tell_of_others("the policy learned in", policy.features.env_id, spec)
     data: Episodes | None = None
     if config.agent == "dppo":
         mdp_of(policy, dppo.tuned_steps, dppo.exploration, dppo.solver, exact=dppo.likelihood == "exact")
         policy.check_inference(config.inference)  # of the way that it samples from now on
     elif config.data is not None:
         data = load_dataset(config.data, filter_key=config.data_filter_key, keys=config.data_keys)
+        _tell_of_others("the data are from", data.env_id, spec)
     slices = config.n_envs // checked_slice_size(config.n_envs, config.slice_size)
     fits = not config.workers or slices % config.workers == 0
     check(fits, "workers", config.workers, f"must divide the number of slices, which is {slices}; see slice_size")
     if config.n_action_steps is not None:
         policy.set_n_action_steps(config.n_action_steps)
     return _Finetuning(policy, with_n_obs_steps(spec, policy.config.n_obs_steps), data)
+
+
+def _tell_of_others(what: str, env_id: str | None, spec: EnvSpec) -> None:
+    """Say where policy or data are of another environment that has the same sizes."""
+    if env_id not in (None, spec.id):
+        log.warning("note: %s %s, not %s", what, env_id, spec.id)
 
 
 def _agent(config: FinetuneConfig, prepared: _Finetuning, pool: RolloutPool) -> DPPO | OnlineIDQL:

@@ -192,3 +192,16 @@ def test_too_few_steps_to_learn_anything_online_are_refused(data: Path, tmp_path
     with pytest.raises(ConfigError, match="total_timesteps = 1000: are about 250 decisions; nothing is learned before"):
         runs.finetune(short, tmp_path / "short", progress_bar=False)
     assert not (tmp_path / "short").exists()
+
+
+def test_a_policy_and_data_of_another_environment_are_told(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs.offline(config(data), tmp_path / "run", progress_bar=False)
+    here = FinetuneConfig(
+        str(tmp_path / "run"), "PointMaze-Halves-v0", total_timesteps=8, agent="idql", n_envs=4, workers=0,
+        idql=OnlineIDQLConfig(start_decisions=1, candidates=2), eval_every=0, data=str(data),
+    )  # fmt: skip
+    runs.finetune(here, tmp_path / "tuned", progress_bar=False)
+    for which in ("the policy learned in", "the data are from"):
+        assert f"{which} Avoid-v0, not PointMaze-Halves-v0" in caplog.text

@@ -77,7 +77,10 @@ def _start(address: str | None, runtime_env: dict[str, Any] | None) -> None:
     if address is None:
         elsewhere = "RAY_ADDRESS" in os.environ
         here: dict[str, Any] = {} if elsewhere else {"address": "local", "include_dashboard": False}
-        ray.init(runtime_env=runtime_env, **here, **quiet)
+        try:
+            ray.init(runtime_env=runtime_env, **here, **quiet)
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            raise ConfigError(f"Ray did not start: {error}; without it, set workers and eval_workers to 0") from error
         return
     try:
         host, _, port = address.partition(":")
