@@ -19,6 +19,9 @@ from dprl.data.episodes import Episodes
 from dprl.errors import DatasetError, check, check_count
 from dprl.spec import BoolArray, FloatArray, IntArray
 
+MUCH = 0.5
+"""Share of what was earned; if more than this is left out, it is told."""
+
 
 @dataclass(frozen=True)
 class Decisions:
@@ -100,10 +103,6 @@ def decisions(
     discounts = np.where(terminated, 0.0, gamma**n_steps).astype(np.float32)
     columns = (observation_rows, action_rows, n_steps, next_rows, rewards, discounts)
     return Decisions(*(column[kept] for column in columns))
-
-
-MUCH = 0.5
-"""Share of what was earned; if more than this is left out, it is told."""
 
 
 def _require_rewards(earned: npt.NDArray[np.float64], kept: BoolArray) -> None:

@@ -130,6 +130,17 @@ def test_the_copy_can_be_imported_alone():
         assert environment is None
 
 
+def test_a_ray_that_does_not_start_is_one_error(monkeypatch):
+    from dprl.rollout.ray_pool.cluster import _start
+
+    def init(**_):
+        raise Exception("The current node timed out during startup.")  # as Ray raises it
+
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(ConfigError, match="Ray did not start: The current node timed out during startup"):
+        _start(None, None)
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "no.such.host:6379", "nonsense"])
 def test_an_address_where_no_cluster_is_is_refused_at_once(address, tmp_path):
     start = time.monotonic()

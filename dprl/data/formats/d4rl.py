@@ -64,7 +64,7 @@ class D4RL(HDF5Source):
     @staticmethod
     def detects(path: Path) -> bool:
         """See `Source.detects`."""
-        return set(NEEDED) <= top_level(path)
+        return set(NEEDED) <= top_level(path).keys()
 
     def _read(self, index: int) -> Episode:
         first, end = int(self._starts[index]), int(self._ends[index])

@@ -38,21 +38,13 @@ def is_hdf5(file: Path) -> bool:
         return stream.read(len(SIGNATURE)) == SIGNATURE
 
 
-def top_level(path: Path) -> set[str]:
-    """Names in the root of an HDF5 file; none, where it is no such file."""
+def top_level(path: Path) -> dict[str, bool]:
+    """Names in the root of an HDF5 file, and which are groups; none, where it is no such file."""
     if not path.is_file() or not is_hdf5(path):
-        return set()
-    with require_h5py().File(path, "r") as h5:
-        return set(h5)
-
-
-def groups_of(path: Path) -> set[str]:
-    """Names of the groups in the root of an HDF5 file; none, where it is no such file."""
-    if not top_level(path):
-        return set()
+        return {}
     h5py = require_h5py()
     with h5py.File(path, "r") as h5:
-        return {name for name in h5 if h5.get(name, getclass=True) is h5py.Group}
+        return {name: h5.get(name, getclass=True) is h5py.Group for name in h5}
 
 
 def numbered(group: Any, prefix: str, file: Path) -> list[str]:

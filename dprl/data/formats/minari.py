@@ -132,7 +132,8 @@ def episode_of(
     success = attributes.get("success")
     if "success" in parts.get("infos", {}):
         infos = np.asarray(parts["infos"]["success"])
-        success = flags(infos, "infos/success", steps + (len(infos) == steps + 1), where).any()
+        rows = steps + 1 if len(infos) == steps + 1 else steps  # with that of the reset, or without
+        success = flags(infos, "infos/success", rows, where).any()
     return Episode(
         where,
         state if attributes.get("final_known", True) else state[:-1],

@@ -175,11 +175,9 @@ def _root_in_zip(names: list[str]) -> str | None:
 def _files(path: Path) -> list[str]:
     """Every file of the buffer."""
     if path.is_dir():
-        names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
-    else:
-        with zipfile.ZipFile(path) as archive:
-            names = [name.removeprefix(f"{_root_in(path)}/") for name in archive.namelist()]
-    return names
+        return [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+    with zipfile.ZipFile(path) as archive:
+        return [name.removeprefix(f"{_root_in(path)}/") for name in archive.namelist()]
 
 
 def require_zarr() -> Any:

@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dprl.data.formats.hdf5 import HDF5Source, chosen_parts, groups_of, is_read, numbered, state_and_images
+from dprl.data.formats.hdf5 import HDF5Source, chosen_parts, is_read, numbered, state_and_images, top_level
 from dprl.data.source import Episode, flags, leaves, numbers
 from dprl.errors import DatasetError, did_you_mean
 
@@ -56,7 +56,7 @@ class Robomimic(HDF5Source):
     @staticmethod
     def detects(path: Path) -> bool:
         """See `Source.detects`."""
-        return "data" in groups_of(path)
+        return top_level(path).get("data", False)
 
     def _read(self, index: int) -> Episode:
         name, steps = self._names[index], self.lengths[index]
