@@ -18,6 +18,14 @@ LONG = ("rollout", "training", "experiments", "interop", "test_packaging.py", "t
 """What starts processes."""
 
 
+@pytest.fixture(autouse=True)
+def _repeatable() -> None:
+    """Let what draws from torch's own generator, such as initial weights, draw the same each time."""
+    import torch  # here, because what it finds in the environment counts
+
+    torch.manual_seed(0)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let the longest files come first, so that none of them runs alone at the end."""
     folder = Path(__file__).parent

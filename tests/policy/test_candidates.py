@@ -224,7 +224,7 @@ def test_a_critics_score_is_the_least_of_its_q(n_critics: int) -> None:
 
 def test_only_executed_actions_count() -> None:
     policy = small_policy("diffusion")  # two of three
-    critic = ChunkCritic(policy, CriticConfig(hidden_size=4))
+    critic = ChunkCritic(policy, CriticConfig(hidden_size=64))  # fewer may all be silent
     actions = torch.rand(4, 3, 2)
     other = actions.clone()
     other[:, 2] += 1
