@@ -38,6 +38,7 @@ from dprl.experiments.studies import (
     StudyConfig,
     curve_file,
     grouped,
+    require_ready_for,
     run_cells,
     tuned,
     write_table,
@@ -218,12 +219,15 @@ def on_mujoco(envs: Sequence[str], config: StudyConfig, *, progress_bar: bool = 
     """Study `offline-mujoco`, or of one of its environments."""
     tasks, notes, references = dict[str, Recipe](), [], dict[str, References]()
     size = PAPER if config.paper else SMALL
+    known = {
+        name: {f"{name}-{kind}": mujoco(GYM[name], kind, (), size) for kind in KINDS if kind != REPLAY} for name in envs
+    }  # medium-replay is of what its expert's training leaves
+    require_ready_for([cell for recipes in known.values() for cell in cells_of(recipes, config)], config)
     for name in envs:
         env = GYM[name]
-        known = {f"{name}-{kind}": mujoco(env, kind, (), size) for kind in KINDS if kind != REPLAY}
-        expert, medium = demonstrators_of(env, cells_of(known, config), config, progress_bar=progress_bar)
+        expert, medium = demonstrators_of(env, cells_of(known[name], config), config, progress_bar=progress_bar)
         before = [seen.name for seen in runs.forerunners(expert_folder(env, config))]
-        tasks |= known | {f"{name}-{REPLAY}": mujoco(env, REPLAY, before, size)}
+        tasks |= known[name] | {f"{name}-{REPLAY}": mujoco(env, REPLAY, before, size)}
         references[name] = References(random_return(env), expert.return_mean)
         notes.append(
             f"{env}: scores are normalised between the returns of random actions, {references[name].random:,.0f}, and "

@@ -9,7 +9,7 @@ import torch
 
 from dprl.agents import BCConfig, DPPOConfig, IDQLConfig
 from dprl.data import load_dataset
-from dprl.errors import ConfigError
+from dprl.errors import ConfigError, RunExistsError
 from dprl.experiments import offline, plots, runs, studies
 from dprl.experiments.offline import References
 from dprl.experiments.runs import CollectConfig, Seen
@@ -198,3 +198,41 @@ def test_all_of_mujoco_is_tabled_with_its_references(tmp_path: Path, monkeypatch
     assert "medium-replay is of 2 policies" in text
     assert "| mean | BC | 50.00 |" in text
     assert sum("| 50 (" in line for line in text.splitlines()) == 9 * len(offline.METHODS)
+
+
+class CollectingError(Exception):
+    """It came as far as the data."""
+
+
+def test_an_expert_is_trained_in_a_new_folder_and_then_its_data_are_collected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of a real run: what is trained first is no stranger in the study's folder."""
+    trained = []
+
+    def train_expert(expert: runs.ExpertConfig, out: Path, *, progress_bar: bool) -> tuple[Seen, Seen]:
+        (out / "checkpoints").mkdir(parents=True)
+        (out / "medium.zip").touch()
+        trained.append(expert.env)
+        return Seen(9, 1.0, 3_000.0, 1.0), Seen(3, 0.5, 1_000.0, 1.0)
+
+    def collect(config: CollectConfig, *args: object, **kwargs: object) -> None:
+        raise CollectingError(config.expert)
+
+    monkeypatch.setattr(runs, "train_expert", train_expert)
+    monkeypatch.setattr(runs, "forerunners", lambda out: [Seen(3, 0.5, 1_000.0, 1.0)])
+    monkeypatch.setattr(runs, "collect", collect)
+    monkeypatch.setattr(offline, "random_return", lambda env: 0.0)
+    config = StudyConfig(tmp_path / "new", seeds=(0,))
+    with pytest.raises(CollectingError, match=r"new/experts/Hopper-v5/medium\.zip"):
+        offline.on_hopper(config, progress_bar=False)
+    assert trained == ["Hopper-v5"]
+
+
+def test_a_folder_that_is_none_of_a_study_is_refused_before_an_expert_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "train_expert", lambda *_, **__: pytest.fail("it was trained"))
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(RunExistsError, match="not empty"):
+        offline.on_hopper(StudyConfig(tmp_path, seeds=(0,)), progress_bar=False)
