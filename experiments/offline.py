@@ -114,7 +114,7 @@ class Size:
     """Of each; `medium-expert` has twice as many."""
     steps: int
     idql: IDQLConfig
-    policy: DiffusionConfig = MLP_BEHAVIOUR
+    policy: DiffusionConfig
 
 
 def mujoco(env: str, kind: str, forerunners: Sequence[str], size: Size) -> Recipe:
@@ -137,7 +137,7 @@ def mujoco(env: str, kind: str, forerunners: Sequence[str], size: Size) -> Recip
 QUALITIES = (0.3, 1.0, 2.0)
 """Standard deviations of the action noise."""
 METAWORLD = ("push", "pick-place", "bin-picking", "box-close", "peg-insert-side", "hammer")
-SMALL = Size(100_000, 20_000, IDQLConfig(return_range=10.0))
+SMALL = Size(100_000, 20_000, IDQLConfig(return_range=100.0), replace(MLP_BEHAVIOUR, horizon=1, n_action_steps=1))
 PAPER = Size(
     1_000_000,
     3_000_000,
@@ -198,7 +198,7 @@ def _gaussian(policy: DiffusionConfig) -> GaussianConfig:
 def on_mazes(config: StudyConfig, *, progress_bar: bool = True) -> Path:
     """Study `offline-stitch`."""
     outcomes = run_cells(cells_of(MAZES, config), config, progress_bar=progress_bar)
-    return _write("offline-stitch", outcomes, config, [])
+    return _write("offline-stitch", outcomes, config, [CHUNKS])
 
 
 def on_metaworld(config: StudyConfig, *, progress_bar: bool = True) -> Path:
@@ -208,8 +208,8 @@ def on_metaworld(config: StudyConfig, *, progress_bar: bool = True) -> Path:
     qualities = ", ".join(map(str, QUALITIES))
     recipe = tasks[METAWORLD[0]]
     note = (
-        f"{recipe.sources[0].episodes} episodes each of a scripted expert whose actions are disturbed by noise of "
-        f"{qualities}; sparse reward. Critics learn at {recipe.idql.learning_rate:g} for "
+        f"{CHUNKS} {recipe.sources[0].episodes} episodes each of a scripted expert whose actions are disturbed by noise "
+        f"of {qualities}; sparse reward. Critics learn at {recipe.idql.learning_rate:g} for "
         f"{recipe.steps * config.scale:,.0f} gradient steps, where the paper has 3e-4 and millions."
     )
     return _write("offline-metaworld", outcomes, config, [note])
@@ -392,10 +392,8 @@ WAYS = {
     "continues": "IDQL, the policy goes on",
     "dppo": "DPPO",
 }
-SMALLER = (
-    " Denoisers are MLPs 256 wide and decisions chunks of four actions, where the paper has its LN-ResNet, which is "
-    "`dprl offline`'s default, and single actions."
-)
+SMALLER = " Denoisers are MLPs 256 wide, where the paper has its LN-ResNet, which is `dprl offline`'s default."
+CHUNKS = "Decisions are chunks of four actions, where the paper's are single ones."
 DIFFERS = (
     "Those are scores against D4RL's references, of sets that SAC made, larger than these; IDQL learned from them in "
     "1.5 to 3 million gradient steps, and was tuned for each set."
