@@ -135,7 +135,7 @@ def test_going_on_online_uses_data_critics_and_policy(tmp_path: Path, monkeypatc
 
 def test_mujocos_data_sets_follow_the_recipe() -> None:
     medium, replay, both = (
-        offline.mujoco("Hopper-v5", kind, ["step-1", "step-2"], offline.SMALL) for kind in offline.KINDS
+        offline.mujoco("Hopper-v5", kind, ["step-1", "step-2"], offline.SINGLE) for kind in offline.KINDS
     )
     assert [s.expert for s in medium.sources] == ["experts/Hopper-v5/medium.zip"]
     assert [s.expert.rsplit("/")[-1] for s in replay.sources] == ["step-1.zip", "step-2.zip"]
@@ -196,6 +196,7 @@ def test_all_of_mujoco_is_tabled_with_its_references(tmp_path: Path, monkeypatch
     text = page.read_text()
     assert "| hopper-medium-replay | IDQL, N = 64 | 50 (" in text
     assert "medium-replay is of 2 policies" in text
+    assert (text.count(offline.CHUNKS), text.count("Decisions are single actions.")) == (1, 2)
     assert "| mean | BC | 50.00 |" in text
     assert sum("| 50 (" in line for line in text.splitlines()) == 9 * len(offline.METHODS)
 
