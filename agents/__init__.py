@@ -7,6 +7,7 @@ from dprl.agents.bc import BC, BCConfig
 from dprl.agents.diffusion_ql import DiffusionQL, DiffusionQLConfig
 from dprl.agents.dppo import DPPO
 from dprl.agents.dppo_config import DPPOConfig
+from dprl.agents.energy import Energy, EnergyConfig
 from dprl.agents.idql import IDQL, IDQLConfig
 from dprl.agents.iql import IQL
 from dprl.agents.online_idql import OnlineIDQL, OnlineIDQLConfig
@@ -20,6 +21,8 @@ __all__ = [
     "DPPOConfig",
     "DiffusionQL",
     "DiffusionQLConfig",
+    "Energy",
+    "EnergyConfig",
     "IDQLConfig",
     "OnlineIDQL",
     "OnlineIDQLConfig",

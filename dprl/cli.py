@@ -29,6 +29,7 @@ from dprl.experiments import demo as demo_module
 from dprl.experiments import inspection, runs
 from dprl.experiments.catalogue import CATALOGUE, SIZED, STUDIES, find
 from dprl.experiments.studies import StudyConfig
+from dprl.guidance.spec import GuidanceConfig, steering
 from dprl.policy import (
     DiffusionConfig,
     GaussianConfig,
@@ -39,7 +40,6 @@ from dprl.policy import (
     RecedingHorizon,
     find_policy,
 )
-from dprl.rollout import evaluate as evaluate_policy
 from dprl.rollout.evaluation import check_evaluation
 from dprl.spec import EnvOptions, load, resolve
 from dprl.training.progress import ProgressBar
@@ -302,7 +302,10 @@ def evaluate(
     episodes: int = 100,
     seed: int = 0,
     inference: Annotated[InferenceConfig, Flat] = InferenceConfig(),  # noqa: B008  frozen
+    guidance: Annotated[GuidanceConfig, Flat] = GuidanceConfig(),  # noqa: B008  frozen
     n_action_steps: int | None = None,
+    pool: Literal["local", "ray"] = "local",
+    workers: int = 2,
     device: str = "cpu",
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
     options: EnvOptions = EnvOptions(),  # noqa: B008  frozen
@@ -316,7 +319,10 @@ def evaluate(
         episodes: How many.
         seed: Of the start states and the policy's noise; the same seed gives the same result.
         inference: How the policy acts.
+        guidance: What steers it.
         n_action_steps: How many actions of a chunk are executed. Default: the policy's own number.
+        pool: Where episodes are played: in this process, or on Ray, with the same result.
+        workers: Of Ray.
         device: Where the policy runs.
         json_: Print one JSON object on standard output and nothing else.
         options: Of the environment.
@@ -329,7 +335,9 @@ def evaluate(
     check_evaluation(loaded, spec, episodes, seed)
     if loaded.features.env_id not in (None, spec.id):
         print(f"note: the policy learned in {loaded.features.env_id}, not in {spec.id}", file=sys.stderr)
-    control = RecedingHorizon(loaded, inference)
+    sys.path.append(os.getcwd())  # where a function of the user's is looked for
+    guide, scorer = steering(guidance, loaded)
+    control = RecedingHorizon(loaded, inference, guide=guide, scorer=scorer)
     if n_action_steps is not None:
         ensembles = inference.temporal_ensembling is not None
         check(
@@ -337,8 +345,9 @@ def evaluate(
         )
         loaded.set_n_action_steps(n_action_steps)
     with ProgressBar("evaluate", episodes, shown=not quiet and not json_) as bar:
-        result = evaluate_policy(loaded, spec, episodes, seed, inference=inference, on_progress=bar.advance)
+        result = runs.played(control, spec, episodes, seed, pool, workers, on_progress=bar.advance)
     how = {"policy": str(policy), "n_action_steps": control.n_action_steps, "inference": to_json(inference)}
+    how |= {"guidance": to_json(guidance)} if guidance != GuidanceConfig() else {}
     if json_:
         print(json.dumps({**how, **result.to_json()}))
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -55,6 +55,7 @@ from dprl.policy import (
     LSTMGMMConfig,
     MSEConfig,
     Policy,
+    RecedingHorizon,
     find_policy,
 )
 from dprl.rollout import Evaluation, RolloutPool, evaluate
@@ -587,7 +588,7 @@ def _prepare_training(config: PretrainConfig | OfflineConfig) -> _Training:
             agent = _offline_agent(policy, config)
         else:
             agent = BC(policy, config.bc, seed=config.seed)
-        policy.check_inference(config.acting)
+        RecedingHorizon(policy, config.acting)  # or the way it is evaluated is refused
         agent.set_data(data, config.steps)
     asked = config.env if isinstance(config, OfflineConfig) else None
     if not config.eval_every and asked is None:
@@ -633,7 +634,7 @@ def _prepare_finetune(config: FinetuneConfig, folder: Path) -> _Finetuning:
     data: Episodes | None = None
     if config.agent == "dppo":
         mdp_of(policy, dppo.tuned_steps, dppo.exploration, dppo.solver, exact=dppo.likelihood == "exact")
-        policy.check_inference(config.inference)  # of the way that it samples from now on
+        RecedingHorizon(policy, config.inference)  # of the way that it samples from now on
     elif config.data is not None:
         data = load_dataset(config.data, filter_key=config.data_filter_key, keys=config.data_keys)
         _tell_of_others("the data are from", data.env_id, spec)
@@ -661,7 +662,7 @@ def _agent(config: FinetuneConfig, prepared: _Finetuning, pool: RolloutPool) -> 
           f"learned before idql.start_decisions, which are {start}")  # fmt: skip
     with _named(config.data):
         agent = OnlineIDQL(policy, pool, config.idql, data=prepared.data, seed=config.seed)
-    policy.check_inference(config.acting)
+    RecedingHorizon(policy, config.acting)
     return agent
 
 
@@ -699,6 +700,32 @@ def _scoring(config: FinetuneConfig, prepared: _Finetuning, pool: RolloutPool) -
         evaluator = RayEvaluator(prepared.spec, num_workers=config.eval_workers)
     with evaluator:
         yield lambda: evaluator.start(policy, episodes, seed, inference=config.acting)
+
+
+def played(
+    control: RecedingHorizon,
+    spec: EnvSpec,
+    episodes: int,
+    seed: int,
+    pool: Literal["local", "ray"],
+    workers: int,
+    *,
+    on_progress: Callable[[int], None],
+) -> Evaluation:
+    """Evaluate in this process or on Ray workers, with the same result. See `dprl.rollout.evaluate`."""
+    policy, inference, guide, scorer = control.policy, control.inference, control.guide, control.scorer
+    if pool == "local":
+        return evaluate(
+            policy, spec, episodes, seed, inference=inference, guide=guide, scorer=scorer, on_progress=on_progress
+        )
+    from dprl.rollout.ray_pool import RayEvaluator
+
+    with _called("workers"):
+        evaluator = RayEvaluator(spec, num_workers=workers)
+    with evaluator:
+        return evaluator.start(
+            policy, episodes, seed, inference=inference, guide=guide, scorer=scorer, on_progress=on_progress
+        ).result()
 
 
 def _selection(config: PretrainConfig | OfflineConfig | FinetuneConfig) -> int:

@@ -163,6 +163,11 @@ ERRORS = {
     "missing data": ("pretrain nowhere --out new", "nowhere", "holds no data set"),
     "corrupt data": ("pretrain corrupt --out new", "main_data.hdf5", "damaged"),
     "cut data": ("pretrain cut --out new", "main_data.hdf5", "damaged"),
+    "guide that is none": (f"{EVALUATE} --guide critics", "guide = 'critics'", "module:function"),
+    "scale of nothing": (f"{EVALUATE} --scale 2", "scale = 2.0", "needs a guide"),
+    "critics of a policy without": (f"{EVALUATE} --guide critic", "guide = 'critic'", "dprl offline"),
+    "guide of no diffusion policy": (f"evaluate gmm --env {PENDULUM} --guide tests.toys:reach_spec", "guide = ", "gmm"),
+    "no workers": (f"{EVALUATE} --pool ray --workers 0", "workers = 0"),
     "missing policy": (f"evaluate nowhere --env {PENDULUM}", "nowhere", "config.json"),
     "missing policy to tune": (f"finetune nowhere --env {PENDULUM} --out new", "nowhere", "config.json"),
     "other observation size (evaluate)": (f"evaluate other --env {PENDULUM}", "observation_size = 5", "has 4"),
@@ -329,6 +334,38 @@ def test_evaluate_shows_a_table_and_another_seed_differs(folder, monkeypatch, ca
     assert evaluate_json(capsys, f"evaluate gmm --env {PENDULUM} {SHORT} --episodes 2 --json")["episodes"] == 2
     results = [evaluate_json(capsys, f"{EVALUATE} --episodes 3 --seed {seed} --json") for seed in (0, 1)]
     assert results[0]["return_mean"] != results[1]["return_mean"]
+
+
+def test_evaluate_is_steered_by_a_function_beside_it(folder, monkeypatch, tmp_path, capsys):
+    (tmp_path / "my_reward.py").write_text("def strong(obs, actions):\n    return (actions ** 2).sum((1, 2))\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(folder)
+    command = f"{EVALUATE} --episodes 3 --json"
+    plain, guided, chosen, still = (
+        evaluate_json(capsys, f"{command} {how}")
+        for how in (
+            "",
+            "--guide my_reward:strong --scale 0.5 --scaling normalized",
+            "--candidates 4 --scorer my_reward:strong",
+            "--guide my_reward:strong --scale 0",
+        )
+    )
+    assert len({result["return_mean"] for result in (plain, guided, chosen)}) == 3
+    assert still["return_mean"] == plain["return_mean"]
+    assert guided["guidance"]["guide"] == "my_reward:strong"
+    assert "guidance" not in plain
+
+
+@pytest.mark.full
+def test_evaluate_on_ray_is_evaluate_here(folder, monkeypatch, tmp_path, capsys):
+    (tmp_path / "my_reward_on_ray.py").write_text("def strong(obs, actions):\n    return (actions ** 2).sum((1, 2))\n")
+    monkeypatch.chdir(tmp_path)
+    command = f"{EVALUATE.replace(' policy', f' {folder}/policy')} --episodes 3 --json --candidates 3"
+    command += " --guide my_reward_on_ray:strong --scorer my_reward_on_ray:strong"
+    here, on_ray = (evaluate_json(capsys, f"{command} --pool {pool}") for pool in ("local", "ray"))
+    for result in (here, on_ray):
+        assert result.pop("policy_latency_ms_p50") > 0
+    assert here == on_ray
 
 
 @pytest.mark.parametrize("command", [f"{PRETRAIN} --steps 2 mlp --policy.num-train-timesteps 2", COLLECT])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,17 @@ VP_LEAST, VP_MOST = 0.1, 10.0
 
 ScheduleName = Literal["squaredcos_cap_v2", "linear", "scaled_linear", "vp", "rectified_flow"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "velocity"]
+
+
+class Level(NamedTuple):
+    """Of x_t = signal x_0 + noise ε."""
+
+    signal: float
+    noise: float
+
+
+CLEAN = Level(1.0, 0.0)
+"""Actions without noise."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +130,12 @@ class NoiseSchedule(nn.Module):
         }
         for name, table in tables.items():
             self.register_buffer(name, table.float() if table.is_floating_point() else table, persistent=False)
+        self._levels = [Level(*pair) for pair in zip(signal.tolist(), noise.tolist(), strict=True)]
         self._inverse = list(zip(*(table.float().tolist() for table in inverse), strict=True))
+
+    def level(self, t: int) -> Level:
+        """Return signal and noise at a timestep."""
+        return self._levels[t]
 
     def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return x_t = signal_t x_0 + noise_t ε: (B, H, A) and (B,) -> (B, H, A)."""

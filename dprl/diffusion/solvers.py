@@ -37,6 +37,8 @@ Spacing = Literal["leading", "linspace", "trailing"]
 
 PredictClean = Callable[[Tensor, int], Tensor]
 """(noisy actions (B, H, A), timestep) -> predicted clean actions x̂_0 (B, H, A)."""
+Advance = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""(noisy actions (B, H, A), which of the steps) -> these, where a guide moves them, and x̂_0 (B, H, A)."""
 
 
 class Step(NamedTuple):
@@ -131,10 +133,17 @@ def solve(steps: tuple[Step, ...], predict: PredictClean, x: Tensor, draws: Tens
     Returns:
         (B, H, A).
     """
+    return solve_guided(steps, lambda noisy, i: (noisy, predict(noisy, steps[i].timestep)), x, draws, temperature)
+
+
+def solve_guided(
+    steps: tuple[Step, ...], advance: Advance, x: Tensor, draws: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Run `steps` from `x` as `solve` does, where what the network says may be moved."""
     before: Tensor | None = None
     remaining = iter(draws)
-    for step in steps:
-        clean = predict(x, step.timestep)
+    for i, step in enumerate(steps):
+        x, clean = advance(x, i)
         x = torch.add(step.noisy * x, clean, alpha=step.clean) if step.noisy else step.clean * clean
         if step.previous:  # the first of the last steps alone knows of none before it: first order
             x = torch.add(x, clean if before is None else before, alpha=step.previous)

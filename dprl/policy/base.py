@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dprl import checkpoint
 from dprl.config import from_json, to_json, validate
 from dprl.errors import CheckpointError, ConfigError, check
+from dprl.guidance import Guide
 from dprl.networks.vision import ImageEncoder, VisionConfig
 from dprl.observations import STATE, Camera, TensorObservation, batch_size, map_parts
 from dprl.policy.candidates import Scorer
@@ -269,15 +270,8 @@ class Policy(nn.Module, ABC):
         for name, shape in self.part_shapes().items():
             self._check_part(name, parts[name], shape)
 
-    def require_scorer(self, inference: InferenceConfig) -> None:
-        """Raise ConfigError where candidates are asked for and nothing can choose among them."""
-        n = inference.candidates or 1
-        check(n == 1 or self.scorer is not None, "candidates", n, "choosing among samples needs a critic: set "
-              "policy.scorer, or take a policy that was saved with one ('dprl offline' makes them)")  # fmt: skip
-
     def check_inference(self, inference: InferenceConfig) -> None:
         """Raise ConfigError where a setting is not one that this kind of policy has."""
-        self.require_scorer(inference)
         for name in ("solver", "num_inference_steps", "timestep_spacing", "warm_start_steps"):
             check(
                 getattr(inference, name) is None,
@@ -285,6 +279,10 @@ class Policy(nn.Module, ABC):
                 getattr(inference, name),
                 f"policies of type {self.name} have none",
             )
+
+    def check_guide(self, guide: Guide | None) -> None:
+        """Raise ConfigError where there is a guide, and this kind of policy has no denoising steps for it to move."""
+        check(guide is None, "guide", type(guide).__name__, f"policies of type {self.name} do not denoise")
 
     def draw(
         self,
@@ -295,6 +293,7 @@ class Policy(nn.Module, ABC):
         deterministic: bool = False,
         plan: Tensor | None = None,
         group: int = 1,
+        guide: Guide | None = None,
     ) -> Tensor:
         """Draw chunks (B, H, A) as `inference` says, one each.
 
@@ -306,7 +305,9 @@ class Policy(nn.Module, ABC):
             plan: (B, H, A) what a warm start begins from.
             group: so many rows in turn are candidates of one decision; a diffusion policy's differ even if it is
                 deterministic.
+            guide: moves a diffusion policy's steps.
         """
+        assert guide is None, f"a {self.name} policy has nothing to guide"
         assert plan is None, f"a {self.name} policy has no warm start"
         return self.sample(obs, generator=generator, temperature=0.0 if deterministic else inference.temperature)
 
@@ -319,6 +320,8 @@ class Policy(nn.Module, ABC):
         *,
         generator: torch.Generator | None = None,
         inference: InferenceConfig | None = None,
+        guide: Guide | None = None,
+        scorer: Scorer | None = None,
     ) -> tuple[np.ndarray[Any, Any], PredictState]:
         """Return one environment step's action, as stable-baselines3's `predict` does.
 
@@ -331,6 +334,8 @@ class Policy(nn.Module, ABC):
             deterministic: make the same decision for equal observations.
             generator: draws what is drawn otherwise. Default: torch's own.
             inference: how to sample. Default: the policy's way.
+            guide: moves its denoising steps.
+            scorer: chooses among candidates. Default: the policy's own.
 
         Returns:
             Actions (N, A), or (A,), and the state for the next call.
@@ -339,7 +344,7 @@ class Policy(nn.Module, ABC):
             ConfigError: a shape that does not fit.
         """
         parts, single = self._single_step(observation)
-        control = RecedingHorizon(self, inference)
+        control = RecedingHorizon(self, inference, guide=guide, scorer=scorer)
         n = batch_size(parts)
         start = torch.ones(n, dtype=torch.bool, device=self.device)
         if isinstance(state, PredictState):

@@ -18,8 +18,9 @@ from torch import Tensor
 from dprl.config import LARGEST_FLOAT, validate
 from dprl.diffusion import SolverConfig
 from dprl.errors import check
+from dprl.guidance import Guide
 from dprl.observations import TensorObservation, batch_size, take
-from dprl.policy.candidates import Selection, best_of
+from dprl.policy.candidates import Scorer, Selection, best_of
 
 if TYPE_CHECKING:
     from dprl.policy.base import Policy
@@ -105,13 +106,42 @@ class PredictState:
 class RecedingHorizon:
     """Decides for a batch of environments. Holds no state: memories go in and out."""
 
-    def __init__(self, policy: Policy, inference: InferenceConfig | None = None) -> None:
-        """Raise ConfigError where `inference` does not fit the policy."""
+    def __init__(
+        self,
+        policy: Policy,
+        inference: InferenceConfig | None = None,
+        *,
+        guide: Guide | None = None,
+        scorer: Scorer | None = None,
+    ) -> None:
+        """Let `policy` decide.
+
+        Args:
+            policy: whose plans they are.
+            inference: how it acts. Default: its own way.
+            guide: moves its denoising steps, see `dprl.guidance`.
+            scorer: chooses among candidates. Default: the policy's own.
+
+        Raises:
+            ConfigError: the policy does not have such a way, or nothing chooses among candidates.
+        """
         known = inference is None or isinstance(inference, InferenceConfig)
         check(known, "inference", inference, "must be an InferenceConfig")
-        self.policy = policy
+        self.policy, self.guide = policy, guide
         self.inference = inference or InferenceConfig()
         policy.check_inference(self.inference)
+        policy.check_guide(guide)
+        fits = scorer is None or isinstance(scorer, Scorer)
+        check(fits, "scorer", type(scorer).__name__, "must have a method score(obs, actions)")
+        self._scorer = scorer
+        n = self.inference.candidates or 1
+        check(n == 1 or self.scorer is not None, "candidates", n, "choosing among samples needs a scorer: give one, "
+              "set policy.scorer, or take a policy with critics ('dprl offline' makes them)")  # fmt: skip
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """What chooses among candidates."""
+        return self.policy.scorer if self._scorer is None else self._scorer
 
     @property
     def n_action_steps(self) -> int:
@@ -178,18 +208,31 @@ class RecedingHorizon:
         plan: Tensor | None = None,
     ) -> Tensor:
         """Draw (N, H, A), or choose them among candidates; a deterministic decision takes the best."""
-        policy, inference, n = self.policy, self.inference, self.inference.candidates or 1
+        inference, n = self.inference, self.inference.candidates or 1
         if n == 1:
-            return policy.draw(obs, inference, generator, deterministic=deterministic, plan=plan)
+            return self._drawn(obs, generator, deterministic=deterministic, plan=plan)
         plans = None if plan is None else plan.repeat_interleave(n, dim=0)
         return best_of(
-            lambda every: policy.draw(every, inference, generator, deterministic=deterministic, plan=plans, group=n),
+            lambda every: self._drawn(every, generator, deterministic=deterministic, plan=plans, group=n),
             obs,
             n,
-            policy.scorer,
+            self.scorer,
             selection="argmax" if deterministic else inference.selection or "argmax",
             scale=1.0 if inference.selection_scale is None else inference.selection_scale,
             generator=generator,
+        )
+
+    def _drawn(
+        self,
+        obs: TensorObservation,
+        generator: torch.Generator | None,
+        *,
+        deterministic: bool,
+        plan: Tensor | None,
+        group: int = 1,
+    ) -> Tensor:
+        return self.policy.draw(
+            obs, self.inference, generator, deterministic=deterministic, plan=plan, group=group, guide=self.guide
         )
 
     @staticmethod

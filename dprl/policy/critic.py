@@ -7,6 +7,7 @@ which the first E are executed, A action size, n critics.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,10 +111,15 @@ class ChunkCritic(nn.Module):
         value: Tensor = self.v_net(seen)
         return value[0]
 
+    def at(self, obs: TensorObservation) -> Callable[[Tensor], Tensor]:
+        """The least of the critics' values, differentiable: see `dprl.guidance.Value`."""
+        seen = self.see(obs)
+        return lambda actions: self.q(seen, actions).amin(0)
+
     @torch.no_grad()
     def score(self, obs: TensorObservation, actions: Tensor) -> Tensor:
         """See `Scorer.score`."""
-        return self.q(self.see(obs), actions).amin(0)
+        return self.at(obs)(actions)
 
     @torch.no_grad()
     def advantage(self, obs: TensorObservation, actions: Tensor) -> Tensor:

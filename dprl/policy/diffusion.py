@@ -7,7 +7,7 @@ Shapes: B samples, O observation steps, D observation size, F features of one ob
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,9 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from dprl.config import validate
-from dprl.diffusion import NoiseSchedule, ScheduleConfig, SolverConfig, Step, n_draws, solve, solver_steps
+from dprl.diffusion import (
+    NoiseSchedule,
+    ScheduleConfig,
+    SolverConfig,
+    Step,
+    n_draws,
+    solve,
+    solve_guided,
+    solver_steps,
+)
 from dprl.diffusion.solvers import SolverName, Spacing
 from dprl.errors import CheckpointError, check, check_count, did_you_mean
+from dprl.guidance import Guide, guided
 from dprl.networks import DENOISERS, Denoiser, DenoiserConfig, MLPConfig, build_denoiser
 from dprl.networks.vision import ImageEncoder
 from dprl.observations import TensorObservation, batch_size
@@ -158,6 +168,7 @@ class DiffusionPolicy(Policy):
         candidates: int = 1,
         scorer: Scorer | None = None,
         selection: Selection = "argmax",
+        guide: Guide | None = None,
     ) -> Tensor:
         """Draw one action chunk for each observation.
 
@@ -175,6 +186,7 @@ class DiffusionPolicy(Policy):
             candidates: draw so many for each observation and choose among them.
             scorer: what chooses. Default: the policy's own, `scorer`.
             selection: how; see `best_of`.
+            guide: moves every denoising step, see `dprl.guidance`; of candidates, each one's.
 
         Returns:
             Actions (B, H, A) in the environment's units.
@@ -185,6 +197,7 @@ class DiffusionPolicy(Policy):
         check_temperature(temperature)
         obs = self.checked(obs)
         check_count("candidates", candidates)
+        self.check_guide(guide)
         if candidates > 1:
             return best_of(
                 lambda every: self.sample(
@@ -196,6 +209,7 @@ class DiffusionPolicy(Policy):
                     eta=eta,
                     timestep_spacing=timestep_spacing,
                     noise=noise,
+                    guide=guide,
                 ),
                 obs,
                 candidates,
@@ -207,7 +221,7 @@ class DiffusionPolicy(Policy):
         steps = self._steps(_solver_config(solver or own, num_inference_steps, eta, timestep_spacing))
         shape = (n_draws(steps), batch_size(obs), *self._chunk_shape)
         draws = self.drawn(shape, noise, generator)
-        return self._denoise(obs, steps, draws[0], draws[1:], temperature)
+        return self._denoise(obs, steps, draws[0], draws[1:], temperature, guide)
 
     def rsample(self, obs: TensorObservation, generator: torch.Generator | None = None) -> Tensor:
         """Draw chunks the policy's own way, through which gradients flow to the weights, as torch.distributions does.
@@ -258,13 +272,17 @@ class DiffusionPolicy(Policy):
 
     def check_inference(self, inference: InferenceConfig) -> None:
         """See `Policy.check_inference`."""
-        self.require_scorer(inference)
         n, steps = inference.warm_start_steps, self._steps(inference)
         fits = n is None or n <= len(steps)
         check(fits, "warm_start_steps", n, f"must be at most the solver's steps, which are {len(steps)}")
         draws = inference.temperature == 1 or len(steps) == 1 or n_draws(steps) > 1
         check(draws, "temperature", inference.temperature, "the solver draws no noise after the initial one, which a "
               "temperature leaves as it is; choose ddpm, sde-dpmsolver++, or ddim with an eta above 0")  # fmt: skip
+
+    def check_guide(self, guide: Guide | None) -> None:
+        """See `Policy.check_guide`."""
+        fits = guide is None or isinstance(guide, Guide)
+        check(fits, "guide", type(guide).__name__, "must have a method shift(step)")
 
     @torch.no_grad()
     def draw(
@@ -276,6 +294,7 @@ class DiffusionPolicy(Policy):
         deterministic: bool = False,
         plan: Tensor | None = None,
         group: int = 1,
+        guide: Guide | None = None,
     ) -> Tensor:
         """See `Policy.draw`; a deterministic decision draws the same noise for every observation."""
         obs = self.checked(obs)
@@ -291,19 +310,35 @@ class DiffusionPolicy(Policy):
         if plan is not None:
             level = self.schedule.timesteps[steps[0].timestep].expand(n)
             x = self.schedule.add_noise(self.action_normalizer.normalize(plan), x, level)
-        return self._denoise(obs, steps, x, draws[1:], inference.temperature)
+        return self._denoise(obs, steps, x, draws[1:], inference.temperature, guide)
 
     def _denoise(
-        self, obs: TensorObservation, steps: tuple[Step, ...], x: Tensor, draws: Tensor, temperature: float
+        self,
+        obs: TensorObservation,
+        steps: tuple[Step, ...],
+        x: Tensor,
+        draws: Tensor,
+        temperature: float,
+        guide: Guide | None = None,
     ) -> Tensor:
         clip, schedule, timesteps = self.config.clip_sample, self.schedule, [step.timestep for step in steps]
         known = self.prepare_steps(timesteps, *self.conditions(obs, timesteps))
+        unnormalize = self.action_normalizer.unnormalize
 
-        def predict(noisy: Tensor, timestep: int) -> Tensor:
-            prediction = self.denoiser_at(timestep).denoise(noisy, next(known))
+        def predict(noisy: Tensor, timestep: int, prepared: Tensor, clip: float | None) -> Tensor:
+            prediction = self.denoiser_at(timestep).denoise(noisy, prepared)
             return schedule.predict_clean(noisy, prediction, timestep, clip)
 
-        return self.action_normalizer.unnormalize(solve(steps, predict, x, draws, temperature))
+        if guide is None:
+            clean = solve(steps, lambda noisy, t: predict(noisy, t, next(known), clip), x, draws, temperature)
+            return unnormalize(clean)
+
+        def network(timestep: int) -> Callable[[Tensor], Tensor]:
+            prepared = next(known)
+            return lambda noisy: predict(noisy, timestep, prepared, None)
+
+        advance = guided(guide, steps, schedule, network, obs=obs, to_actions=unnormalize, clip=clip)
+        return unnormalize(solve_guided(steps, advance, x, draws, temperature))
 
     def conditions(self, obs: TensorObservation, timesteps: list[int]) -> tuple[Tensor, Tensor]:
         """Return what the tuned and the base network see at `timesteps`: (B, O, F) each, the same without images."""

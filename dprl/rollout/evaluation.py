@@ -16,8 +16,9 @@ import torch
 
 from dprl.cores import one_thread
 from dprl.errors import EnvFaultError, LocatedEnvError, check, check_count
+from dprl.guidance import Guide
 from dprl.observations import put, take, to_tensors
-from dprl.policy import InferenceConfig, Policy, RecedingHorizon
+from dprl.policy import InferenceConfig, Policy, RecedingHorizon, Scorer
 from dprl.rollout.pool import MAX_SLICE, checked_slice_size, require_fit
 from dprl.rollout.recording import Recorder, Trajectory
 from dprl.seeding import torch_generator
@@ -75,6 +76,8 @@ def evaluate(
     seed: int,
     *,
     inference: InferenceConfig | None = None,
+    guide: Guide | None = None,
+    scorer: Scorer | None = None,
     on_progress: Callable[[int], None] | None = None,
     max_failures: int = MAX_FAILURES,
 ) -> Evaluation:
@@ -88,6 +91,8 @@ def evaluate(
         episodes: how many.
         seed: of the start states and of the policy's noise.
         inference: how the policy acts. Default: its own way.
+        guide: moves its denoising steps, see `dprl.guidance`.
+        scorer: chooses among candidates. Default: the policy's own.
         on_progress: called with the number of episodes that just ended.
         max_failures: how often it is made again after an environment has failed.
 
@@ -96,16 +101,17 @@ def evaluate(
         EnvError: the policy's sizes are not the environment's.
     """
     check_evaluation(policy, spec, episodes, seed)
+    control = RecedingHorizon(policy, inference, guide=guide, scorer=scorer)
     progress = _Progress(on_progress)
     for failures in itertools.count(1):
         try:
-            outcomes = play(policy, spec, episodes, seed, inference, on_progress=progress.again())
+            outcomes = play(control, spec, episodes, seed, on_progress=progress.again())
             break
         except EnvFaultError as fault:
             if failures > max_failures:
                 raise
             log.warning("%s; the evaluation is made again (failure %d)", fault, failures)
-    return summary(policy, spec, seed, inference, outcomes)
+    return summary(control, spec, seed, outcomes)
 
 
 def check_evaluation(policy: Policy, spec: EnvSpec, episodes: int, seed: int) -> None:
@@ -155,11 +161,10 @@ def seats(episodes: int) -> list[slice]:
 
 
 def play(
-    policy: Policy,
+    control: RecedingHorizon,
     spec: EnvSpec,
     episodes: int,
     seed: int,
-    inference: InferenceConfig | None = None,
     part: slice | None = None,
     num_threads: int = 0,
     *,
@@ -169,17 +174,14 @@ def play(
 
     An episode is the same in both cases. See `evaluate`.
     """
-    control = RecedingHorizon(policy, inference)
-    with _environments(policy, spec, episodes, seed, part, num_threads) as env:
+    with _environments(control.policy, spec, episodes, seed, part, num_threads) as env:
         try:
             return _play(control, env, episodes, seed, part, on_progress)
         except LocatedEnvError as error:
             raise error.counted_from(part.start if part else 0) from error
 
 
-def summary(
-    policy: Policy, spec: EnvSpec, seed: int, inference: InferenceConfig | None, outcomes: dict[int, Outcome]
-) -> Evaluation:
+def summary(control: RecedingHorizon, spec: EnvSpec, seed: int, outcomes: dict[int, Outcome]) -> Evaluation:
     """Sum up what `play` returned."""
     episodes = len(outcomes)
     success, returns, lengths = (
@@ -197,7 +199,7 @@ def summary(
         return_mean=mean,
         return_ci95=None if half is None else (mean - half, mean + half),
         episode_length_mean=float(lengths.mean()),
-        policy_latency_ms_p50=_latency_ms(RecedingHorizon(policy, inference)),
+        policy_latency_ms_p50=_latency_ms(control),
     )
 
 
@@ -208,11 +210,13 @@ def record(
     seed: int,
     *,
     inference: InferenceConfig | None = None,
+    guide: Guide | None = None,
+    scorer: Scorer | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Trajectory]:
     """Play the same episodes as `evaluate` does and return them step by step."""
     check_evaluation(policy, spec, episodes, seed)
-    control = RecedingHorizon(policy, inference)
+    control = RecedingHorizon(policy, inference, guide=guide, scorer=scorer)
     with _environments(policy, spec, episodes, seed) as env:
         recorder = Recorder(env)
         _play(control, recorder, episodes, seed, None, on_progress)

@@ -10,8 +10,9 @@ from contextlib import ExitStack
 from typing import TypeVar
 
 from dprl.errors import ClosedPoolError, ConfigError, EnvError, EnvFaultError, check, check_count
+from dprl.guidance import Guide
 from dprl.observations import Observation
-from dprl.policy import InferenceConfig, Policy
+from dprl.policy import InferenceConfig, Policy, Scorer
 from dprl.rollout.collector import Collector, Record, Share
 from dprl.rollout.evaluation import Evaluation, evaluate
 from dprl.rollout.pool import (
@@ -119,13 +120,15 @@ class InProcessPool(RolloutPool):
         seed: int,
         *,
         inference: InferenceConfig | None = None,
+        guide: Guide | None = None,
+        scorer: Scorer | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> Evaluation:
         """See `RolloutPool.evaluate`."""
         self._require_open()
         return evaluate(
             policy, self.spec, episodes, seed,
-            inference=inference, on_progress=on_progress, max_failures=self._max_failures,
+            inference=inference, guide=guide, scorer=scorer, on_progress=on_progress, max_failures=self._max_failures,
         )  # fmt: skip
 
     def state(self) -> EnvState:

@@ -25,7 +25,8 @@ from dprl.policy import Policy
 from dprl.spec import BoolArray, ChunkStep, EnvOptions, EnvSpec, EnvState, FloatArray, IntArray, spec_of
 
 if TYPE_CHECKING:
-    from dprl.policy import InferenceConfig
+    from dprl.guidance import Guide
+    from dprl.policy import InferenceConfig, Scorer
     from dprl.rollout.choice import Choice
     from dprl.rollout.evaluation import Evaluation
 
@@ -194,6 +195,8 @@ class RolloutPool(ABC):
         seed: int,
         *,
         inference: InferenceConfig | None = None,
+        guide: Guide | None = None,
+        scorer: Scorer | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> Evaluation:
         """See `dprl.rollout.evaluate`. It builds environments of its own; the pool's stay as they are."""

@@ -76,10 +76,22 @@ def signal_and_noise(schedule: str, k: int, t: int) -> tuple[float, float]:
     return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
 
 
-def best_clean(signal: float, noise: float) -> tuple[Array, Array]:
+Affine = tuple[Array, Array]
+"""Gain (A, A) and offset (A,)."""
+
+
+def best_clean(signal: float, noise: float, mean: Array = MEAN, covariance: Array = COVARIANCE) -> Affine:
     """E[x_0 | x_t] = gain x_t + offset, Bayes' rule for Gaussians."""
-    gain: Array = signal * COVARIANCE @ np.linalg.inv(signal**2 * COVARIANCE + noise**2 * EYE)
-    return gain, MEAN - signal * gain @ MEAN
+    gain: Array = signal * covariance @ np.linalg.inv(signal**2 * covariance + noise**2 * EYE)
+    return gain, mean - signal * gain @ mean
+
+
+CleanOf = Callable[[float, float, float, float], Affine]
+"""x̂_0 as a function of x_t; of signal and noise at a step and after it."""
+
+
+def unguided(signal: float, noise: float, signal_next: float, noise_next: float) -> Affine:
+    return best_clean(signal, noise)
 
 
 @dataclass
@@ -89,7 +101,7 @@ class Moments:
     mean: Array
     covariance: Array
 
-    def step(self, clean: tuple[Array, Array], noisy: float, new: float, before: float, std: float) -> None:
+    def step(self, clean: Affine, noisy: float, new: float, before: float, std: float) -> None:
         """x' = noisy x + new x̂_0 + before x̂_0 of the step before + std z, where x̂_0 = gain x + offset."""
         gain, offset = clean
         matrix = np.block([[noisy * EYE + new * gain, before * EYE], [gain, ZERO]])
@@ -110,13 +122,15 @@ def grid(solver: str, n: int, k: int) -> list[int]:
     return [*sorted({int(t) for t in visited}, reverse=True), -1]
 
 
-def closed_form(schedule: str, k: int, n: int, solver: str, eta: float = 0.0) -> tuple[Array, Array]:
+def closed_form(
+    schedule: str, k: int, n: int, solver: str, eta: float = 0.0, clean_of: CleanOf = unguided
+) -> tuple[Array, Array]:
     """Mean (A,) and covariance (A, A) of what `n` steps make of N(0, I)."""
     moments = Moments(np.zeros(2 * A), np.block([[EYE, ZERO], [ZERO, ZERO]]))
     h_before = 0.0
     for t, following in pairwise(grid(solver, n, k)):
         (s, noise), (s_next, noise_next) = signal_and_noise(schedule, k, t), signal_and_noise(schedule, k, following)
-        clean = best_clean(s, noise)
+        clean = clean_of(s, noise, s_next, noise_next)
         if solver == "ddpm":
             alpha = s**2 / s_next**2
             new = s_next * (1 - alpha) / noise**2
@@ -160,6 +174,9 @@ def network(schedule: str, k: int, prediction: str) -> Callable[[Tensor, int], T
     return predict
 
 
+Run = Callable[[ScheduleConfig, SolverConfig, Callable[[int], Tensor]], Tensor]
+
+
 def run(config: ScheduleConfig, solver: SolverConfig, draws: Callable[[int], Tensor]) -> Tensor:
     """What the solver makes of ``draws(n)``, all the n draws it takes (n, B, 1, A): (B, A)."""
     steps = solver_steps(config, solver)
@@ -173,7 +190,7 @@ def run(config: ScheduleConfig, solver: SolverConfig, draws: Callable[[int], Ten
     return solve(steps, predict_clean, all_draws[0], all_draws[1:])[:, 0]
 
 
-def exact_moments(config: ScheduleConfig, solver: SolverConfig) -> tuple[Array, Array]:
+def exact_moments(config: ScheduleConfig, solver: SolverConfig, run: Run = run) -> tuple[Array, Array]:
     """Mean and covariance without sampling: the output is affine in the draws, so zero and unit draws tell it all."""
 
     def zero_and_units(n: int) -> Tensor:

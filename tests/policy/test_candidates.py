@@ -130,7 +130,7 @@ def test_where_no_candidate_has_weight_all_are_alike(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_candidates_need_something_that_chooses(kind: str) -> None:
-    with pytest.raises(ConfigError, match="candidates = 4: choosing among samples needs a critic"):
+    with pytest.raises(ConfigError, match="candidates = 4: choosing among samples needs a scorer"):
         RecedingHorizon(small_policy(kind), InferenceConfig(candidates=4))
     RecedingHorizon(small_policy(kind), InferenceConfig(candidates=1))
 

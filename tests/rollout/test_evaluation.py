@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dprl.errors import ConfigError, EnvError
+from dprl.guidance import Reward, ValueGuide
 from dprl.networks import MLPConfig
 from dprl.observations import Camera
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Features, InferenceConfig
@@ -208,3 +209,24 @@ def test_cameras_may_come_in_any_order():
     require_fit(policy, spec)
     with pytest.raises(EnvError, match="cameras"):
         require_fit(policy, replace(spec, cameras=cameras[:1]))
+
+
+def test_what_guides_and_what_chooses_are_given_to_the_evaluation() -> None:
+    policy, spec = make_policy(hopper()), hopper()
+    strongest = Reward(lambda obs, actions: (actions**2).sum((1, 2)))
+    plain, still, guided, chosen = (
+        without_latency(evaluate(policy, spec, 3, seed=1, **how))
+        for how in (
+            {},
+            {"guide": ValueGuide(strongest, 0.0)},
+            {"guide": ValueGuide(strongest, 1.0)},
+            {"inference": InferenceConfig(candidates=4), "scorer": strongest},
+        )
+    )
+    assert plain == still
+    assert len({plain.return_mean, guided.return_mean, chosen.return_mean}) == 3
+    assert policy.scorer is None
+    with pytest.raises(ConfigError, match=r"guide = 'Reward': must have a method shift\(step\)"):
+        evaluate(policy, spec, 3, seed=1, guide=strongest)
+    with pytest.raises(ConfigError, match=r"scorer = 'ValueGuide': must have a method score"):
+        evaluate(policy, spec, 3, seed=1, scorer=ValueGuide(strongest))

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from dprl.envs import vec_env
 from dprl.errors import ConfigError, EnvError
+from dprl.guidance import ValueGuide
 from dprl.mdp import DenoisingMDP, ExplorationConfig
 from dprl.networks import MLPConfig, VisionConfig
 from dprl.networks.vit import ViTConfig
 from dprl.observations import map_parts
-from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
+from dprl.policy import ChunkCritic, CriticConfig, DiffusionConfig, DiffusionPolicy, Features, InferenceConfig
 from dprl.rollout import InProcessPool, Rollout, RolloutPool, as_pool, evaluate
 from dprl.rollout.collector import Share
 from dprl.rollout.pool import checked_slice_size
@@ -309,6 +310,20 @@ def test_ray_evaluates_as_one_process_does(episodes, ray, spec, actor):
             assert replace(result, policy_latency_ms_p50=0.0) == replace(expected, policy_latency_ms_p50=0.0)
             assert sum(progress) == episodes
             assert_same_state(pool.state(), before[1])
+
+
+def test_ray_guides_and_chooses_as_one_process_does(ray, spec, actor):
+    """By a critic that is no part of the policy."""
+    from dprl.rollout.ray_pool import RayPool
+
+    critic = ChunkCritic(actor.policy, CriticConfig(hidden_size=32))
+    guide, inference = ValueGuide(critic, 5.0, "through", "noise"), InferenceConfig(candidates=3)
+    plain = evaluate(actor.policy, spec, 3, seed=11)
+    expected = evaluate(actor.policy, spec, 3, seed=11, inference=inference, guide=guide, scorer=critic)
+    assert expected.return_mean != plain.return_mean
+    with RayPool(spec, N_ENVS, num_workers=2, seed=SEED, slice_size=SLICE) as pool:
+        result = pool.evaluate(actor.policy, 3, 11, inference=inference, guide=guide, scorer=critic)
+    assert replace(result, policy_latency_ms_p50=0.0) == replace(expected, policy_latency_ms_p50=0.0)
 
 
 def test_restore_in_process_goes_on_exactly(reference, spec, actor):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from dprl.errors import check
-from dprl.policy import InferenceConfig, Policy
+from dprl.guidance import Guide
+from dprl.policy import InferenceConfig, Policy, RecedingHorizon, Scorer
 from dprl.rollout.evaluation import Evaluation, Outcome, check_evaluation, play, seats, summary
 from dprl.rollout.ray_pool.cluster import RayConnection
 from dprl.rollout.ray_pool.workers import Crew, WorkerOptions, sent
@@ -55,7 +56,15 @@ class RayEvaluator:
             raise
 
     def start(
-        self, policy: Policy, episodes: int, seed: int, *, inference: InferenceConfig | None = None
+        self,
+        policy: Policy,
+        episodes: int,
+        seed: int,
+        *,
+        inference: InferenceConfig | None = None,
+        guide: Guide | None = None,
+        scorer: Scorer | None = None,
+        on_progress: Callable[[int], None] | None = None,
     ) -> Future[Evaluation]:
         """Evaluate `policy` as it is now, see `dprl.rollout.evaluate`; what becomes of it later does not matter.
 
@@ -63,7 +72,8 @@ class RayEvaluator:
         """
         self._crew.require_open()
         check_evaluation(policy, self.spec, episodes, seed)
-        return self._thread.submit(self._evaluate, sent("policy", on_cpu(policy)), episodes, seed, inference)
+        control = RecedingHorizon(policy, inference, guide=guide, scorer=scorer)
+        return self._thread.submit(self._evaluate, sent("policy", on_cpu(control)), episodes, seed, on_progress)
 
     def close(self) -> None:
         """End the workers, and Ray if it was started for them. An evaluation under way fails with ClosedPoolError."""
@@ -80,11 +90,13 @@ class RayEvaluator:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _evaluate(self, policy: Any, episodes: int, seed: int, inference: InferenceConfig | None) -> Evaluation:
+    def _evaluate(
+        self, control: Any, episodes: int, seed: int, on_progress: Callable[[int], None] | None
+    ) -> Evaluation:
         threads = max(1, int(self._options.cpus))
-        outcomes = play_on(self._crew, policy, self.spec, episodes, seed, inference, num_threads=threads)
+        outcomes = play_on(self._crew, control, self.spec, episodes, seed, num_threads=threads, on_progress=on_progress)
         # its latency is measured there too: the learner's torch must not be disturbed
-        (result,) = self._crew.finish([Call(0, summary, (policy, self.spec, seed, inference, outcomes), "summary")])
+        (result,) = self._crew.finish([Call(0, summary, (control, self.spec, seed, outcomes), "summary")])
         assert isinstance(result, Evaluation)
         return result
 
@@ -108,20 +120,19 @@ class Call:
 
 def play_on(
     crew: Crew,
-    policy: Any,
+    control: Any,
     spec: EnvSpec,
     episodes: int,
     seed: int,
-    inference: InferenceConfig | None,
     *,
     num_threads: int,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[int, Outcome]:
-    """Play the episodes of an evaluation, its slices divided among the workers; `policy` is in the object store."""
+    """Play the episodes of an evaluation, its slices divided among the workers; `control` is in the object store."""
     hosts = crew.hosts or [0]
     jobs = []
     for i, part in enumerate(seats(episodes)):
-        arguments = (policy, spec, episodes, seed, inference, part, num_threads)
+        arguments = (control, spec, episodes, seed, part, num_threads)
         what = f"environments {part.start} to {part.stop - 1} of an evaluation in {spec.id}"
         jobs.append(Call(hosts[i % len(hosts)], play, arguments, what))
     outcomes: dict[int, Outcome] = {}
@@ -135,6 +146,10 @@ def play_on(
     return outcomes
 
 
-def on_cpu(policy: Policy) -> Policy:
+def on_cpu(control: RecedingHorizon) -> RecedingHorizon:
     """Return it, or a copy of it on the CPU."""
-    return policy if policy.device.type == "cpu" else copy.deepcopy(policy).cpu()
+    if control.policy.device.type == "cpu":
+        return control
+    copied = copy.deepcopy(control)  # a guide's critic, if it is the policy's scorer, is so still
+    copied.policy.cpu()
+    return copied

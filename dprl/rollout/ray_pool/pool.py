@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from dprl.errors import WorkerError, check
+from dprl.guidance import Guide
 from dprl.observations import Observation
-from dprl.policy import InferenceConfig, Policy
+from dprl.policy import InferenceConfig, Policy, RecedingHorizon, Scorer
 from dprl.rollout.collector import Share
 from dprl.rollout.evaluation import Evaluation, check_evaluation, summary
 from dprl.rollout.pool import (
@@ -128,16 +129,19 @@ class RayPool(RolloutPool):
         seed: int,
         *,
         inference: InferenceConfig | None = None,
+        guide: Guide | None = None,
+        scorer: Scorer | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> Evaluation:
         """See `RolloutPool.evaluate`. Its slices are divided among the workers."""
         self._crew.require_open()
         check_evaluation(policy, self.spec, episodes, seed)
+        control = RecedingHorizon(policy, inference, guide=guide, scorer=scorer)
         outcomes = play_on(
-            self._crew, sent("policy", on_cpu(policy)), self.spec, episodes, seed, inference,
+            self._crew, sent("policy", on_cpu(control)), self.spec, episodes, seed,
             num_threads=self._seats[0].share.num_threads, on_progress=on_progress,
         )  # fmt: skip
-        return summary(policy, self.spec, seed, inference, outcomes)
+        return summary(control, self.spec, seed, outcomes)
 
     def state(self) -> EnvState:
         """See `RolloutPool.state`; it fits any number of workers."""

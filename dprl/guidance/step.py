@@ -1,0 +1,141 @@
+"""What a guide sees of one denoising step, and moves (algebra: arXiv:2105.05233, section 4; arXiv:2205.09991).
+
+Shapes: B samples, O observation steps, D observation size, H actions of a chunk, A action size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from torch import Tensor
+
+from dprl.diffusion import CLEAN, Advance, Level, NoiseSchedule, Step
+from dprl.errors import check
+from dprl.observations import TensorObservation
+
+Seen = TypeVar("Seen")
+
+
+@dataclass(frozen=True)
+class DenoisingStep:
+    """One step of one batch, before the solver takes it. All of it is in normalised units."""
+
+    obs: TensorObservation
+    """(B, O, D), or named parts, as the environment gives them."""
+    noisy: Tensor
+    """x_t (B, H, A)."""
+    k: int
+    """Steps that follow; 0 emits the actions."""
+    timestep: int
+    level: Level
+    """Signal and noise of x_t."""
+    following: Level
+    """Of what the step leads to."""
+    predict: Callable[[Tensor], Tensor]
+    """The network: x_t -> x̂_0, not clamped; differentiable."""
+    to_actions: Callable[[Tensor], Tensor]
+    """Clean actions in normalised units -> in the environment's."""
+    clip: float | None = None
+    """Predicted clean actions are clamped to ± this."""
+    moved: Tensor | None = None
+    """x̂_0 (B, H, A), where a guide moved it."""
+    remembered: dict[Any, Any] = field(default_factory=dict)
+    """What `once` found, for all steps of a sample."""
+
+    @cached_property
+    def clean(self) -> Tensor:
+        """x̂_0 (B, H, A), as the network predicts it or as guides moved it."""
+        return self._clamped(self.predict(self.noisy)) if self.moved is None else self.moved
+
+    def with_clean(self, clean: Tensor) -> DenoisingStep:
+        """Return the step with another x̂_0, clamped."""
+        return replace(self, moved=self._clamped(clean))
+
+    def with_noisy(self, noisy: Tensor) -> DenoisingStep:
+        """Return the step with another x_t, from which the network predicts anew.
+
+        Raises:
+            ConfigError: a guide moved x̂_0 before, which would be lost.
+        """
+        first = self.moved is None
+        check(first, "guide", "out of order", "a guide that moves noisy actions must come before those that move clean")
+        return replace(self, noisy=noisy)
+
+    def once(self, see: Callable[[TensorObservation], Seen]) -> Seen:
+        """Return ``see(obs)``, which is called at the first step only."""
+        if see not in self.remembered:
+            self.remembered[see] = see(self.obs)
+        found: Seen = self.remembered[see]
+        return found
+
+    def _clamped(self, clean: Tensor) -> Tensor:
+        return clean if self.clip is None else clean.clamp(-self.clip, self.clip)
+
+
+@runtime_checkable
+class Guide(Protocol):
+    """Moves denoising steps."""
+
+    def shift(self, step: DenoisingStep) -> DenoisingStep:
+        """Return the step as it shall be taken: see `DenoisingStep.with_clean` and `with_noisy`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Guides:
+    """Several, one after the other."""
+
+    guides: tuple[Guide, ...]
+
+    def shift(self, step: DenoisingStep) -> DenoisingStep:
+        """See `Guide.shift`."""
+        for guide in self.guides:
+            step = guide.shift(step)
+        return step
+
+
+def guided(
+    guide: Guide,
+    steps: Iterable[Step],
+    schedule: NoiseSchedule,
+    network: Callable[[int], Callable[[Tensor], Tensor]],
+    *,
+    obs: TensorObservation,
+    to_actions: Callable[[Tensor], Tensor],
+    clip: float | None,
+) -> Advance:
+    """Return what `solve_guided` advances by.
+
+    Args:
+        guide: moves every step.
+        steps: of the solver.
+        schedule: their noise.
+        network: timesteps, each once and in order -> `DenoisingStep.predict` at them.
+        obs: see `DenoisingStep`, as the rest.
+        to_actions: ...
+        clip: ...
+    """
+    timesteps = [step.timestep for step in steps]
+    levels = [*map(schedule.level, timesteps), CLEAN]
+    remembered: dict[Any, Any] = {}
+
+    def advance(noisy: Tensor, i: int) -> tuple[Tensor, Tensor]:
+        step = DenoisingStep(
+            obs,
+            noisy,
+            len(timesteps) - 1 - i,
+            timesteps[i],
+            levels[i],
+            levels[i + 1],
+            network(timesteps[i]),
+            to_actions,
+            clip,
+            remembered=remembered,
+        )
+        step = guide.shift(step)
+        return step.noisy, step.clean
+
+    return advance

@@ -1,0 +1,200 @@
+"""Value-gradient guidance (arXiv:2105.05233, arXiv:2205.09991, arXiv:2304.12824).
+
+To tilt p(x_0) to p(x_0) exp(s J(x_0)), the score at x_t = α x_0 + σ ε takes s g more, where g = ∇_{x_t} E_t(x_t) and
+E_t(x_t) = log E[exp(J(x_0)) | x_t]. In terms of what the network predicts that is
+
+    ε̂ <- ε̂ - s σ g,   the same as   x̂_0 <- x̂_0 + s (σ² / α) g
+
+which every solver and prediction type takes alike. E_t is seldom known. What g is taken of:
+
+    noisy      a value of the noisy actions, J(x_t, t), learned as such                     Diffuser, QGPO's energy
+    through    the value of x̂_0(x_t), the network differentiated                            arXiv:2209.14687
+    held       the same with ∂x̂_0/∂x_t = 1/α: cheap, and far too large where noise is much
+
+and what x̂_0 is moved by:
+
+    score      s (σ² / α) g, the above
+    variance   s (σ'² / α') g with the level after the step: ddpm's mean moved by s β̃ g, β̃ its variance; 0 at the last
+    noise      s σ g
+    constant   s g
+    normalized s σ g / rms(g) for each chunk: about s σ for each number, whatever the value's units
+
+Where nothing of the signal is left (α = 0, a flow's first step) x_t says nothing, and nothing is moved.
+
+Shapes: B samples, O observation steps, D observation size, H actions of a chunk, A action size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from dprl.config import validate
+from dprl.errors import check
+from dprl.guidance.step import DenoisingStep
+from dprl.observations import TensorObservation
+
+Gradient = Literal["held", "through", "noisy"]
+Scaling = Literal["score", "variance", "noise", "constant", "normalized"]
+
+
+@runtime_checkable
+class Value(Protocol):
+    """What clean actions are worth: `ChunkCritic`, or a function of a user's own as `Reward`."""
+
+    def at(self, obs: TensorObservation) -> Callable[[Tensor], Tensor]:
+        """What chunks are worth where `obs` was observed; called once for all steps of a sample.
+
+        (B, O, D), or named parts -> a differentiable function: (B, H, A) in the environment's units -> (B,).
+        """
+        ...
+
+
+@runtime_checkable
+class NoisyValue(Protocol):
+    """What noisy actions are worth."""
+
+    def noisy_at(self, obs: TensorObservation) -> Callable[[Tensor, int], Tensor]:
+        """As `Value.at`; of x_t (B, H, A) in normalised units, and the training timestep t."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A user's differentiable function of observations and chunks, as a value and a scorer."""
+
+    function: Callable[[TensorObservation, Tensor], Tensor]
+    """(B, O, D), or named parts, and (B, H, A) in the environment's units -> (B,)."""
+
+    def at(self, obs: TensorObservation) -> Callable[[Tensor], Tensor]:
+        """See `Value.at`."""
+        return lambda actions: self.function(obs, actions)
+
+    @torch.no_grad()
+    def score(self, obs: TensorObservation, actions: Tensor) -> Tensor:
+        """See `dprl.policy.Scorer`."""
+        return self.function(obs, actions)
+
+
+@dataclass(frozen=True)
+class ValueGuide:
+    """Moves x̂_0 of each step up a value's gradient."""
+
+    of: Value | NoisyValue
+    """What is climbed."""
+    scale: float = 1.0
+    """s; 0 leaves every sample as it is."""
+    gradient: Gradient = "held"
+    scaling: Scaling = "variance"
+    n_steps: int = 1
+    """How often at each denoising step, from where the last one led. With `through` each takes the network anew."""
+    skip_last: int = 0
+    """Leave so many last denoising steps alone."""
+
+    def __post_init__(self) -> None:
+        noisy = self.gradient == "noisy"
+        method = "noisy_at(obs)" if noisy else "at(obs)"
+        fits = isinstance(self.of, NoisyValue if noisy else Value)
+        check(fits, "of", type(self.of).__name__, f"must have a method {method} for gradient = {self.gradient}")
+        validate(self, at_least={"n_steps": 1, "skip_last": 0})
+        moving = self.n_steps == 1 or self.gradient != "noisy"
+        check(moving, "n_steps", self.n_steps, "must be 1 with gradient = noisy: the noisy actions stay in place, and "
+              "so does the gradient; a larger scale does as much")  # fmt: skip
+
+    def shift(self, step: DenoisingStep) -> DenoisingStep:
+        """See `Guide.shift`."""
+        if self.scale == 0 or step.k < self.skip_last or step.level.signal == 0:
+            return step
+        for _ in range(self.n_steps):
+            step, gradient = self._gradient(step)
+            step = step.with_clean(step.clean + self.scale * _scaled(self.scaling, step, gradient))
+        return step
+
+    def _gradient(self, step: DenoisingStep) -> tuple[DenoisingStep, Tensor]:
+        """Return g (B, H, A), and the step, of which the network may have been taken."""
+        if self.gradient == "noisy":
+            assert isinstance(self.of, NoisyValue)
+            return step, noisy_gradient(self.of, step)
+        assert isinstance(self.of, Value)
+        if self.gradient == "held":
+            return step, clean_gradient(self.of, step) / step.level.signal
+        with torch.enable_grad():
+            noisy = step.noisy.detach().requires_grad_()
+            predicted = step.predict(noisy)
+        step = step if step.moved is not None else step.with_clean(predicted.detach())
+        # the clamp is passed straight through: what is clamped can still come back
+        (gradient,) = torch.autograd.grad(predicted, noisy, clean_gradient(self.of, step))
+        return step, gradient
+
+
+@dataclass(frozen=True)
+class DiffuserGuide:
+    """Moves x_t of each step up the gradient of a noisy value, before the network sees it (arXiv:2205.09991)."""
+
+    of: NoisyValue
+    scale: float = 0.1
+    """0 leaves every sample as it is."""
+    by_variance: bool = True
+    """Whether the gradient is multiplied by ddpm's posterior variance."""
+    n_steps: int = 2
+    """How often at each denoising step."""
+    skip_last: int = 2
+    """Leave so many last denoising steps alone."""
+
+    def __post_init__(self) -> None:
+        fits = isinstance(self.of, NoisyValue)
+        check(fits, "of", type(self.of).__name__, "must have a method noisy_at(obs)")
+        validate(self, at_least={"n_steps": 1, "skip_last": 0})
+
+    def shift(self, step: DenoisingStep) -> DenoisingStep:
+        """See `Guide.shift`."""
+        if self.scale == 0 or step.k < self.skip_last:
+            return step
+        (signal, noise), (signal_next, noise_next) = step.level, step.following
+        variance = (noise_next / noise) ** 2 * (1 - (signal / signal_next) ** 2) if self.by_variance else 1.0
+        for _ in range(self.n_steps):
+            step = step.with_noisy(step.noisy + self.scale * variance * noisy_gradient(self.of, step))
+        return step
+
+
+def noisy_gradient(value: NoisyValue, step: DenoisingStep) -> Tensor:
+    """Of a value of noisy actions at x_t: (B, H, A)."""
+    worth = step.once(value.noisy_at)
+    return _gradient_at(step.noisy, lambda noisy: worth(noisy, step.timestep))
+
+
+def clean_gradient(value: Value, step: DenoisingStep) -> Tensor:
+    """Of a value at x̂_0, in normalised units: (B, H, A)."""
+    worth = step.once(value.at)
+    return _gradient_at(step.clean, lambda clean: worth(step.to_actions(clean)))
+
+
+def _gradient_at(x: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        values = value(x)
+    shape = tuple(values.shape)
+    check(shape == (len(x),), "value", shape, f"must be one number for each of {len(x)} chunks")
+    check(values.requires_grad, "value", "without a gradient", "must be differentiable in the actions")
+    (gradient,) = torch.autograd.grad(values, x, torch.ones_like(values))
+    return gradient
+
+
+def _scaled(scaling: Scaling, step: DenoisingStep, gradient: Tensor) -> Tensor:
+    (signal, noise), (signal_next, noise_next) = step.level, step.following
+    if scaling == "normalized":
+        return noise * gradient / gradient.pow(2).mean((1, 2), keepdim=True).sqrt().clamp(min=SMALLEST_RMS)
+    factors = {
+        "score": noise**2 / signal,
+        "variance": noise_next**2 / signal_next,
+        "noise": noise,
+        "constant": 1.0,
+    }
+    return factors[scaling] * gradient
+
+
+SMALLEST_RMS = 1e-12
