@@ -143,7 +143,7 @@ SMALL = {
     "Walker2d-v5": SINGLE,
     "HalfCheetah-v5": SINGLE,
 }
-"""Chosen on a seed that no table has: walkers whose critics choose chunks of four actions fall, hoppers do not."""
+"""Chosen on a seed that no table has."""
 PAPER = Size(
     1_000_000,
     3_000_000,
