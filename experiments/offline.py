@@ -75,6 +75,8 @@ class Recipe:
     env: str | None = None
     """Where policies are evaluated. Default: where the data are from."""
     policy: DiffusionConfig = MLP_BEHAVIOUR
+    temperature: float = 1.0
+    """At which clones draw, IDQL's too."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ class Size:
     steps: int
     idql: IDQLConfig
     policy: DiffusionConfig
+    temperature: float = 1.0
 
 
 def mujoco(env: str, kind: str, forerunners: Sequence[str], size: Size) -> Recipe:
@@ -131,13 +134,20 @@ def mujoco(env: str, kind: str, forerunners: Sequence[str], size: Size) -> Recip
         steps=size.steps,
         idql=size.idql,
         policy=size.policy,
+        temperature=size.temperature,
     )
 
 
 QUALITIES = (0.3, 1.0, 2.0)
 """Standard deviations of the action noise."""
 METAWORLD = ("push", "pick-place", "bin-picking", "box-close", "peg-insert-side", "hammer")
-SINGLE = Size(100_000, 20_000, IDQLConfig(return_range=100.0), replace(MLP_BEHAVIOUR, horizon=1, n_action_steps=1))
+SINGLE = Size(
+    100_000,
+    20_000,
+    IDQLConfig(return_range=100.0),
+    replace(MLP_BEHAVIOUR, horizon=1, n_action_steps=1),
+    temperature=0.5,
+)
 SMALL = {
     "Hopper-v5": Size(100_000, 20_000, IDQLConfig(return_range=10.0), MLP_BEHAVIOUR),
     "Walker2d-v5": SINGLE,
@@ -173,7 +183,9 @@ def cells_of(tasks: dict[str, Recipe], config: StudyConfig) -> list[Cell]:
             gaussian = replace(cloned, policy=_gaussian(recipe.policy))
 
             def look(name: str, inference: InferenceConfig, recipe: Recipe = recipe) -> Look:
-                return Look(name, inference, episodes=config.episodes, env=recipe.env)
+                own = inference in (MEAN, DRAWN)
+                drawn = inference if own else replace(inference, temperature=recipe.temperature)
+                return Look(name, drawn, episodes=config.episodes, env=recipe.env)
 
             every = tuple(look(str(n), InferenceConfig(candidates=n)) for n in CANDIDATES)
             ql = DiffusionQLConfig(**vars(idql))
@@ -240,7 +252,8 @@ def on_mujoco(envs: Sequence[str], config: StudyConfig, *, progress_bar: bool = 
             f"{env}: scores are normalised between the returns of random actions, {references[name].random:,.0f}, and "
             f"of the expert, {expert.return_mean:,.0f} (the best of {minutes_for(config):g} minutes of PPO); the "
             f"medium one's is {medium.return_mean:,.0f}, and medium-replay is of {len(before)} policies up to it. "
-            + ("Decisions are single actions." if sizes[name].policy.horizon == 1 else CHUNKS)
+            + ("Decisions are single actions" if sizes[name].policy.horizon == 1 else CHUNKS[:-1])
+            + f"; clones draw at temperature {sizes[name].temperature:g}."
         )
     size = sizes[envs[0]]
     notes.append(
