@@ -2,15 +2,15 @@
 
 To draw from μ(a|s) exp(α Q(s, a)) instead of the policy μ, x_t is steered by the gradient of
 
-    E_t(s, x_t) = log E[exp(α Q(s, a)) | x_t]                                                                   eq. 9
+    E_t(s, x_t) = log E[exp(α Q(s, a)) | x_t]
 
 The expectation is of μ's own chunks. For each s, M of them are drawn once, a_1 ... a_M, and noised to one t, with a
 noise each; then the energy f is what tells which of the noisy chunks is of a good one:
 
-    L = -E Σ_i softmax_i(α Q(s, a_i)) log softmax_i(f(s, x_{i,t}, t))                                          eq. 12
+    L = -E Σ_i softmax_i(α Q(s, a_i)) log softmax_i(f(s, x_{i,t}, t))
 
-whose least is at f = E_t, up to what does not depend on x_t. Regression, f to α Q(s, a_i), finds E[α Q | x_t] instead,
-which is not E_t: where good chunks are rare among a policy's, it steers to too few of them.
+whose least, as M grows, is at f = E_t, up to what does not depend on x_t. Regression, f to α Q(s, a_i), finds
+E[α Q | x_t] instead, which is not E_t: where good chunks are rare among a policy's, it steers to too few of them.
 
 The guide is `ValueGuide(energy, gradient="noisy", scaling="score")`.
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from dprl.config import validate
-from dprl.errors import check
+from dprl.errors import check, check_count
 from dprl.observations import TensorObservation, batch_size, map_parts, take
 from dprl.policy import DiffusionPolicy, Scorer
 from dprl.policy.noisy_critic import NoisyCritic, NoisyCriticConfig
@@ -88,6 +88,7 @@ class Energy:
 
     def fit(self, obs: TensorObservation, steps: int) -> NoisyCritic:
         """Draw the policy's chunks at observations (n, O, D), or named parts, and take gradient steps on them."""
+        check_count("steps", steps)
         chunks, worth = self.support(obs)
         for step in range(steps):
             self._learner.set_rate(1 - step / steps)
@@ -122,5 +123,5 @@ class Energy:
 
 
 def contrast(energy: Tensor, worth: Tensor) -> Tensor:
-    """Eq. 12 of energies f and α Q, (B, M) each: a scalar."""
+    """L of energies f and α Q, (B, M) each: a scalar."""
     return -(worth.softmax(1) * energy.log_softmax(1)).sum(1).mean()
