@@ -25,6 +25,9 @@ class Near:
     def __init__(self, place: float = 0.5) -> None:
         self.place, self.asked = place, []
 
+    def __repr__(self) -> str:  # in the names of tests, which must be the same in every process
+        return f"Near({self.place})"
+
     def at(self, obs: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda actions: self.value(obs, actions)
 
