@@ -11,6 +11,7 @@ from dprl.agents.energy import Energy, EnergyConfig
 from dprl.agents.idql import IDQL, IDQLConfig
 from dprl.agents.iql import IQL
 from dprl.agents.online_idql import OnlineIDQL, OnlineIDQLConfig
+from dprl.agents.outcome import Outcome, OutcomeConfig
 
 __all__ = [
     "BC",
@@ -26,4 +27,6 @@ __all__ = [
     "IDQLConfig",
     "OnlineIDQL",
     "OnlineIDQLConfig",
+    "Outcome",
+    "OutcomeConfig",
 ]

@@ -128,20 +128,7 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
 
     def set_data(self, data: Episodes, total_steps: int) -> None:
         """Take `data` to learn from; `total_steps` shapes the learning rate's decay."""
-        features = self.policy.features
-        sizes, ours = (
-            (data.observations.shape[1], data.actions.shape[1]),
-            (
-                features.observation_size,
-                features.action_size,
-            ),
-        )
-        if sizes != ours:
-            raise DatasetError(f"the data have {sizes} observation and action numbers, the policy has {ours}")
-        cameras = {name: tuple(images.shape[1:]) for name, images in data.images.items()}
-        expected = {camera.name: camera.shape for camera in features.cameras}
-        if cameras != expected:
-            raise DatasetError(f"the data have the cameras {cameras}, the policy has {expected}")
+        require_like(self.policy, data)
         held_out: Episodes | None = None
         if self.config.validation_share:
             data, held_out = data.split(self.config.validation_share, self.seed)
@@ -253,3 +240,16 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
         pad_after = config.horizon - 1 if pad_after is None else pad_after
         chunks = data.chunks(config.n_obs_steps, config.horizon, pad_after=pad_after)
         return ChunkBatches(data, chunks, self.policy.device, num_workers=self.config.num_workers)
+
+
+def require_like(policy: Policy, data: Episodes) -> None:
+    """Raise DatasetError unless observations and actions of `data` have the sizes of the policy's."""
+    features = policy.features
+    sizes = (data.observations.shape[1], data.actions.shape[1])
+    ours = (features.observation_size, features.action_size)
+    if sizes != ours:
+        raise DatasetError(f"the data have {sizes} observation and action numbers, the policy has {ours}")
+    cameras = {name: tuple(images.shape[1:]) for name, images in data.images.items()}
+    expected = {camera.name: camera.shape for camera in features.cameras}
+    if cameras != expected:
+        raise DatasetError(f"the data have the cameras {cameras}, the policy has {expected}")

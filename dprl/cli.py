@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from dprl.agents import BC, DPPO, IDQL, IQL, DiffusionQL, DPPOConfig, OnlineIDQL
+from dprl.agents import BC, DPPO, IDQL, IQL, DiffusionQL, DPPOConfig, Energy, OnlineIDQL, Outcome
 from dprl.config import to_json
 from dprl.data import DataOptions, open_dataset, summarize
 from dprl.data import convert as convert_dataset
@@ -165,7 +165,7 @@ def _names(what: str) -> list[tuple[str, str]]:
         return demos + [(f"dprl experiment {name}", summary) for name, (_, summary) in STUDIES.items()]
     return [
         (agent.name, (sys.modules[agent.__module__].__doc__ or "").splitlines()[0])
-        for agent in (BC, DPPO, IDQL, IQL, DiffusionQL, OnlineIDQL)
+        for agent in (BC, DPPO, IDQL, IQL, DiffusionQL, OnlineIDQL, Outcome, Energy)
     ]
 
 
@@ -266,6 +266,18 @@ def offline(config: Annotated[runs.OfflineConfig, Flat], *, out: Out, quiet: Qui
     env = config.env or ("ENV" if learned_in is None else None)
     where = f" --env {env}" if env else ""
     print(f"The policy and its critics are in {out}. Next: dprl evaluate {out}{where}{_how(config.acting)}")
+
+
+@app.command(name="train-critic")
+def train_critic(config: Annotated[runs.CriticTrainingConfig, Flat], *, out: Out, quiet: Quiet = False) -> None:
+    """Learn from data what a policy's chunks are worth, to guide it or choose among its samples; the policy stays."""
+    runs.train_critic(config, out, progress_bar=not quiet)
+    env = "" if Policy.from_pretrained(out).features.env_id else " --env ENV"
+    exact = " --gradient noisy --scaling score" if config.agent == "energy" else ""
+    print(
+        f"The policy and its critic are in {out}. Next: dprl evaluate {out}{env} --candidates 16, "
+        f"or: dprl evaluate {out}{env} --guide critic{exact}"
+    )
 
 
 def _how(acting: InferenceConfig) -> str:

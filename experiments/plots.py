@@ -24,6 +24,8 @@ SUCCESS, RETURN = "eval/success_rate", "eval/return_mean"
 # What `training_curves` draws: one plot each, with its counterpart of the evaluations.
 CURVES = {
     "bc/loss": SUCCESS,
+    "outcome/loss": "validation/explained_variance",
+    "energy/loss": SUCCESS,
     "rollout/success_rate": SUCCESS,
     "rollout/return_mean": RETURN,
 }

@@ -1,4 +1,4 @@
-"""The kinds of work: collect, pretrain, learn offline, fine-tune. Each checks everything before it starts anything."""
+"""The kinds of work: collect, pretrain, learn offline, train critics, fine-tune. Each checks all before it starts."""
 
 from __future__ import annotations
 
@@ -27,9 +27,13 @@ from dprl.agents import (
     DiffusionQL,
     DiffusionQLConfig,
     DPPOConfig,
+    Energy,
+    EnergyConfig,
     IDQLConfig,
     OnlineIDQL,
     OnlineIDQLConfig,
+    Outcome,
+    OutcomeConfig,
 )
 from dprl.config import from_json, to_json, validate
 from dprl.data import Episodes, load_dataset, save_dataset
@@ -40,6 +44,7 @@ from dprl.envs.collect import collect_episodes
 from dprl.envs.experts import make_expert
 from dprl.errors import CheckpointError, ConfigError, DatasetError, check
 from dprl.experiments import plots
+from dprl.guidance.spec import scorer_named
 from dprl.log import read_metrics, require_wandb
 from dprl.mdp import mdp_of
 from dprl.networks import LNResNetConfig, TransformerConfig, UNetConfig
@@ -64,6 +69,7 @@ from dprl.rollout.pool import checked_slice_size, require_fit
 from dprl.seeding import derive_seed
 from dprl.spec import EnvOptions, EnvSpec, resolve, with_n_obs_steps
 from dprl.training import Evaluate, LoopConfig, RunFolder, train
+from dprl.training.progress import ProgressBar
 from dprl.training.run import RUN_FILE
 
 log = logging.getLogger(__name__)
@@ -376,14 +382,58 @@ class FinetuneConfig:
         return replace(self.inference, candidates=self.idql.candidates, selection=self.idql.chosen_by if many else None)
 
 
-KINDS: dict[str, type[PretrainConfig] | type[OfflineConfig] | type[FinetuneConfig]] = {
+@dataclass(frozen=True)
+class CriticTrainingConfig:
+    """Learn what a policy's chunks are worth from a data set; the policy stays as it is. For guides and candidates."""
+
+    data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
+    """File or folder of the data set."""
+    policy: str
+    """Folder of the diffusion policy, or of its run; a copy of it lies beside what is learned."""
+    agent: Literal["outcome", "energy"] = "outcome"
+    """What is learned: `outcome`, the return or success that chunks of the data led to; or `energy`, which tilts the
+    policy's own chunks exactly towards what its critics, or `scorer`, prefer."""
+    scorer: str | None = None
+    """For energy: what says how good chunks are: the folder of a policy with critics, or a function of yours as
+    `module:function`. Default: the policy's own critics."""
+    steps: int = 10_000
+    """Gradient steps."""
+    episodes: int | None = None
+    """Use only the first so many episodes. Default: all."""
+    filter_key: str | None = None
+    """Of robomimic's files: only the episodes of this mask."""
+    keys: tuple[str, ...] | None = None
+    """Parts of the observation that make up the state, in this order, and cameras. Default: the format's own."""
+    memory_map: bool | None = None
+    """Leave images on disk. Default: if they would fill a third of the memory."""
+    outcome: OutcomeConfig = field(default_factory=OutcomeConfig)
+    energy: EnergyConfig = field(default_factory=EnergyConfig)
+    checkpoint_every: int = 10
+    """Iterations (of the agent's `steps_per_iteration` gradient steps) between checkpoints."""
+    seed: int = 0
+    device: str = "cpu"
+    wandb: str | None = None
+    """Weights & Biases project to log to as well; offline without a login."""
+
+    def __post_init__(self) -> None:
+        validate(self, at_least={**dict.fromkeys(("steps", "episodes", "checkpoint_every"), 1), "seed": 0})
+        for name, default in (("outcome", OutcomeConfig()), ("energy", EnergyConfig())):
+            idle = name == self.agent or getattr(self, name) == default
+            check(idle, "agent", self.agent, f"must be {name} for the settings of {name}")
+        judges = self.scorer is None or self.agent == "energy"
+        check(judges, "scorer", self.scorer, "is for the agent energy: outcomes are learned from the data alone")
+
+
+Training = PretrainConfig | OfflineConfig | CriticTrainingConfig
+KINDS: dict[str, type[Training] | type[FinetuneConfig]] = {
     "pretrain": PretrainConfig,
     "offline": OfflineConfig,
+    "train-critic": CriticTrainingConfig,
     "finetune": FinetuneConfig,
 }
 
 
-AnyTraining = TypeVar("AnyTraining", PretrainConfig, OfflineConfig)
+AnyTraining = TypeVar("AnyTraining", PretrainConfig, OfflineConfig, CriticTrainingConfig)
 
 
 def train_expert(config: ExpertConfig, out: Path, *, progress_bar: bool = True) -> tuple[Seen, Seen]:
@@ -464,10 +514,18 @@ def offline(config: OfflineConfig, out: Path, *, progress_bar: bool = True) -> R
     return _on_data(config, "offline", out, progress_bar=progress_bar)
 
 
+def train_critic(config: CriticTrainingConfig, out: Path, *, progress_bar: bool = True) -> RunFolder:
+    """Train what a policy's chunks are worth in the new run folder `out`, which holds both."""
+    config = replace(config, policy=str(Path(config.policy).resolve()))
+    if config.scorer is not None and Path(config.scorer).exists():
+        config = replace(config, scorer=str(Path(config.scorer).resolve()))
+    return _on_data(config, "train-critic", out, progress_bar=progress_bar)
+
+
 def _on_data(config: AnyTraining, kind: str, out: Path, *, progress_bar: bool) -> RunFolder:
     RunFolder.require_free(out)
     config = replace(config, data=str(Path(config.data).resolve()))
-    prepared = _prepare_training(config)  # everything that can be wrong is found before the folder is made
+    prepared = _prepared(config, progress_bar)  # everything that can be wrong is found before the folder is made
     run = RunFolder.create(out, kind, to_json(config))
     _train_on_data(config, run, prepared, resume=False, progress_bar=progress_bar)
     return run
@@ -500,9 +558,9 @@ def resume(path: Path, *, data: Path | None = None, progress_bar: bool = True) -
     config = from_json(KINDS[kind], about, f"{path}/run.json")
     with run.locked():  # from before its newest checkpoint is read
         started = run.last is not None
-        if isinstance(config, PretrainConfig | OfflineConfig):
+        if not isinstance(config, FinetuneConfig):
             config = replace(config, data=str(data)) if data else config
-            _train_on_data(config, run, _prepare_training(config), resume=started, progress_bar=progress_bar)
+            _train_on_data(config, run, _prepared(config, progress_bar), resume=started, progress_bar=progress_bar)
             return run
         prepared = _prepare_finetune(config, run.last or find_policy(Path(config.policy)))
         with _pool(config, prepared.spec, shown=progress_bar) as pool, _scoring(config, prepared, pool) as score:
@@ -553,10 +611,11 @@ def last_timesteps(run: RunFolder) -> int:
 class _Training:
     """What training on a data set starts from."""
 
-    agent: BC[Policy] | IDQL
+    agent: BC[Policy] | IDQL | Outcome | Energy
     """With its data."""
-    spec: EnvSpec | None
-    """Where to evaluate, if at all."""
+    score: Evaluate | None = None
+    """Evaluates the policy, if it is at all."""
+    eval_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -568,15 +627,44 @@ class _Finetuning:
     data: Episodes | None = None
 
 
-def _prepare_training(config: PretrainConfig | OfflineConfig) -> _Training:
+def _prepared(config: Training, progress_bar: bool) -> _Training:
     check_device(config.device)
     if config.wandb is not None:
         require_wandb()
+    if isinstance(config, CriticTrainingConfig):
+        return _prepare_critic(config, progress_bar)
+    return _prepare_training(config)
+
+
+def _load(config: Training) -> Episodes:
+    """The data that are learned from."""
     data = load_dataset(config.data, memory_map=config.memory_map, filter_key=config.filter_key, keys=config.keys)
-    if config.episodes is not None:
-        fits = config.episodes <= data.n_episodes
-        check(fits, "episodes", config.episodes, f"the data set has {data.n_episodes}")
-        data = data.select(np.arange(config.episodes))
+    if config.episodes is None:
+        return data
+    fits = config.episodes <= data.n_episodes
+    check(fits, "episodes", config.episodes, f"the data set has {data.n_episodes}")
+    return data.select(np.arange(config.episodes))
+
+
+def _prepare_critic(config: CriticTrainingConfig, progress_bar: bool) -> _Training:
+    policy, data = Policy.from_pretrained(config.policy, device=config.device), _load(config)
+    if config.agent == "outcome":
+        agent = Outcome(policy, config.outcome, seed=config.seed)
+        with _named(config.data):
+            agent.set_data(data, config.steps)
+        return _Training(agent)
+    scorer = None if config.scorer is None else scorer_named(config.scorer, policy)
+    energy = Energy(policy, scorer, config.energy, seed=config.seed)
+    with (
+        _named(config.data),
+        ProgressBar("sample", min(len(data.actions), config.energy.observations), shown=progress_bar) as bar,
+    ):
+        energy.set_data(data, config.steps, bar.advance)
+    return _Training(energy)
+
+
+def _prepare_training(config: PretrainConfig | OfflineConfig) -> _Training:
+    data = _load(config)
     kind = next(kind for kind in Policy.kinds.values() if kind.config_class is type(config.policy))
     agent: BC[Policy] | IDQL
     with _named(config.data):
@@ -592,13 +680,14 @@ def _prepare_training(config: PretrainConfig | OfflineConfig) -> _Training:
         agent.set_data(data, config.steps)
     asked = config.env if isinstance(config, OfflineConfig) else None
     if not config.eval_every and asked is None:
-        return _Training(agent, None)
+        return _Training(agent)
     env = asked or data.env_id
     if env is None:
         raise ConfigError("eval_every: the data set does not say which environment it is from; set it to 0")
     spec = resolve(env)
     require_fit(policy, spec)
-    return _Training(agent, spec if config.eval_every else None)
+    score = lambda: _score(agent.policy, spec, config)  # noqa: E731
+    return _Training(agent, score if config.eval_every else None, config.eval_every)
 
 
 def _offline_agent(policy: Policy, config: OfflineConfig) -> IDQL:
@@ -607,15 +696,12 @@ def _offline_agent(policy: Policy, config: OfflineConfig) -> IDQL:
     return (IQL if config.agent == "iql" else IDQL)(policy, config.idql, seed=config.seed)
 
 
-def _train_on_data(
-    config: PretrainConfig | OfflineConfig, run: RunFolder, prepared: _Training, *, resume: bool, progress_bar: bool
-) -> None:
-    agent, spec = prepared.agent, prepared.spec
+def _train_on_data(config: Training, run: RunFolder, prepared: _Training, *, resume: bool, progress_bar: bool) -> None:
     train(
-        agent,
-        LoopConfig(config.steps, config.eval_every, config.checkpoint_every),
+        prepared.agent,
+        LoopConfig(config.steps, prepared.eval_every, config.checkpoint_every),
         run=run,
-        evaluate=None if spec is None else lambda: _score(agent.policy, spec, config),
+        evaluate=prepared.score,
         resume=resume,
         wandb_project=config.wandb,
         progress_bar=progress_bar,

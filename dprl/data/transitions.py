@@ -53,6 +53,27 @@ def chunk_return(rewards: FloatArray, gamma: float) -> FloatArray:
     return returns
 
 
+def returns_to_go(data: Episodes, gamma: float, termination_penalty: float = 0.0) -> FloatArray:
+    """Return what is earned from each step to its episode's end, the sum of gamma^i r_i: (S,) float32.
+
+    Args:
+        data: with rewards. Where an episode was cut off nothing is taken to follow.
+        gamma: discount of one environment step.
+        termination_penalty: taken from the last reward of an episode that terminated.
+
+    Raises:
+        DatasetError: the data have no rewards.
+    """
+    _require_any_rewards(data)
+    rewards = np.asarray(data.rewards, np.float64)
+    rewards[data.ends[data.terminated] - 1] -= termination_penalty
+    last, returns, following = set((data.ends - 1).tolist()), np.empty(len(rewards), np.float32), 0.0
+    for step in range(len(rewards) - 1, -1, -1):
+        following = rewards[step] + (0.0 if step in last else gamma * following)
+        returns[step] = following
+    return returns
+
+
 def decisions(
     data: Episodes, n_obs_steps: int, n_action_steps: int, gamma: float, *, bootstrap_truncated: bool | None = None
 ) -> Decisions:
@@ -76,8 +97,7 @@ def decisions(
     check_count("n_obs_steps", n_obs_steps)
     check_count("n_action_steps", n_action_steps)
     check(0 <= gamma <= 1, "gamma", gamma, "must be from 0 to 1")
-    if data.rewards_from == "none":
-        raise DatasetError("the data have neither rewards nor success: values cannot be learned from them")
+    _require_any_rewards(data)
     lengths = data.lengths
     episode = np.repeat(np.arange(data.n_episodes), lengths)
     first, end = data.starts[episode], data.ends[episode]
@@ -103,6 +123,11 @@ def decisions(
     discounts = np.where(terminated, 0.0, gamma**n_steps).astype(np.float32)
     columns = (observation_rows, action_rows, n_steps, next_rows, rewards, discounts)
     return Decisions(*(column[kept] for column in columns))
+
+
+def _require_any_rewards(data: Episodes) -> None:
+    if data.rewards_from == "none":
+        raise DatasetError("the data have neither rewards nor success: values cannot be learned from them")
 
 
 def _require_rewards(earned: npt.NDArray[np.float64], kept: BoolArray) -> None:

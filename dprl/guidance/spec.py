@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from dprl.config import validate
 from dprl.errors import ConfigError, check
 from dprl.guidance.step import Guide
 from dprl.guidance.value import Gradient, NoisyValue, Reward, Scaling, Value, ValueGuide
-from dprl.policy import ChunkCritic, Policy, Scorer
+from dprl.policy import ChunkCritic, ChunkValue, DiffusionPolicy, Policy, Scorer
 from dprl.spec import load
 
 OWN = "critic"
@@ -60,30 +62,36 @@ def steering(config: GuidanceConfig, policy: Policy) -> Steering:
         ConfigError: it names nothing, or what does not fit.
         CheckpointError: a folder that is damaged, or holds no policy.
     """
-    guide, scorer = None, None
+    guide = None
     if config.guide is not None:
+        gradient = config.gradient or "held"
         guide = ValueGuide(
-            named(config.guide, policy, "guide"),
+            named(config.guide, policy, "guide", noisy=gradient == "noisy"),
             1.0 if config.scale is None else config.scale,
-            config.gradient or "held",
+            gradient,
             config.scaling or "variance",
             config.guide_steps or 1,
             config.skip_last or 0,
         )
-    if config.scorer is not None:
-        scorer = named(config.scorer, policy, "scorer")
-        check(isinstance(scorer, Scorer), "scorer", config.scorer, "has no method score(obs, actions)")
-    return Steering(guide, scorer)
+    return Steering(guide, None if config.scorer is None else scorer_named(config.scorer, policy))
 
 
-def named(spec: str, policy: Policy, field: str) -> Any:
+def scorer_named(spec: str, policy: Policy) -> Scorer:
+    """Return the scorer that `spec` names. Raises ConfigError, CheckpointError: see `steering`."""
+    scorer = named(spec, policy, "scorer")
+    check(isinstance(scorer, Scorer), "scorer", spec, "has no method score(obs, actions)")
+    assert isinstance(scorer, Scorer)
+    return scorer
+
+
+def named(spec: str, policy: Policy, field: str, *, noisy: bool = False) -> Any:
     """Return the value that `spec` names: the policy's critics, another policy's, or a user's function."""
     if spec == OWN:
-        fits = isinstance(policy.scorer, ChunkCritic)
-        check(fits, field, spec, "the policy has no critics; 'dprl offline' makes policies with critics")
+        fits = isinstance(policy.scorer, ChunkCritic | ChunkValue)
+        check(fits, field, spec, f"the policy has no critics; {MAKERS}")
         return policy.scorer
     if Path(spec).exists():
-        return _critics_in(Path(spec), policy, field)
+        return _critics_in(Path(spec), policy, field, noisy=noisy)
     if ":" not in spec:
         raise ConfigError(f"{field} = {spec!r}: must be '{OWN}', a folder with critics, or 'module:function'")
     found = load(spec)
@@ -91,19 +99,29 @@ def named(spec: str, policy: Policy, field: str) -> Any:
     return found if isinstance(found, Value | NoisyValue | Scorer) else Reward(found)
 
 
-def _critics_in(folder: Path, policy: Policy, field: str) -> ChunkCritic:
+def _critics_in(folder: Path, policy: Policy, field: str, *, noisy: bool) -> ChunkCritic | ChunkValue:
     """The critics of another policy, which see by that one's normalisation."""
     other = Policy.from_pretrained(folder, device=policy.device)
     critics = other.scorer
-    if not isinstance(critics, ChunkCritic):
-        raise ConfigError(f"{field} = '{folder}': holds no critics; 'dprl offline' makes policies with critics")
-    for name, theirs, ours in (
+    if not isinstance(critics, ChunkCritic | ChunkValue):
+        raise ConfigError(f"{field} = '{folder}': holds no critics; {MAKERS}")
+    alike: list[tuple[str, object, object]] = [
         ("observations", other.part_shapes(), policy.part_shapes()),
         ("actions", other.features.action_size, policy.features.action_size),
         ("n_obs_steps", other.config.n_obs_steps, policy.config.n_obs_steps),
-    ):
+    ]
+    if isinstance(critics, ChunkValue):
+        alike.append(("horizon", other.config.horizon, policy.config.horizon))
+    if noisy and isinstance(other, DiffusionPolicy) and isinstance(policy, DiffusionPolicy):
+        bounds = [torch.stack([p.action_normalizer.low, p.action_normalizer.high]).tolist() for p in (other, policy)]
+        alike += [("noise", other.config.noise, policy.config.noise), ("range of actions", bounds[0], bounds[1])]
+    for name, theirs, ours in alike:
         check(theirs == ours, field, str(folder), f"its critics are of {name} {theirs}, the policy's are {ours}")
-    enough = critics.n_action_steps <= policy.config.horizon
-    check(enough, field, str(folder), f"its critics are of {critics.n_action_steps} actions, the policy has "
-          f"{policy.config.horizon}")  # fmt: skip
+    if isinstance(critics, ChunkCritic):
+        enough = critics.n_action_steps <= policy.config.horizon
+        check(enough, field, str(folder), f"its critics are of {critics.n_action_steps} actions, the policy has "
+              f"{policy.config.horizon}")  # fmt: skip
     return critics
+
+
+MAKERS = "'dprl offline' and 'dprl train-critic' make policies with critics"

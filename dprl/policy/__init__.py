@@ -3,6 +3,7 @@
 from dprl.policy.base import CONFIG_FILE, MODEL_FILE, Features, Policy, PolicyConfig, find_policy, masked_mean
 from dprl.policy.candidates import Scorer, best_of
 from dprl.policy.categorical import BeTConfig, BeTPolicy, CategoricalConfig, CategoricalPolicy
+from dprl.policy.chunk_value import ChunkValue, ChunkValueConfig, NoisyChunkValue
 from dprl.policy.control import InferenceConfig, Memory, PredictState, RecedingHorizon
 from dprl.policy.critic import ChunkCritic, CriticConfig
 from dprl.policy.diffusion import DiffusionConfig, DiffusionPolicy, denoising_loss
@@ -27,6 +28,8 @@ __all__ = [
     "CategoricalConfig",
     "CategoricalPolicy",
     "ChunkCritic",
+    "ChunkValue",
+    "ChunkValueConfig",
     "CriticConfig",
     "DiffusionConfig",
     "DiffusionPolicy",
@@ -44,6 +47,7 @@ __all__ = [
     "MSEPolicy",
     "Memory",
     "MinMaxNormalizer",
+    "NoisyChunkValue",
     "Policy",
     "PolicyConfig",
     "PredictState",

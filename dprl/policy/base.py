@@ -23,6 +23,7 @@ from dprl.guidance import Guide
 from dprl.networks.vision import ImageEncoder, VisionConfig
 from dprl.observations import STATE, Camera, TensorObservation, batch_size, map_parts
 from dprl.policy.candidates import Scorer
+from dprl.policy.chunk_value import ChunkValue
 from dprl.policy.control import InferenceConfig, PredictState, RecedingHorizon
 from dprl.policy.critic import ChunkCritic
 from dprl.policy.normalize import MinMaxNormalizer
@@ -473,7 +474,7 @@ class Policy(nn.Module, ABC):
         """Write config.json and model.safetensors into an existing folder."""
         checkpoint.write_json(folder / CONFIG_FILE, self._about())
         checkpoint.save_tensors(folder / MODEL_FILE, self.state_dict())
-        if isinstance(self.scorer, ChunkCritic):
+        if isinstance(self.scorer, ChunkCritic | ChunkValue):
             self.scorer.write(folder)
 
     def _about(self) -> dict[str, Any]:
@@ -512,7 +513,7 @@ class Policy(nn.Module, ABC):
             policy.load_state_dict(checkpoint.load_tensors(folder / MODEL_FILE))
         except RuntimeError as error:
             raise CheckpointError(f"'{folder / MODEL_FILE}' does not fit its config.json: {error}") from error
-        policy.scorer = ChunkCritic.load(policy, folder)
+        policy.scorer = ChunkCritic.load(policy, folder) or ChunkValue.load(policy, folder)
         return cast("Self", policy.to(device))
 
 

@@ -122,6 +122,11 @@ class ChunkCritic(nn.Module):
         return self.at(obs)(actions)
 
     @torch.no_grad()
+    def each(self, obs: TensorObservation, actions: Tensor) -> Tensor:
+        """Every network's Q of chunks (B, H, A): (n, B)."""
+        return self.q(self.see(obs), actions)
+
+    @torch.no_grad()
     def advantage(self, obs: TensorObservation, actions: Tensor) -> Tensor:
         """The least Q - V of chunks (B, H, A): (B,)."""
         seen = self.see(obs)

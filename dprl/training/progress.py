@@ -13,6 +13,9 @@ SHOWN = {
     "eval/success_rate": "eval",
     "rollout/return_mean": "return",
     "bc/loss": "loss",
+    "outcome/loss": "loss",
+    "energy/loss": "loss",
+    "validation/explained_variance": "explained",
     "time/samples_per_s": "samples/s",
     "time/timesteps_per_s": "steps/s",
 }

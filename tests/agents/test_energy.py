@@ -2,16 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from dprl.agents.energy import Energy, EnergyConfig, contrast
+from dprl.data import Episodes
 from dprl.errors import ConfigError
 from dprl.guidance import Reward, ValueGuide
 from dprl.networks.denoiser import Denoiser
-from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
-from dprl.policy.noisy_critic import NoisyCriticConfig
+from dprl.policy import ChunkValueConfig, DiffusionConfig, DiffusionPolicy, Features
 from dprl.seeding import torch_generator
 
 MODES, WEIGHTS, STD = torch.tensor([-0.7, 0.7]), torch.tensor([0.9, 0.1]), 0.1
@@ -54,6 +55,12 @@ def rare_is_better(obs: Tensor, actions: Tensor) -> Tensor:
     return (actions[:, 0, 0] > 0).float()
 
 
+def nothing_seen(n: int) -> Episodes:
+    """Data whose n observations are all 0."""
+    zeros, one = np.zeros((n, 1), np.float32), np.ones(1, np.bool_)
+    return Episodes(zeros, zeros, zeros[:, 0], zeros[:1], np.array([n]), one, one, np.zeros(1, np.int64))
+
+
 def share_of_rare(policy: DiffusionPolicy, guide: object = None) -> float:
     sampled = policy.sample(torch.zeros(4_000, 1, 1), generator=torch_generator(0, "test"), guide=guide)
     return float((sampled > 0).float().mean())
@@ -63,9 +70,9 @@ def shares(batch_size: int, steps: int, learning_rate: float) -> tuple[float, fl
     """Of samples guided by what contrast and what regression learned."""
     policy, found = two_modes(), []
     for loss in ("contrast", "regression"):
-        network = NoisyCriticConfig(hidden_size=64, n_layers=2)
-        config = EnergyConfig(network, WORTH, loss, 64, batch_size, learning_rate)
-        energy = Energy(policy, Reward(rare_is_better), config).fit(torch.zeros(64, 1, 1), steps)
+        network = ChunkValueConfig(64, 2, n_networks=1)
+        config = EnergyConfig(network, WORTH, loss, 64, batch_size=batch_size, learning_rate=learning_rate)
+        energy = Energy(policy, Reward(rare_is_better), config).fit(nothing_seen(64), steps)
         found.append(share_of_rare(policy, ValueGuide(energy, 1.0, "noisy", "score")))
     return found[0], found[1]
 
@@ -96,12 +103,12 @@ def test_contrast_is_least_where_energy_is_worth_up_to_a_constant() -> None:
 
 
 def test_it_is_the_same_of_one_seed_and_leaves_the_policy() -> None:
-    config = EnergyConfig(NoisyCriticConfig(hidden_size=8, n_layers=1), samples=4, batch_size=4)
+    config = EnergyConfig(ChunkValueConfig(hidden_size=8, n_layers=1), samples=4, batch_size=4)
     found = []
     for _ in range(2):
         policy = DiffusionPolicy(Features(1, 1), DiffusionConfig(num_train_timesteps=4, horizon=1))
         before = [p.clone() for p in policy.parameters()]
-        energy = Energy(policy, Reward(rare_is_better), config, seed=3).fit(torch.zeros(8, 1, 1), 3)
+        energy = Energy(policy, Reward(rare_is_better), config, seed=3).fit(nothing_seen(8), 3)
         assert all(a.equal(b) for a, b in zip(before, policy.parameters(), strict=True))
         found.append([p.detach().clone() for p in energy.parameters()])
     assert all(a.equal(b) for a, b in zip(*found, strict=True))
@@ -110,3 +117,19 @@ def test_it_is_the_same_of_one_seed_and_leaves_the_policy() -> None:
 def test_a_policy_without_critics_needs_a_scorer() -> None:
     with pytest.raises(ConfigError, match="must be given: the policy has no critics"):
         Energy(two_modes())
+
+
+@pytest.mark.parametrize("changes", [{"noised": False}, {"worth": "log_probability"}])
+def test_networks_that_cannot_be_an_energys_are_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=f"critic.{next(iter(changes))}"):
+        EnergyConfig(ChunkValueConfig(**changes))
+
+
+def test_it_is_a_value_of_clean_chunks_too() -> None:
+    """Up to what the observation alone decides: α Q of the better chunk is larger by α."""
+    policy = two_modes()
+    config = EnergyConfig(ChunkValueConfig(32, 1), WORTH, batch_size=16, learning_rate=1e-2)
+    energy = Energy(policy, Reward(rare_is_better), config).fit(nothing_seen(64), 400)
+    chunks = MODES.view(2, 1, 1)
+    worse, better = energy.score(torch.zeros(2, 1, 1), chunks)
+    assert better - worse == pytest.approx(WORTH, abs=0.5)

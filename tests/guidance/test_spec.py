@@ -9,7 +9,7 @@ from torch import Tensor
 from dprl.errors import CheckpointError, ConfigError
 from dprl.guidance import Reward, ValueGuide
 from dprl.guidance.spec import GuidanceConfig, steering
-from dprl.policy import ChunkCritic, CriticConfig, Features, Policy
+from dprl.policy import ChunkCritic, ChunkValue, ChunkValueConfig, CriticConfig, Features, Policy
 from tests.policy.small import small_policy
 
 OBS = torch.linspace(-1, 2, 24).view(4, 2, 3)
@@ -94,6 +94,15 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         other.save_pretrained(tmp_path / name)
         with pytest.raises(ConfigError, match=message):
             steering(GuidanceConfig(str(tmp_path / name)), policy)
+    for name, other, message in (
+        ("horizon", small_policy("diffusion", horizon=4), "of horizon 4, the policy's are 3"),
+        ("noise", small_policy("diffusion", schedule="linear"), "its critics are of noise"),
+    ):
+        other.scorer = ChunkValue.of(other, ChunkValueConfig(hidden_size=8))
+        other.save_pretrained(tmp_path / name)
+        with pytest.raises(ConfigError, match=message):
+            steering(GuidanceConfig(str(tmp_path / name), gradient="noisy"), policy)
+    assert steering(GuidanceConfig(str(tmp_path / "noise")), policy).guide.gradient == "held"
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError):
         steering(GuidanceConfig(str(tmp_path / "empty")), policy)
