@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -24,11 +24,12 @@ from dprl.data import convert as convert_dataset
 from dprl.data.load import FORMATS
 from dprl.diffusion.solvers import SolverName
 from dprl.doctor import examine
-from dprl.errors import ConfigError, DprlError, check, did_you_mean
+from dprl.errors import DprlError, check, did_you_mean
 from dprl.experiments import demo as demo_module
-from dprl.experiments import inspection, runs
+from dprl.experiments import inspection, runs, tuning
 from dprl.experiments.catalogue import CATALOGUE, SIZED, STUDIES, find
 from dprl.experiments.studies import StudyConfig
+from dprl.guidance.departure import Departure, departure
 from dprl.guidance.spec import GuidanceConfig, steering
 from dprl.policy import (
     DiffusionConfig,
@@ -49,6 +50,7 @@ app = tyro.extras.SubcommandApp()
 Flat = tyro.conf.arg(name="")
 Out = Annotated[Path, tyro.conf.arg(help="New folder to write; must not exist or be empty.")]
 ExpertOut = Annotated[Path, tyro.conf.arg(help="Folder to write; one that this command left is continued.")]
+TuneOut = Annotated[Path, tyro.conf.arg(help="Folder to write; one that this command left is continued.")]
 Quiet = Annotated[bool, tyro.conf.arg(help="Show no progress bar.")]
 
 
@@ -343,7 +345,7 @@ def evaluate(
     runs.check_device(device)
     asked = None if env is None else resolve(env, options)
     loaded = Policy.from_pretrained(policy, device=device)
-    spec = asked or resolve(_home(loaded), options)
+    spec = asked or resolve(runs.home_of(loaded), options)
     check_evaluation(loaded, spec, episodes, seed)
     if loaded.features.env_id not in (None, spec.id):
         print(f"note: the policy learned in {loaded.features.env_id}, not in {spec.id}", file=sys.stderr)
@@ -358,23 +360,40 @@ def evaluate(
         loaded.set_n_action_steps(n_action_steps)
     with ProgressBar("evaluate", episodes, shown=not quiet and not json_) as bar:
         result = runs.played(control, spec, episodes, seed, pool, workers, on_progress=bar.advance)
-    how = {"policy": str(policy), "n_action_steps": control.n_action_steps, "inference": to_json(inference)}
+    how: dict[str, Any] = {"policy": str(policy), "n_action_steps": control.n_action_steps, "inference": to_json(inference)}
     how |= {"guidance": to_json(guidance)} if guidance != GuidanceConfig() else {}
+    if guide is not None:
+        seen = runs.watched(control, spec, episodes, seed)
+        left = departure(loaded, seen, guide, inference, scorer=control.scorer, seed=seed)
+        how |= {"departure": to_json(left)}
+        _tell(left)
     if json_:
         print(json.dumps({**how, **result.to_json()}))
         return
     table = Table(title=f"{find_policy(policy)} on {spec.id}, {episodes} episodes, seed {seed}", show_header=False)
-    for name, value in result.to_json().items():
+    for name, value in {**result.to_json(), **how.get("departure", {})}.items():
         shown = f"{value:.3f}" if isinstance(value, float) else value
         table.add_row(name, f"{value[0]:.3f} to {value[1]:.3f}" if isinstance(value, list | tuple) else str(shown))
     Console().print(table)
 
 
-def _home(policy: Policy) -> str:
-    """Where a policy learned."""
-    if policy.features.env_id is None:
-        raise ConfigError("env: the policy does not say where it learned; give one, see 'dprl list envs'")
-    return policy.features.env_id
+def _tell(left: Departure) -> None:
+    """Say if guided chunks leave the data."""
+    if left.warning is not None:
+        print(f"note: {left.warning}", file=sys.stderr)
+
+
+@app.command(name="tune-guidance")
+def tune_guidance(config: Annotated[tuning.TuneConfig, Flat], *, out: TuneOut, quiet: Quiet = False) -> None:
+    """Try scales, gates and candidates of a guide, on start states of their own. Interrupted, it goes on."""
+    sys.path.append(os.getcwd())  # where a function of the user's is looked for
+    best = tuning.tune(config, out, progress_bar=not quiet)
+    print((out / "tuning.md").read_text(encoding="utf-8"))
+    _tell(Departure(best.distance, best.disagreement))
+    options = tuning.evaluation_options(config, best.combination)
+    print(
+        f"The figure is in {out / 'tuning.png'}. Next: dprl evaluate {config.policy} {options}{_how(config.inference)}"
+    )
 
 
 @app.command

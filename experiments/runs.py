@@ -48,6 +48,7 @@ from dprl.guidance.spec import scorer_named
 from dprl.log import read_metrics, require_wandb
 from dprl.mdp import mdp_of
 from dprl.networks import LNResNetConfig, TransformerConfig, UNetConfig
+from dprl.observations import TensorObservation, to_tensors
 from dprl.policy import (
     BeTConfig,
     CategoricalConfig,
@@ -64,8 +65,9 @@ from dprl.policy import (
     find_policy,
 )
 from dprl.rollout import Evaluation, RolloutPool, evaluate
-from dprl.rollout.evaluation import wilson
+from dprl.rollout.evaluation import record, wilson
 from dprl.rollout.pool import checked_slice_size, require_fit
+from dprl.rollout.recording import visited
 from dprl.seeding import derive_seed
 from dprl.spec import EnvOptions, EnvSpec, resolve, with_n_obs_steps
 from dprl.training import Evaluate, LoopConfig, RunFolder, train
@@ -812,6 +814,30 @@ def played(
         return evaluator.start(
             policy, episodes, seed, inference=inference, guide=guide, scorer=scorer, on_progress=on_progress
         ).result()
+
+
+def watched(control: RecedingHorizon, spec: EnvSpec, episodes: int, seed: int) -> TensorObservation:
+    """Return what a policy sees on its way in the first few episodes of an evaluation: (B, O, D), or named parts."""
+    played = record(
+        control.policy,
+        spec,
+        min(episodes, WATCHED_EPISODES),
+        seed,
+        inference=control.inference,
+        guide=control.guide,
+        scorer=control.scorer,
+    )
+    return to_tensors(visited(played, control.policy.config.n_obs_steps, WATCHED_OBSERVATIONS))
+
+
+WATCHED_EPISODES, WATCHED_OBSERVATIONS = 4, 256
+
+
+def home_of(policy: Policy) -> str:
+    """Return where a policy learned. Raises ConfigError: it does not say."""
+    if policy.features.env_id is None:
+        raise ConfigError("env: the policy does not say where it learned; give one, see 'dprl list envs'")
+    return policy.features.env_id
 
 
 def _selection(config: PretrainConfig | OfflineConfig | FinetuneConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -25,6 +26,21 @@ class Trajectory:
     def states(self) -> FloatArray:
         """(T+1, D) of a task whose observation is a plain array."""
         return np.stack([np.asarray(observation) for observation in self.observations])
+
+
+def visited(trajectories: Sequence[Trajectory], n_obs_steps: int, at_most: int) -> Observation:
+    """Return what a policy saw on its way, evenly over all steps: (B, O, D), or named parts, of at most `at_most`."""
+    seen = [
+        map_parts(
+            lambda *parts: np.stack(parts),
+            *(t.observations[max(i, 0)] for i in range(step - n_obs_steps + 1, step + 1)),
+        )
+        for t in trajectories
+        for step in range(len(t.actions))
+    ]
+    kept = [seen[i] for i in np.linspace(0, len(seen) - 1, min(at_most, len(seen))).astype(int)]
+    together: Observation = map_parts(lambda *parts: np.stack(parts), *kept)
+    return together
 
 
 class Recorder:

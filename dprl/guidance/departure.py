@@ -1,0 +1,95 @@
+"""How far guides lead a policy's chunks away from where it, and its critics, know their way.
+
+Shapes: B observations, O observation steps, D observation size, H actions of a chunk, A action size, n networks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from dprl.guidance.step import Guide, Guides
+from dprl.guidance.value import DiffuserGuide, ValueGuide
+from dprl.observations import TensorObservation
+from dprl.policy import InferenceConfig, Policy, Scorer
+from dprl.seeding import torch_generator
+
+FAR, DOUBTFUL = 2.0, 2.0
+
+
+@runtime_checkable
+class Ensemble(Protocol):
+    """Several networks that judge the same: `ChunkCritic`, `ChunkValue`."""
+
+    def each(self, obs: TensorObservation, actions: Tensor) -> Tensor:
+        """What each says of chunks (B, H, A) in the environment's units: (n, B)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Departure:
+    """Of guided chunks from those that the policy draws of the same noise."""
+
+    distance: float
+    """Their root mean square distance, over that of the policy's own samples from each other (NaN where those are all
+    the same)."""
+    disagreement: float | None
+    """How much more the critic's networks differ about guided chunks than about the policy's own; None without an
+    ensemble."""
+
+    @property
+    def warning(self) -> str | None:
+        """What to be told, if anything."""
+        found = []
+        if self.distance > FAR:
+            found.append(f"guided chunks lie {self.distance:.1f} times as far from the policy's own as those from each "
+                         "other")  # fmt: skip
+        if self.disagreement is not None and self.disagreement > DOUBTFUL:
+            found.append(f"the critic's networks differ about them {self.disagreement:.1f} times as much")
+        return f"{' and '.join(found)}: the guide leaves the data; try a smaller scale" if found else None
+
+
+@torch.no_grad()
+def departure(
+    policy: Policy,
+    obs: TensorObservation,
+    guide: Guide,
+    inference: InferenceConfig | None = None,
+    *,
+    scorer: Scorer | None = None,
+    seed: int = 0,
+) -> Departure:
+    """Return how far `guide` leads the policy's chunks away.
+
+    Args:
+        policy: what is guided.
+        obs: (B, O, D), or named parts: where.
+        guide: moves the denoising steps.
+        inference: how the policy acts. Default: its own way.
+        scorer: whose networks are asked where the guide has none. Default: the policy's own.
+        seed: of the noise.
+    """
+    obs, how = policy.checked(obs), inference or InferenceConfig()
+
+    def drawn(name: str, guide: Guide | None = None) -> Tensor:
+        return policy.draw(obs, how, torch_generator(seed, "departure", name), guide=guide)
+
+    plain, other, guided = drawn("one"), drawn("other"), drawn("one", guide)
+    normalize = policy.action_normalizer.normalize
+    spread = (normalize(plain) - normalize(other)).pow(2).mean().sqrt()
+    distance = (normalize(guided) - normalize(plain)).pow(2).mean().sqrt() / spread
+    judges = next((e for e in (_climbed(guide), scorer, policy.scorer) if isinstance(e, Ensemble)), None)
+    disagreement: float | None = None
+    if judges is not None:
+        among, before = (judges.each(obs, chunks).std(0, correction=0).mean() for chunks in (guided, plain))
+        disagreement = float(among / before) if before > 0 else None
+    return Departure(float(distance) if spread > 0 else float("nan"), disagreement)
+
+
+def _climbed(guide: Guide) -> object:
+    """What a guide climbs; of several the first of whom that is known."""
+    parts = guide.guides if isinstance(guide, Guides) else (guide,)
+    return next((part.of for part in parts if isinstance(part, ValueGuide | DiffuserGuide)), None)

@@ -1,0 +1,328 @@
+"""`dprl tune-guidance`: how strongly to guide a policy, found by trying.
+
+OUT/tuning.json   the settings
+OUT/tried.json    what each combination did that was tried; those are not tried again
+OUT/tuning.md, .csv, .png
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+import tyro
+
+from dprl import checkpoint
+from dprl.config import from_json, to_json, validate
+from dprl.errors import CheckpointError, ConfigError, check
+from dprl.experiments import plots, runs
+from dprl.guidance.departure import Departure, departure
+from dprl.guidance.spec import GuidanceConfig, steering
+from dprl.guidance.value import Gradient, Scaling
+from dprl.observations import TensorObservation
+from dprl.policy import InferenceConfig, Policy, RecedingHorizon
+from dprl.rollout.evaluation import Z95, check_evaluation, wilson
+from dprl.seeding import derive_seed
+from dprl.spec import EnvOptions, EnvSpec, resolve
+from dprl.training.progress import ProgressBar
+from dprl.training.run import RunFolder
+
+SETTINGS_FILE, TRIED_FILE = "tuning.json", "tried.json"
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Try scales, gates and candidates on start states that no evaluation has."""
+
+    policy: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="POLICY")]]
+    """Folder of the policy, or of a run."""
+    guide: str
+    """What steers it: see `dprl evaluate --help`."""
+    env: str | None = None
+    """Environment, see `dprl list envs`. Default: where the policy learned."""
+    scales: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
+    """How strongly; no guide is always tried, too."""
+    skip_last: tuple[int, ...] = (0,)
+    """How many last denoising steps are left alone."""
+    candidates: tuple[int, ...] = (1,)
+    """Among how many samples the scorer chooses."""
+    gradient: Gradient = "held"
+    """See `dprl evaluate --help`."""
+    scaling: Scaling = "normalized"
+    """See `dprl evaluate --help`; `normalized` has scales that do not depend on the value's units."""
+    guide_steps: int = 1
+    """Times at each denoising step."""
+    scorer: str | None = None
+    """What chooses among candidates, named as the guide is. Default: the policy's own critics."""
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    """How the policy acts; candidates are tried."""
+    episodes: int = 100
+    """Of each combination, the same for all."""
+    seed: int = 0
+    """Of start states and noise."""
+    pool: Literal["local", "ray"] = "local"
+    """Where episodes are played: in this process, or on Ray, with the same result."""
+    workers: int = 2
+    """Of Ray."""
+    device: str = "cpu"
+    options: EnvOptions = field(default_factory=EnvOptions)
+
+    def __post_init__(self) -> None:
+        least = dict.fromkeys(("episodes", "guide_steps"), 1)
+        validate(self, at_least={**least, "seed": 0})
+        for name, lowest in (("scales", -math.inf), ("skip_last", 0), ("candidates", 1)):
+            values = getattr(self, name)
+            fits = values and all(math.isfinite(v) and v >= lowest for v in values) and len(set(values)) == len(values)
+            check(
+                fits,
+                name,
+                values,
+                f"must be at least one number, each once{f', of at least {lowest}' if lowest > -1 else ''}",
+            )
+        guided = 0 not in self.scales
+        check(guided, "scales", self.scales, "must not have 0: no guide is always tried")
+        asked = self.inference.candidates
+        check(asked is None, "inference.candidates", asked, "must be left out: give candidates, which are tried")
+
+    @property
+    def combinations(self) -> list[Combination]:
+        """What is tried, the plainest first."""
+        plain = [Combination(0.0, 0, n) for n in sorted(self.candidates)]
+        product = itertools.product(sorted(self.candidates), sorted(self.skip_last), sorted(self.scales, key=abs))
+        return plain + [Combination(scale, gate, n) for n, gate, scale in product]
+
+
+class Combination(NamedTuple):
+    """One way to guide."""
+
+    scale: float
+    skip_last: int
+    candidates: int
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What one combination did."""
+
+    scale: float
+    skip_last: int
+    candidates: int
+    episodes: int
+    success: float | None
+    """None where the environment reports none."""
+    return_mean: float
+    return_error: float | None
+    """Its standard error."""
+    latency_ms: float
+    """Of a decision for one environment."""
+    distance: float
+    disagreement: float | None
+    """See `Departure`."""
+
+    @property
+    def combination(self) -> Combination:
+        """Which."""
+        return Combination(self.scale, self.skip_last, self.candidates)
+
+    @property
+    def score(self) -> float:
+        """Success, or where there is none the return."""
+        return self.return_mean if self.success is None else self.success
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % of the score's."""
+        if self.success is not None:
+            return wilson(round(self.success * self.episodes), self.episodes)
+        half = math.nan if self.return_error is None else Z95 * self.return_error
+        return self.return_mean - half, self.return_mean + half
+
+
+def tune(config: TuneConfig, out: Path, *, progress_bar: bool = True) -> Tried:
+    """Try every combination in `out`, or those that are missing there; return the best.
+
+    Of equals the best is the plainest. It is the best of many on the same episodes, so it will do somewhat worse on
+    others: evaluate it.
+
+    Raises:
+        ConfigError: something does not fit; or what is in `out` was begun with other settings.
+    """
+    plots.new_figure()
+    runs.check_device(config.device)
+    policy = Policy.from_pretrained(config.policy, device=config.device)
+    spec = resolve(config.env or runs.home_of(policy), config.options)
+    seed = derive_seed(config.seed, "tuning")
+    check_evaluation(policy, spec, config.episodes, seed)
+    for combination in config.combinations:
+        _control(config, policy, combination)  # or it is refused before anything is played
+    done = _begun(config, out)
+    n_done = len(done.keys() & set(config.combinations))
+    obs = runs.watched(RecedingHorizon(policy, config.inference), spec, config.episodes, seed)
+    with ProgressBar("tune", len(config.combinations), n_done, shown=progress_bar) as bar:
+        for combination in config.combinations:
+            if combination not in done:
+                bar.note(
+                    f"scale {combination.scale:g}, skip {combination.skip_last}, {combination.candidates} candidates"
+                )
+                done[combination] = _tried(config, policy, spec, seed, combination, obs)
+                checkpoint.write_json(out / TRIED_FILE, [to_json(t) for t in done.values()])
+                bar.advance(1)
+    tried = [done[combination] for combination in config.combinations]
+    best = max(tried, key=lambda t: t.score)  # the first of equals
+    _write(config, tried, best, spec, out)
+    return best
+
+
+def evaluation_options(config: TuneConfig, best: Combination) -> str:
+    """Return the options of `dprl evaluate` that guide so."""
+    parts = [] if config.env is None else [f"--env {config.env}"]
+    if best.scale:
+        parts += [
+            f"--guide {config.guide} --scale {best.scale:g} --gradient {config.gradient} --scaling {config.scaling}"
+        ]
+        parts += [f"--guide-steps {config.guide_steps}"] if config.guide_steps > 1 else []
+        parts += [f"--skip-last {best.skip_last}"] if best.skip_last else []
+    if best.candidates > 1:
+        parts += [f"--candidates {best.candidates}"]
+        parts += [] if config.scorer is None else [f"--scorer {config.scorer}"]
+    return " ".join(parts)
+
+
+def _begun(config: TuneConfig, out: Path) -> dict[Combination, Tried]:
+    """What was tried in `out` before, which may be nothing; the folder is there afterwards."""
+    file, settings = out / SETTINGS_FILE, to_json(config)
+    wider = ("scales", "skip_last", "candidates", "pool", "workers", "device")  # no result depends on them
+    if not file.exists():
+        RunFolder.require_free(out)
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(file, settings)
+        return {}
+    begun = to_json(from_json(TuneConfig, checkpoint.read_json(file), str(file)))
+    for name in settings.keys() - set(wider):
+        check(begun[name] == settings[name], name, settings[name], f"must be {begun[name]!r}, as in '{out}', which is "
+              "begun: or choose another folder")  # fmt: skip
+    rows = checkpoint.read_json(out / TRIED_FILE) if (out / TRIED_FILE).exists() else []
+    try:
+        tried = [from_json(Tried, row, str(out / TRIED_FILE)) for row in rows]
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"'{out / TRIED_FILE}' is damaged: {error}. Remove it, and all is tried again") from error
+    return {t.combination: t for t in tried}
+
+
+def _control(config: TuneConfig, policy: Policy, tried: Combination) -> RecedingHorizon:
+    """The policy as `tried` lets it act."""
+    guided = GuidanceConfig(scorer=config.scorer)
+    if tried.scale:
+        guided = GuidanceConfig(
+            config.guide,
+            tried.scale,
+            config.gradient,
+            config.scaling,
+            config.guide_steps,
+            tried.skip_last,
+            config.scorer,
+        )
+    guide, scorer = steering(guided, policy)
+    inference = replace(config.inference, candidates=tried.candidates)
+    return RecedingHorizon(policy, inference, guide=guide, scorer=scorer)
+
+
+def _tried(
+    config: TuneConfig, policy: Policy, spec: EnvSpec, seed: int, tried: Combination, obs: TensorObservation
+) -> Tried:
+    control = _control(config, policy, tried)
+    result = runs.played(control, spec, config.episodes, seed, config.pool, config.workers, on_progress=lambda _: None)
+    left = Departure(0.0, 1.0)
+    if control.guide is not None:
+        left = departure(policy, obs, control.guide, config.inference, scorer=control.scorer, seed=config.seed)
+    half = None if result.return_ci95 is None else (result.return_ci95[1] - result.return_ci95[0]) / 2
+    return Tried(
+        *tried,
+        episodes=config.episodes,
+        success=result.success_rate,
+        return_mean=result.return_mean,
+        return_error=None if half is None else half / Z95,
+        latency_ms=result.policy_latency_ms_p50,
+        distance=left.distance,
+        disagreement=left.disagreement,
+    )
+
+
+def _write(config: TuneConfig, tried: list[Tried], best: Tried, spec: EnvSpec, out: Path) -> None:
+    """Write table and figure."""
+    measure, digits = ("success", 2) if spec.has_success else ("return", 0)
+    columns = ["candidates", "skip_last", "scale", f"{measure} (95 %)", "ms per decision", "distance", "disagreement"]
+    rows = []
+    for t in tried:
+        low, high = t.interval
+        score = f"{t.score:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+        disagreement = "" if t.disagreement is None else f"{t.disagreement:.2f}"
+        rows.append([str(t.candidates), str(t.skip_last), f"{t.scale:g}", score, f"{t.latency_ms:.2f}",
+                     f"{t.distance:.2f}", disagreement])  # fmt: skip
+    with (out / "tuning.csv").open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([columns, *rows])
+    lines = [
+        f"# Guidance of {spec.id} by {config.guide}",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|---" * len(columns) + "|",
+    ]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines += [
+        "",
+        "![tuning](tuning.png)",
+        "",
+        NOTE.format(episodes=config.episodes, scaling=config.scaling, gradient=config.gradient),
+    ]
+    lines += ["", f"Best here: `dprl evaluate {config.policy} {evaluation_options(config, best.combination)}`", ""]
+    (out / "tuning.md").write_text("\n".join(lines), encoding="utf-8")
+    _draw(tried, measure, out / "tuning.png")
+
+
+def _draw(tried: list[Tried], measure: str, file: Path) -> None:
+    """Draw scores and departures against scales, a line for each number of candidates and gate."""
+    figure = plots.new_figure(figsize=(12, 3.8))
+    scores, costs, away = figure.subplots(1, 3)
+    lines = dict.fromkeys((t.candidates, t.skip_last) for t in tried if t.scale)
+    for i, (candidates, gate) in enumerate(lines):
+        own = sorted(
+            (t for t in tried if (t.candidates, t.skip_last) == (candidates, gate) and t.scale), key=lambda t: t.scale
+        )
+        plain = next(t for t in tried if t.candidates == candidates and not t.scale)
+        label = f"{candidates} candidate{'s' if candidates > 1 else ''}" + (f", last {gate} skipped" if gate else "")
+        bounds = np.abs(np.array([t.interval for t in own]).T - np.array([t.score for t in own]))
+        x = [t.scale for t in own]
+        scores.errorbar(x, [t.score for t in own], yerr=bounds, fmt="o-", color=f"C{i}", ms=4, capsize=2, label=label)
+        scores.axhline(plain.score, color=f"C{i}", ls="--", lw=1)
+        costs.plot([t.latency_ms for t in own], [t.score for t in own], "o", color=f"C{i}", ms=4)
+        costs.plot([plain.latency_ms], [plain.score], "*", color=f"C{i}", ms=11)
+        if candidates == min(t.candidates for t in tried):
+            away.plot(x, [t.distance for t in own], "o-", color=f"C{i}", ms=4, label=f"distance, last {gate} skipped")
+            if all(t.disagreement is not None for t in own):
+                away.plot(x, [t.disagreement for t in own], "s:", color=f"C{i}", ms=4, label="critics' disagreement")
+    for axis, label, name in (
+        (scores, "scale (dashed: not guided)", measure),
+        (costs, "milliseconds per decision (star: not guided)", measure),
+        (away, "scale", "times the policy's own"),
+    ):
+        axis.set_xlabel(label)
+        axis.set_ylabel(name)
+        axis.grid(alpha=0.3)
+    for axis in (scores, away):
+        axis.set_xscale("log" if all(t.scale >= 0 for t in tried) else "linear")
+        axis.legend(fontsize=7)
+    away.axhline(1, color="grey", lw=0.8)
+    figure.savefig(file, dpi=120)
+
+
+NOTE = (
+    "{episodes} episodes each, the same for all; gradient {gradient}, scaling {scaling}. Distance: of guided chunks "
+    "from those of the same noise, over that of the policy's own from each other. Disagreement: of the critic's "
+    "networks about guided chunks, over that about the policy's own. The best of many is somewhat worse on others."
+)
+"""What the table's columns mean."""
