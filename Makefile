@@ -36,7 +36,7 @@ types: $(VENV)/.all $(VIEW)  ## mypy --strict on the library
 	cd $(VIEW) && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p dprl
 
 bench: $(VENV)/.all  ## benchmarks: ratios measured in one run
-	for benchmark in throughput rollout dppo scaling sampling training offline; do $(BIN)/python -m dprl.experiments.benchmarks.$$benchmark || exit 1; done
+	for benchmark in throughput rollout dppo scaling sampling guidance training offline; do $(BIN)/python -m dprl.experiments.benchmarks.$$benchmark || exit 1; done
 
 clean:  ## remove what was built, but not .venv or runs
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -360,7 +360,11 @@ def evaluate(
         loaded.set_n_action_steps(n_action_steps)
     with ProgressBar("evaluate", episodes, shown=not quiet and not json_) as bar:
         result = runs.played(control, spec, episodes, seed, pool, workers, on_progress=bar.advance)
-    how: dict[str, Any] = {"policy": str(policy), "n_action_steps": control.n_action_steps, "inference": to_json(inference)}
+    how: dict[str, Any] = {
+        "policy": str(policy),
+        "n_action_steps": control.n_action_steps,
+        "inference": to_json(inference),
+    }
     how |= {"guidance": to_json(guidance)} if guidance != GuidanceConfig() else {}
     if guide is not None:
         seen = runs.watched(control, spec, episodes, seed)

@@ -10,7 +10,7 @@ import torch
 
 from dprl.agents import BCConfig, DiffusionQLConfig, IDQLConfig
 from dprl.errors import ConfigError
-from dprl.experiments.benchmarks import dppo, offline, rollout, sampling, training
+from dprl.experiments.benchmarks import dppo, guidance, offline, rollout, sampling, training
 from dprl.networks import MLPConfig
 from dprl.policy import CriticConfig, DiffusionConfig
 
@@ -27,6 +27,18 @@ def test_sampling(tmp_path, monkeypatch, capsys):
     assert all(f.sample_ms > 0 and f.forward_ms > 0 for f in figures)
     printed = capsys.readouterr().out
     assert all(solver in printed for solver in sampling.SOLVERS)
+
+
+def test_guidance(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(guidance, "DENOISERS", {"mlp": MLP})
+    monkeypatch.setattr(guidance, "BATCHES", (1, 2))
+    file = tmp_path / "figures.json"
+    figures = guidance.main(guidance.GuidanceBenchmark(steps=3, repeats=2, json=file))
+    assert [(f["gradient"], f["batch"]) for f in json.loads(file.read_text())] == [
+        (gradient, batch) for gradient in guidance.GRADIENTS for batch in (1, 2)
+    ]
+    assert all(f.unguided_ms > 0 and f.guided_ms > 0 for f in figures)
+    assert "through" in capsys.readouterr().out
 
 
 @pytest.mark.full
