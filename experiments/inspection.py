@@ -66,7 +66,8 @@ def _facts(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "environment", summary.env_id or "not known"
     yield "episodes", f"{n:,}, {int(summary.lengths.sum()):,} steps"
     cameras = "".join(f", {name} {'x'.join(map(str, shape))}" for name, shape in summary.cameras.items())
-    yield "observation", f"{summary.observation_size} numbers{cameras}"
+    named = ", ".join(f"{name} {size}" for name, size in summary.parts.items() if name)
+    yield "observation", f"{summary.observation_size} numbers{f' ({named})' if named else ''}{cameras}"
     yield "action", f"{summary.action_size} numbers"
     yield "rewards", _rewards(summary)
     yield "success", "not known" if summary.success is None else f"{summary.success.mean():.2f} of the episodes"

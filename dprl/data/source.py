@@ -57,6 +57,8 @@ class Episode:
     seed: int = -1
     images: Mapping[str, Frames] = field(default_factory=dict)
     """Camera -> its images."""
+    parts: Mapping[str, int] = field(default_factory=dict)
+    """What the numbers of an observation are, in their order: name -> how many. Empty where they have no names."""
 
     @property
     def final_known(self) -> bool:
@@ -176,6 +178,7 @@ class _Shape:
     """What all episodes of a data set have in common."""
 
     sizes: tuple[int, int]
+    parts: list[tuple[str, int]]
     cameras: dict[str, tuple[int, ...]]
     has_rewards: bool
     tells_success: bool
@@ -184,16 +187,24 @@ class _Shape:
     def of(episode: Episode) -> _Shape:
         cameras = {camera: frames.shape for camera, frames in episode.images.items()}
         sizes = episode.observations.shape[1], episode.actions.shape[1]
-        return _Shape(sizes, cameras, episode.rewards is not None, episode.success is not None)
+        return _Shape(
+            sizes, list(episode.parts.items()), cameras, episode.rewards is not None, episode.success is not None
+        )
 
     def require(self, episode: Episode) -> None:
         """Raise DatasetError unless `episode` has the same."""
         own = _Shape.of(episode)
         if own.sizes[0] == 0 and not own.cameras:
             raise DatasetError(f"{episode.where}: there is nothing to observe")
+        if own.sizes[1] == 0:
+            raise DatasetError(f"{episode.where}: actions have no numbers")
+        here, first = (", ".join(f"{name} {size}" for name, size in parts) for parts in (own.parts, self.parts))
         if own.sizes != self.sizes:
             kind = "episodes differ in observation and action size"
-            raise DatasetError(f"{episode.where}: {kind}: {own.sizes}, the first has {self.sizes}")
+            named = f" ({here}; the first {first})" if here != first else ""
+            raise DatasetError(f"{episode.where}: {kind}: {own.sizes}, the first has {self.sizes}{named}")
+        if own.parts != self.parts:
+            raise DatasetError(f"{episode.where}: episodes differ in what is observed: {here}; the first has {first}")
         if set(own.cameras) != set(self.cameras):
             kind = "episodes differ in cameras"
             raise DatasetError(f"{episode.where}: {kind}: {sorted(own.cameras)}, the first has {sorted(self.cameras)}")
@@ -212,7 +223,14 @@ class _Shape:
 
 
 def numbers(
-    dataset: Any, name: str, length: int, ndim: int | None, where: str, *, steps: int | None = None
+    dataset: Any,
+    name: str,
+    length: int,
+    ndim: int | None,
+    where: str,
+    *,
+    steps: int | None = None,
+    unit: str = "step",
 ) -> npt.NDArray[Any]:
     """Read an array of finite numbers, as float32.
 
@@ -223,6 +241,7 @@ def numbers(
         ndim: how many dimensions; None: any.
         where: file and episode, for messages.
         steps: of the episode. Default: `length`.
+        unit: what a row is, for messages.
 
     Raises:
         DatasetError: it is none.
@@ -235,27 +254,55 @@ def numbers(
     if array.dtype.kind not in "fiub":
         raise DatasetError(f"{where}: {name} has the type {array.dtype}; numbers are needed")
     with np.errstate(over="ignore"):
-        array = array.astype(np.float32, copy=False)
-    finite = np.isfinite(array.reshape(length, -1)).all(axis=1)
+        read = array.astype(np.float32, copy=False)
+    finite = np.isfinite(read.reshape(length, -1)).all(axis=1)
     if not finite.all():
-        raise DatasetError(f"{where}, step {np.flatnonzero(~finite)[0]}: {name} is not finite")
-    return array
+        row = np.flatnonzero(~finite)[0]
+        kept = bool(np.isfinite(array[row]).all())
+        raise DatasetError(f"{where}, {unit} {row}: {name} is {'too large for float32' if kept else 'not finite'}")
+    return read
 
 
-def flags(dataset: Any, name: str, length: int, where: str) -> BoolArray:
+def one_each(dataset: Any, name: str, length: int, where: str, *, unit: str = "step") -> FloatArray:
+    """Read a number for each of an episode's steps, (length,) or (length, 1): (length,) float32.
+
+    Raises:
+        DatasetError: it is none, or not one each.
+    """
+    array = numbers(dataset, name, length, None, where, unit=unit)
+    if array.size != length:
+        raise DatasetError(f"{where}: {name} has the shape {array.shape}; {length} actions need one each")
+    return array.reshape(-1)
+
+
+def flags(dataset: Any, name: str, length: int, where: str, *, unit: str = "step") -> BoolArray:
     """Read flags of an episode's steps, (length,) or (length, 1).
 
     Raises:
         DatasetError: they are not 0 and 1.
     """
-    array = numbers(dataset, name, length, None, where)
-    if array.size != length:
-        raise DatasetError(f"{where}: {name} has the shape {array.shape}; {length} actions need one flag each")
-    array = array.reshape(-1)
+    array = one_each(dataset, name, length, where, unit=unit)
     odd = np.flatnonzero((array != 0) & (array != 1))
     if len(odd):
-        raise DatasetError(f"{where}, step {odd[0]}: {name} is {array[odd[0]]}; it must be 0 or 1")
+        raise DatasetError(f"{where}, {unit} {odd[0]}: {name} is {array[odd[0]]}; it must be 0 or 1")
     return array.astype(np.bool_)
+
+
+def joined(parts: Mapping[str, FloatArray], rows: int) -> tuple[FloatArray, dict[str, int]]:
+    """Return the parts (rows, ...) of a state side by side, (rows, D), and how many numbers each has that has a name.
+    """
+    flat = {name: part.reshape(rows, -1) for name, part in parts.items()}
+    columns = [np.zeros((rows, 0), np.float32), *flat.values()]
+    return np.concatenate(columns, axis=1), {name: part.shape[1] for name, part in flat.items() if name}
+
+
+NO_PICTURES = ("depth", "segmentation", "pointcloud", "point_cloud")
+"""In the names of parts that are neither read as images nor as numbers, unless they are asked for."""
+
+
+def is_read(name: str, dtype: np.dtype[Any] | None = None) -> bool:
+    """Whether a part of this name, and of this type, is read where nothing is asked for: text is not."""
+    return not any(word in name.lower() for word in NO_PICTURES) and (dtype is None or dtype.kind in "fiub")
 
 
 def ends_at_the_end(flag: BoolArray, name: str, where: str) -> bool:

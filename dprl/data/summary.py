@@ -25,6 +25,8 @@ class Summary:
     env_id: str | None
     observation_size: int
     action_size: int
+    parts: dict[str, int]
+    """What the numbers of an observation are, in their order: name -> how many; empty where they have no names."""
     cameras: dict[str, tuple[int, ...]]
     """Name -> (height, width, channels)."""
     lengths: IntArray
@@ -60,7 +62,7 @@ def summarize(source: Source, on_progress: Callable[[int], None] | None = None) 
     steps, rng = sum(source.lengths), np.random.default_rng(0)
     returns, success, terminated, known, actions = [], [], [], [], []
     lows, highs, sums = [], [], []
-    cameras: dict[str, tuple[int, ...]] = {}
+    cameras, parts = dict[str, tuple[int, ...]](), dict[str, int]()
     for episode in source:
         returns.append(None if episode.rewards is None else float(episode.rewards.sum(dtype=np.float64)))
         success.append(episode.success)
@@ -73,12 +75,13 @@ def summarize(source: Source, on_progress: Callable[[int], None] | None = None) 
         lows.append(both.min(axis=0))
         highs.append(both.max(axis=0))
         sizes = episode.observations.shape[1], episode.actions.shape[1]
+        parts = dict(episode.parts)
         cameras = cameras or {name: frames.shape for name, frames in episode.images.items()}
         if on_progress is not None:
             on_progress(1)
     limits = np.stack([np.min(lows, axis=0), np.max(highs, axis=0)])
     return Summary(
-        source.format, source.env_id, *sizes, cameras, np.asarray(source.lengths),
+        source.format, source.env_id, *sizes, parts, cameras, np.asarray(source.lengths),
         None if None in returns else np.array(returns),
         None if None in success else np.array(success, np.bool_),
         np.array(terminated), np.array(known), limits[:, : sizes[0]], limits[:, sizes[0] :],

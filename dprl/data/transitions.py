@@ -21,6 +21,8 @@ from dprl.spec import BoolArray, FloatArray, IntArray
 
 MUCH = 0.5
 """Share of what was earned; if more than this is left out, it is told."""
+UNUSUAL = 3.0
+"""How much more decisions that are left out earned than others, on average; if more, it is told."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,10 @@ def _require_rewards(earned: npt.NDArray[np.float64], kept: BoolArray) -> None:
               "bootstrap_truncated to False")  # fmt: skip
     if total == 0:
         warnings.warn("all rewards of the data are 0: there is nothing to choose actions by", stacklevel=3)
-    elif not earned[kept].any():
+        return
+    if not earned[kept].any():
         raise DatasetError(f"all rewards are in decisions that must be left out: {remedy}")
-    elif left_out > MUCH * total:
+    if left_out > MUCH * total or left_out * kept.sum() > UNUSUAL * earned[kept].sum() * (~kept).sum():
         warnings.warn(
             f"{left_out / total:.0%} of the rewards are in decisions that are left out: {remedy}", stacklevel=3
         )

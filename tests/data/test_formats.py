@@ -460,10 +460,10 @@ def put(name: str, values: Any) -> Callable[[Any], None]:
         (maniskill, put("traj_1/rewards", None), ["traj_1", "has no rewards, unlike the first"]),
         (maniskill, put("traj_0/rewards", None), ["traj_1", "has rewards, unlike the first"]),
         (maniskill, put("traj_1/success", None), ["traj_1", "has no word of success, unlike the first"]),
-        (d4rl, put("rewards", np.zeros((S, 2))), ["hopper.hdf5', episode 0", "rewards have the shape (3, 2)"]),
-        (d4rl, put("terminals", np.full(S, np.nan)), ["hopper.hdf5', step 0: terminals is not finite"]),
-        (d4rl, put("timeouts", np.full(S, 2.0)), ["hopper.hdf5', step 0: timeouts is 2.0; it must be 0 or 1"]),
-        (d4rl, put("terminals", np.zeros((S, 2))), ["terminals has the shape (10, 2); 10 actions need one flag each"]),
+        (d4rl, put("rewards", np.zeros((S, 2))), ["hopper.hdf5', episode 0", "rewards has the shape (3, 2)"]),
+        (d4rl, put("terminals", np.full(S, np.nan)), ["hopper.hdf5', row 0: terminals is not finite"]),
+        (d4rl, put("timeouts", np.full(S, 2.0)), ["hopper.hdf5', row 0: timeouts is 2.0; it must be 0 or 1"]),
+        (d4rl, put("terminals", np.zeros((S, 2))), ["terminals has the shape (10, 2); 10 actions need one each"]),
         (
             lambda p: d4rl(p, next_observations=False),
             put("timeouts", None),  # the last step is no terminal
@@ -472,6 +472,28 @@ def put(name: str, values: Any) -> Callable[[Any], None]:
         (d4rl, put("terminals", None), ["holds no data set", "It would be a D4RL file with terminals"]),
         (robomimic, put("data/demo_1/dones", np.full(5, np.nan)), ["demo_1, step 0: dones is not finite"]),
         (robomimic, put("data/demo_1/actions", np.zeros((0, A))), ["low_dim.hdf5', demo_1: has no steps"]),
+        (robomimic, put("data/demo_1/obs", np.zeros((5, 4))), ["demo_1: the observations have no named parts"]),
+        (robomimic, put("data/demo_1/actions", np.full((5, A), 1e300)), ["demo_1, step 0: actions is too large for "]),
+        (
+            robomimic,
+            lambda h5: [h5[f"data/demo_1/{group}"].move(QUAT, "other") for group in ("obs", "next_obs")],
+            ["demo_1: there is no 'robot0_eef_quat' among the observations"],
+        ),
+        (maniskill, put("traj_1/obs/agent/qvel", np.zeros((6, 1))), ["traj_1: episodes differ in observation and act"]),
+        (
+            maniskill,
+            lambda h5: h5["traj_1/obs"].move("extra/goal", "extra/place"),
+            ["traj_1: episodes differ in what is observed: agent/qpos 3, extra/place 1; the first has agent"],
+        ),
+        (maniskill, put("traj_1/actions", np.float32(1)), ["traj_1: actions have the shape ()"]),
+        (maniskill, put("traj_1", np.zeros(3)), ["traj_1: is not a group of arrays"]),
+        (
+            maniskill,
+            lambda h5: [put(f"traj_{i}/actions", np.zeros((n, 0)))(h5) for i, n in enumerate(LENGTHS)],
+            ["traj_0: actions have no numbers"],
+        ),
+        (d4rl, put("observations", np.full((S, D), "x", "S1")), ["hopper.hdf5': observations are |S1 (10, 4); they "]),
+        (d4rl, put("next_observations", np.zeros((S, D + 1))), ["hopper.hdf5': next_observations are float64 (10, 5)"]),
         (maniskill, put("traj_1/actions", None), ["traj_1: actions is missing"]),
         (maniskill, put("traj_1/actions", np.zeros((0, A))), ["traj_1: has no steps"]),
         (maniskill, put("traj_1/terminated", np.full(5, -1)), ["traj_1, step 0: terminated is -1.0; it must be 0 or"]),
@@ -498,7 +520,8 @@ def test_damage_in_hdf5_files(
         ({"traj_lengths": np.array([3, 7.5])}, ["episode 1: traj_lengths has 7.5 steps"]),
         ({"traj_lengths": np.array([3, np.nan])}, ["episode 1: traj_lengths has nan steps"]),
         ({"actions": np.array([[None, 1]] * S)}, ["Python objects"]),
-        ({"actions": np.asfortranarray(ACTIONS)}, ["stored by columns"]),
+        ({"traj_lengths": np.array([[3, 5, 2]])}, ["traj_lengths have the shape (1, 3)"]),
+        ({"rewards": np.zeros((S, 2))}, ["episode 0: rewards has the shape (3, 2)"]),
     ],
 )
 def test_damage_in_npz_files(arrays: dict[str, np.ndarray], words: list[str], tmp_path: Path) -> None:

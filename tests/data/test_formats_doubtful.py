@@ -2,7 +2,9 @@
 
 import io
 import json
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import pytest
 from dprl.data import load_dataset, save_dataset
 from dprl.data.images import decode
 from dprl.data.source import seed_of
+from dprl.data.transitions import decisions
+from dprl.errors import DatasetError
 from tests.data.test_formats import (
     ENDS,
     FINAL,
@@ -267,7 +271,7 @@ def test_rows_that_do_not_begin_with_the_first_frame(tmp_path: Path) -> None:
 def test_several_rewards_a_step(tmp_path: Path) -> None:
     folder = lerobot(tmp_path, "v2.1", visual="image")
     rewrite(folder, "next.reward", [[1.0, 2.0]] * 3)
-    refused(folder, "episode 0: next.reward has 2 numbers a step")
+    refused(folder, "episode 0: next.reward has the shape (3, 2); 3 actions need one each")
 
 
 def test_a_video_of_another_rate(tmp_path: Path) -> None:
@@ -296,3 +300,157 @@ def test_a_line_of_the_list_that_is_none(tmp_path: Path) -> None:
     file = folder / "meta/episodes.jsonl"
     file.write_text(file.read_text().replace('"length": 5', '"length": "x"'))
     refused(folder, "episodes.jsonl', line 2 is damaged")
+
+
+def test_the_first_demonstrations_parts_are_all_demonstrations_parts(tmp_path: Path) -> None:
+    """Also where one lacks none of them and has more."""
+    file = edited(robomimic(tmp_path), put("data/demo_0/obs/robot0_gripper_qvel", np.zeros((3, 2))))
+    assert load_dataset(file).observations.shape[1] == D
+
+
+@pytest.mark.parametrize(
+    ("edit", "told"),
+    [
+        (lambda h5: h5["data"].attrs.update(total=29), "there are 10 steps, but total says 29"),
+        (lambda h5: h5["data"].attrs.update(total=10), None),
+    ],
+)
+def test_a_robomimic_file_of_other_episodes_than_it_counts(
+    edit: Callable[[Any], None], told: str | None, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    load_dataset(edited(robomimic(tmp_path), edit), filter_key="train")
+    assert [told in str(w.message) for w in recwarn] == ([] if told is None else [True])
+
+
+def test_trajectories_that_the_json_file_has_and_the_other_has_not(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="traj_1: is not here, but in its JSON file: wrong if a copy"):
+        load_dataset(edited(maniskill(tmp_path), put("traj_1", None)))
+    about = tmp_path / "trajectory.state.pd_ee_delta_pose.json"
+    described = json.loads(about.read_text())
+    described["episodes"] = [{"episode_id": i, "elapsed_steps": 9} for i in (0, 2)]
+    about.write_text(json.dumps(described))
+    with pytest.warns(UserWarning, match="traj_0: has another number of steps here .*, and so for 1 more"):
+        load_dataset(tmp_path / "trajectory.state.pd_ee_delta_pose.h5")
+
+
+@pytest.mark.parametrize("description", [None, "{}"])
+def test_a_buffers_array_that_nothing_describes(description: str | None, tmp_path: Path) -> None:
+    folder = zarr_buffer(tmp_path)
+    about = folder / "data" / "state" / ".zarray"
+    about.unlink() if description is None else about.write_text(description)
+    (folder / "data" / ".ipynb_checkpoints").mkdir()
+    refused(folder, "data/state holds files, but no array")
+    assert load_dataset(folder, keys=("keypoint",)).observations.shape == (S, 18)
+
+
+def test_depth_and_text_of_a_buffer_are_left_out(tmp_path: Path) -> None:
+    zarr = pytest.importorskip("zarr")
+    folder = zarr_buffer(tmp_path)
+    root = zarr.open_group(str(folder), mode="a", zarr_format=2)
+    root.create_array("data/depth", data=np.ones((S, 8, 6, 1), np.float32))
+    root.create_array("data/point_cloud", data=np.ones((S, 5, 3), np.float32))
+    root.create_array("data/instruction", data=np.full(S, "push", "S4"))
+    data = load_dataset(folder)
+    assert list(data.images) == ["img"]
+    assert np.array_equal(data.observations, OBSERVATIONS)
+
+
+def test_lists_of_ends_that_are_none(tmp_path: Path) -> None:
+    zarr = pytest.importorskip("zarr")
+    for array in (ENDS.astype(np.int64)[None], np.array(10), np.array(["3", "8", "10"], "S2")):
+        folder = zarr_buffer(tmp_path)
+        root = zarr.open_group(str(folder), mode="a", zarr_format=2)
+        del root["meta/episode_ends"]
+        root.create_array("meta/episode_ends", data=array)
+        refused(folder, "meta/episode_ends is ", "it must be a number for each episode")
+
+
+def test_an_image_that_is_not_finite(tmp_path: Path) -> None:
+    zarr = pytest.importorskip("zarr")
+    folder = zarr_buffer(tmp_path, floats=True)
+    root = zarr.open_group(str(folder), mode="a", zarr_format=2)
+    root["data/img"][4, 0, 0, 0] = np.nan
+    refused(folder, "episode 1: camera img, step 1: the image is not finite")
+
+
+def test_arrays_by_columns_are_read(tmp_path: Path) -> None:
+    file = npz(tmp_path)
+    before = load_dataset(file)
+    arrays = dict(np.load(file))
+    np.savez(file, **{**arrays, "states": np.asfortranarray(arrays["states"]), "rewards": arrays["rewards"][:, None]})
+    after = load_dataset(file)
+    assert np.array_equal(before.observations, after.observations)
+    assert np.array_equal(before.rewards, after.rewards)
+
+
+def test_ranges_the_wrong_way_round(tmp_path: Path) -> None:
+    file = npz(tmp_path)
+    scales = dict(np.load(tmp_path / "normalization.npz"))
+    np.savez(tmp_path / "normalization.npz", **{**scales, "obs_min": scales["obs_max"], "obs_max": scales["obs_min"]})
+    refused(file, "normalization.npz': obs_min[0] = 3 is above obs_max, -2")
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_features_of_other_sizes_than_said(version: str, tmp_path: Path) -> None:
+    folder = lerobot(tmp_path, version, visual="image")
+    info = json.loads((folder / "meta/info.json").read_text())
+    info["features"]["action"]["shape"] = [7]
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    refused(folder, "episode 0: action has 2 numbers a step; meta/info.json says 7")
+
+
+def test_text_and_depth_of_a_lerobot_data_set_are_left_out(tmp_path: Path) -> None:
+    folder = lerobot(tmp_path, "v2.1", visual="image")
+    info = json.loads((folder / "meta/info.json").read_text())
+    info["features"]["observation.language"] = {"dtype": "string", "shape": [1]}
+    info["features"]["observation.images.depth"] = {"dtype": "image", "shape": [32, 32, 1]}
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    data = load_dataset(folder)
+    assert list(data.images) == ["top"]
+    assert data.observations.shape == (S, D)
+
+
+def test_a_table_without_episodes(tmp_path: Path) -> None:
+    folder = lerobot(tmp_path, "v2.1", visual="image")
+    parquet, file = pytest.importorskip("pyarrow.parquet"), folder / "data/chunk-000/episode_000000.parquet"
+    parquet.write_table(parquet.read_table(file).drop_columns(["episode_index"]), file)
+    refused(folder, "episode_000000.parquet': the column episode_index is missing")
+
+
+def test_a_video_that_goes_on_after_its_episode(tmp_path: Path) -> None:
+    folder = lerobot(tmp_path, "v2.1")
+    videos = folder / "videos/chunk-000/observation.images.top"
+    (videos / "episode_000000.mp4").write_bytes((videos / "episode_000001.mp4").read_bytes())
+    refused(folder, "episode_000000.mp4' goes on after the episode's 3 steps")
+
+
+def test_a_penalty_that_is_left_out_is_told(tmp_path: Path) -> None:
+    """The last step's, of which nobody knows what followed; steps that earn alike are left out without a word."""
+    data = load_dataset(lerobot(tmp_path, "v2.1", visual="image", rewards=False))
+    small = replace(data, rewards=np.ones(S, np.float32), rewards_from="data", terminated=np.zeros(3, np.bool_))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decisions(small, 1, 1, 0.99)
+    falls = np.where(np.isin(np.arange(S), ENDS - 1), -4.0, 1.0).astype(np.float32)
+    with pytest.warns(UserWarning, match="of the rewards are in decisions that are left out"):
+        decisions(replace(small, rewards=falls), 1, 1, 0.99)
+
+
+@pytest.mark.parametrize("keys", [None, ("goal",), ("speed", "goal"), ("place",)])
+def test_parts_of_a_minari_data_set(keys: tuple[str, ...] | None, tmp_path: Path) -> None:
+    save_dataset(toy_episodes(), tmp_path / "data", SPEC)
+    with h5py.File(tmp_path / "data" / "data" / "main_data.hdf5", "a") as h5:
+        for episode in h5.values():
+            seen = episode["observations"][()]
+            del episode["observations"]
+            for i, name in enumerate(("goal", "speed")):
+                episode[f"observations/{name}"] = seen[:, i : i + 1]
+            episode["observations/words"] = np.full(len(seen), b"go")
+    (tmp_path / "data" / "manifest.json").unlink()
+    if keys == ("place",):
+        with pytest.raises(DatasetError, match="there is no 'place' among the observations: goal, speed, words"):
+            load_dataset(tmp_path / "data", keys=keys)
+        return
+    columns = [("goal", "speed").index(name) for name in keys or ("goal", "speed")]
+    found = load_dataset(tmp_path / "data", keys=keys).observations
+    assert np.array_equal(found, np.asarray(toy_episodes().observations)[:, columns])

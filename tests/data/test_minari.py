@@ -198,7 +198,7 @@ def test_missing_array(folder, name):
         ("observations", (5,)),
         ("actions", (4,)),
         ("rewards", (3,)),
-        ("rewards", (4, 1)),
+        ("rewards", (4, 2)),
         ("terminations", (5,)),
         ("truncations", (3,)),
     ],

@@ -17,7 +17,7 @@ from typing import ClassVar
 import numpy as np
 
 from dprl.data.formats.hdf5 import HDF5Source, top_level
-from dprl.data.source import Episode, flags, numbers
+from dprl.data.source import Episode, flags, numbers, one_each
 from dprl.errors import DatasetError
 from dprl.spec import BoolArray
 
@@ -42,8 +42,10 @@ class D4RL(HDF5Source):
         self._closing.callback(self._arrays.clear)
         steps = len(self._arrays["actions"])
         for name, array in self._arrays.items():
-            if len(array) != steps:
-                raise DatasetError(f"'{self.path}': {name} has {len(array)} rows, actions have {steps}")
+            if not hasattr(array, "shape") or len(array) != steps:
+                rows = len(array) if hasattr(array, "shape") else "no"
+                raise DatasetError(f"'{self.path}': {name} has {rows} rows, actions have {steps}")
+        self._require_alike()
         if steps == 0:
             raise DatasetError(f"'{self.path}' has no episodes")
         self._terminals = self._flags("terminals", steps)
@@ -61,6 +63,15 @@ class D4RL(HDF5Source):
         self._starts = np.concatenate([[0], self._ends[:-1]])
         self.lengths = (self._ends - self._starts).tolist()
 
+    def _require_alike(self) -> None:
+        """Raise DatasetError unless observations are numbers, and next_observations as many."""
+        seen = self._arrays["observations"]
+        for name in ("observations", "next_observations"):
+            array = self._arrays.get(name, seen)
+            if array.dtype.kind not in "fiub" or array.ndim != 2 or array.shape != seen.shape:
+                raise DatasetError(f"'{self.path}': {name} are {array.dtype} {array.shape}; they must be numbers "
+                                   f"(steps, size), observations and next_observations alike")  # fmt: skip
+
     @staticmethod
     def detects(path: Path) -> bool:
         """See `Source.detects`."""
@@ -69,20 +80,18 @@ class D4RL(HDF5Source):
     def _read(self, index: int) -> Episode:
         first, end = int(self._starts[index]), int(self._ends[index])
         where, steps = f"'{self.path}', episode {index} (from row {first})", end - first
-        observations, actions, rewards = (
-            numbers(self._arrays[name][first:end], name, steps, ndim, where)
-            for name, ndim in (("observations", 2), ("actions", 2), ("rewards", None))
+        observations, actions = (
+            numbers(self._arrays[name][first:end], name, steps, 2, where) for name in ("observations", "actions")
         )
-        if rewards.size != steps:
-            raise DatasetError(f"{where}: rewards have the shape {rewards.shape}; {steps} actions need one each")
+        rewards = one_each(self._arrays["rewards"][first:end], "rewards", steps, where)
         if "next_observations" in self._arrays:
             led_to = numbers(self._arrays["next_observations"][first:end], "next_observations", steps, 2, where)
             observations = np.concatenate([observations, led_to[-1:]])
         terminated = bool(self._terminals[end - 1])
-        return Episode(where, observations, actions, rewards.reshape(steps), terminated=terminated, success=None)
+        return Episode(where, observations, actions, rewards, terminated=terminated, success=None)
 
     def _flags(self, name: str, steps: int) -> BoolArray:
-        return flags(self._arrays[name][()], name, steps, f"'{self.path}'")
+        return flags(self._arrays[name][()], name, steps, f"'{self.path}'", unit="row")
 
     def _compare(self, said: BoolArray, breaks: BoolArray) -> None:
         """Say where only next_observations tell of an end; refuse them where they hardly ever fit."""

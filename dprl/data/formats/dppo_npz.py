@@ -31,6 +31,7 @@ from dprl.data.source import (
     ends_at_the_end,
     flags,
     numbers,
+    one_each,
 )
 from dprl.errors import DatasetError
 from dprl.spec import FloatArray
@@ -54,7 +55,9 @@ class DPPONpz(Source):
         here = {name.removesuffix(".npy") for name in archive.namelist()}
         self._arrays = {name: _Array(archive, f"{name}.npy", self._closing) for name in KNOWN if name in here}
         lengths = self._arrays["traj_lengths"]
-        found = lengths.rows(0, len(lengths)).reshape(-1)
+        if len(lengths.shape) != 1:
+            raise DatasetError(f"'{path}': traj_lengths have the shape {lengths.shape}; they must be (episodes,)")
+        found = lengths.rows(0, len(lengths))
         broken = [i for i, length in enumerate(found) if length != np.floor(length)]
         if broken:
             raise DatasetError(f"'{path}', episode {broken[0]}: traj_lengths has {found[broken[0]]} steps")
@@ -111,7 +114,9 @@ class DPPONpz(Source):
             return numbers(self._arrays[name].rows(first, first + steps), name, steps, ndim, where)
 
         states, actions = part("states", 2), part("actions", 2)
-        rewards = part("rewards", 1) if "rewards" in self._arrays else None
+        rewards: FloatArray | None = None
+        if "rewards" in self._arrays:
+            rewards = one_each(self._arrays["rewards"].rows(first, first + steps), "rewards", steps, where)
         terminated = False
         if "terminals" in self._arrays:
             ends = flags(self._arrays["terminals"].rows(first, first + steps), "terminals", steps, where)
@@ -167,18 +172,22 @@ class _Array:
         npy: Any = np.lib.format
         readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
         self.shape, fortran, self.dtype = readers[npy.read_magic(self._stream)](self._stream)
-        if fortran and len(self.shape) > 1:
-            raise ValueError(f"{name} is stored by columns")
         if self.dtype.hasobject:
             raise ValueError(f"{name} holds Python objects, which are not read: they may be programs")
         self._begin = self._stream.tell()
         self._row = self.dtype.itemsize * math.prod(self.shape[1:])
+        self._whole: npt.NDArray[Any] | None = None
+        if fortran and len(self.shape) > 1:  # stored by columns, so that no row can be read without the others
+            content = self._stream.read(self._row * len(self))
+            self._whole = np.frombuffer(content, self.dtype).reshape(self.shape, order="F")
 
     def __len__(self) -> int:
         return int(self.shape[0]) if self.shape else 0
 
     def rows(self, first: int, end: int) -> npt.NDArray[Any]:
         """Read some rows; in their order that is fast, back again the archive is read anew."""
+        if self._whole is not None:
+            return self._whole[first:end]
         self._stream.seek(self._begin + first * self._row)
         content = self._stream.read((end - first) * self._row)
         return np.frombuffer(content, self.dtype).reshape(end - first, *self.shape[1:])
@@ -208,4 +217,11 @@ class _Images:
 def _scales(file: Path) -> dict[str, FloatArray]:
     with damage_named(f"'{file}'", "DPPO's code"), np.load(file) as arrays:
         names = ("obs_min", "obs_max", "action_min", "action_max")
-        return {name: numbers(arrays[name], name, len(arrays[name]), 1, f"'{file}'") for name in names}
+        scales = {name: numbers(arrays[name], name, len(arrays[name]), 1, f"'{file}'") for name in names}
+    for kind in ("obs", "action"):
+        low, high = scales[f"{kind}_min"], scales[f"{kind}_max"]
+        wrong = np.flatnonzero(low > high) if low.shape == high.shape else low[:0]
+        if len(wrong):
+            raise DatasetError(f"'{file}': {kind}_min[{wrong[0]}] = {low[wrong[0]]:g} is above {kind}_max, "
+                               f"{high[wrong[0]]:g}")  # fmt: skip
+    return scales

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dprl.data.source import CHANNELS, Frames, Pixels, Source, leaves, numbers, require_h5py
+from dprl.data.source import CHANNELS, Frames, Pixels, Source, joined, leaves, numbers, require_h5py
 from dprl.errors import DatasetError
 from dprl.observations import camera_name
 from dprl.spec import FloatArray
@@ -87,15 +87,6 @@ def is_image(dataset: Any) -> bool:
     return bool(dataset.dtype == np.uint8 and dataset.ndim == 4 and dataset.shape[3] in CHANNELS)
 
 
-NO_PICTURES = ("depth", "segmentation", "pointcloud", "point_cloud")
-"""In the names of parts that are neither read as images nor as numbers, unless they are asked for."""
-
-
-def is_read(name: str) -> bool:
-    """Whether a part of this name is read where nothing is asked for."""
-    return not any(word in name.lower() for word in NO_PICTURES)
-
-
 def require_numbers(dataset: Any, name: str, where: str, remedy: str = "") -> None:
     """Raise DatasetError for what has the shape of images but is none that is read."""
     if dataset.ndim >= 4:
@@ -105,8 +96,10 @@ def require_numbers(dataset: Any, name: str, where: str, remedy: str = "") -> No
 
 def state_and_images(
     parts: Mapping[str, Any], last: Mapping[str, Any] | None, length: int, steps: int, where: str
-) -> tuple[FloatArray, dict[str, Frames]]:
+) -> tuple[FloatArray, dict[str, int], dict[str, Frames]]:
     """Read the parts of an observation: numbers are joined to the state in their order, images become cameras.
+
+    Returned are the state, the names and sizes of its parts, and the cameras.
 
     Args:
         parts: name -> (length, ...).
@@ -115,7 +108,7 @@ def state_and_images(
         steps: of the episode.
         where: file and episode.
     """
-    columns, images = [np.zeros((length + (last is not None), 0), np.float32)], dict[str, Frames]()
+    columns, images = dict[str, FloatArray](), dict[str, Frames]()
     for name, dataset in parts.items():
         after = None if last is None else last.get(name)
         if last is not None and (after is None or after.shape[1:] != dataset.shape[1:]):
@@ -135,8 +128,8 @@ def state_and_images(
             rows = np.concatenate(
                 [rows, numbers(after[()], f"next {name}", steps, None, where).reshape(steps, -1)[-1:]]
             )
-        columns.append(rows)
-    return np.concatenate(columns, axis=1), images
+        columns[name] = rows
+    return *joined(columns, length + (last is not None)), images
 
 
 def chosen_parts(group: Any, keys: tuple[str, ...] | None, default: list[str], where: str) -> dict[str, Any]:
@@ -145,6 +138,8 @@ def chosen_parts(group: Any, keys: tuple[str, ...] | None, default: list[str], w
     Raises:
         DatasetError: one is not there; the message lists what is.
     """
+    if not hasattr(group, "keys"):
+        raise DatasetError(f"{where}: the observations have no named parts")
     parts = dict(leaves(group))
     wanted = default if keys is None else list(keys)
     missing = [name for name in wanted if name not in parts]

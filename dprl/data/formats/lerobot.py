@@ -14,6 +14,7 @@ without that, ``next.done``.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,16 +26,31 @@ import numpy as np
 import numpy.typing as npt
 
 from dprl.data.images import decode, stack
-from dprl.data.source import CHANNELS, Episode, Frames, Pixels, Source, damage_named, flags, numbers
+from dprl.data.source import (
+    CHANNELS,
+    Episode,
+    Frames,
+    Pixels,
+    Source,
+    damage_named,
+    flags,
+    is_read,
+    joined,
+    numbers,
+    one_each,
+)
 from dprl.errors import DatasetError, MissingDependencyError
 from dprl.observations import IMAGES, STATE, camera_name
+from dprl.spec import FloatArray
 
 INFO = Path("meta") / "info.json"
 OBSERVATION = "observation."
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 VISUAL = ("image", "video")
+TEXT = ("string", "str", "language", "object")
 SAME_RATE = 0.01
 """How near, relatively, a video's frames per second are to what was said."""
+EPISODE = "episode_index"
 OUTCOMES = ("next.reward", "next.success", "next.done")
 
 
@@ -76,6 +92,7 @@ class LeRobot(Source):
         if len(set(cameras)) < len(cameras):
             raise DatasetError(f"'{path / INFO}': different features are the same camera: {', '.join(self._shapes)}")
         with damage_named(f"'{path / 'meta'}'", self.format):
+            self._apart = version != "v3.0"  # an episode has files of its own
             self._places = (_places_of_v3 if version == "v3.0" else _places_of_v2)(path, info, self._of_kind("video"))
         if not self._places:
             raise DatasetError(f"'{path}' has no episodes")
@@ -84,8 +101,8 @@ class LeRobot(Source):
         if empty:
             raise DatasetError(f"'{path / 'meta'}', episode {empty[0]}: has no steps")
         self.lengths = [place.length for place in self._places]
-        self._latest: tuple[Path, Any] | None = None  # a table that the next episode may share
-        self._closing.callback(setattr, self, "_latest", None)
+        self._tables = _Tables()
+        self._closing.callback(self._tables.close)
 
     def _require_all(self, info: dict[str, Any]) -> None:
         """Raise DatasetError unless the episodes that are listed are all there are, each once."""
@@ -123,12 +140,14 @@ class LeRobot(Source):
         if absent:
             raise DatasetError(f"{where}: the column {absent[0]} is missing, which meta/info.json has")
         with damage_named(where, self.format):
-            state = [part(name) for name in self._parts if name not in self._shapes]
-            observations = np.concatenate([np.zeros((steps, 0), np.float32), *state], axis=1)
+            state = {name: part(name) for name in self._parts if name not in self._shapes}
+            observations, sizes = joined(state, steps)
             actions = part("action")
-            rewards = part(OUTCOMES[0]) if OUTCOMES[0] in columns else None
-            if rewards is not None and rewards.shape[1] != 1:
-                raise DatasetError(f"{where}: {OUTCOMES[0]} has {rewards.shape[1]} numbers a step; it must be one")
+            for name, read in (*state.items(), ("action", actions)):
+                self._require_size(name, read.shape[1], where)
+            rewards: FloatArray | None = None
+            if OUTCOMES[0] in columns:
+                rewards = one_each(_array(columns[OUTCOMES[0]], OUTCOMES[0], where), OUTCOMES[0], steps, where)
             success, done = (
                 flags(part(name), name, steps, where) if name in columns else None for name in OUTCOMES[1:]
             )
@@ -137,17 +156,24 @@ class LeRobot(Source):
         images: dict[str, Frames] = {}
         for name in self._of_kind("video"):
             images[_camera(name)] = _Video(
-                *place.videos[name], self._fps, steps, self._shapes[name], f"{where}: {name}"
+                *place.videos[name], self._fps, steps, self._shapes[name], f"{where}: {name}", self._apart
             )
         for name in self._of_kind("image"):
             images[_camera(name)] = _Encoded(columns[name], self._shapes[name], f"{where}: {name}")
         ended = done if success is None else success
         return Episode(
-            where, observations, actions, None if rewards is None else rewards[:, 0],
+            where, observations, actions, rewards,
             terminated=ended is not None and bool(ended[-1]),
             success=None if success is None else bool(success.any()),
             images=images,
+            parts=sizes,
         )  # fmt: skip
+
+    def _require_size(self, name: str, size: int, where: str) -> None:
+        """Raise DatasetError unless a feature has as many numbers as meta/info.json says."""
+        said = math.prod(int(n) for n in self._features[name].get("shape", (size,)))
+        if said != size:
+            raise DatasetError(f"{where}: {name} has {size} numbers a step; meta/info.json says {said}")
 
     def _require_in_turn(self, frames: npt.NDArray[Any], where: str) -> None:
         if frames[0] != 0:
@@ -159,7 +185,7 @@ class LeRobot(Source):
 
     def _chosen(self) -> list[str]:
         """Parts of the observation, by name: numbers first, the state before others; no parts of another part."""
-        seen = [name for name in self._features if name.startswith(OBSERVATION) and not _is_depth(self._features[name])]
+        seen = [n for n, feature in self._features.items() if n.startswith(OBSERVATION) and _is_observed(n, feature)]
         seen = [name for name in seen if not any(name.startswith(f"{other}.") for other in seen)]
         if self.options.keys is not None:
             missing = [name for name in self.options.keys if name not in self._features]
@@ -173,12 +199,10 @@ class LeRobot(Source):
         return [name for name in self._parts if self._kinds[name] == kind]
 
     def _rows(self, place: _Place) -> dict[str, Any]:
-        """Columns of one episode's rows."""
-        if self._latest is None or self._latest[0] != place.table:
-            with damage_named(f"'{place.table}'", self.format):
-                self._latest = place.table, require_parquet().read_table(place.table)
-        table = self._latest[1]
-        rows = np.flatnonzero(np.asarray(table["episode_index"]) == place.index)
+        """The columns that are needed of one episode's rows."""
+        with damage_named(f"'{place.table}'", self.format):
+            table = self._tables.around(place.table, place.index, {"action", "frame_index", *self._parts, *OUTCOMES})
+        rows = np.flatnonzero(np.asarray(table[EPISODE]) == place.index)
         if len(rows) != place.length or (np.diff(rows) != 1).any():
             found = f"{len(rows)} rows, but {place.length} in meta"
             raise DatasetError(f"'{place.table}': episode {place.index} has {found}, or they are not in turn")
@@ -186,14 +210,52 @@ class LeRobot(Source):
         return {name: part[name] for name in part.column_names}
 
 
+class _Tables:
+    """Parquet files, of which the row groups that were read last stay at hand: the next episode may share them."""
+
+    def __init__(self) -> None:
+        self._file: Path | None = None
+        self._opened: Any = None
+        self._groups: list[int] | None = None
+        self._table: Any = None
+
+    def around(self, file: Path, episode: int, wanted: set[str]) -> Any:
+        """Read the columns `wanted`, those that there are, of the row groups that an episode may lie in."""
+        if file != self._file:
+            self.close()
+            self._opened, self._file = require_parquet().ParquetFile(file), file
+        here = self._opened.schema_arrow.names
+        if EPISODE not in here:
+            raise DatasetError(f"'{file}': the column {EPISODE} is missing")
+        groups = self._groups_with(episode)
+        if groups != self._groups:
+            columns = [name for name in here if name in wanted or name == EPISODE]
+            self._groups, self._table = groups, None  # let go of the others first
+            self._table = self._opened.read_row_groups(groups, columns=columns)
+        return self._table
+
+    def _groups_with(self, episode: int) -> list[int]:
+        about, schema = self._opened.metadata, self._opened.schema
+        leaf = next(i for i in range(about.num_columns) if schema.column(i).path == EPISODE)
+        said = [about.row_group(group).column(leaf).statistics for group in range(about.num_row_groups)]
+        return [g for g, s in enumerate(said) if s is None or not s.has_min_max or s.min <= episode <= s.max]
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._opened is not None:
+            self._opened.close()
+        self._file = self._opened = self._groups = self._table = None
+
+
 def _camera(name: str) -> str:
     """``observation.images.top`` and ``observation.top`` are the camera ``top``."""
     return camera_name(name.removeprefix(IMAGES).removeprefix(OBSERVATION))
 
 
-def _is_depth(feature: dict[str, Any]) -> bool:
-    """Whether a video's grey or colours stand for distances."""
-    return bool((feature.get("info") or {}).get("video.is_depth_map", False))
+def _is_observed(name: str, feature: dict[str, Any]) -> bool:
+    """Whether a feature is numbers or pictures: no text, and no picture whose grey or colours stand for distances."""
+    depth = bool((feature.get("info") or {}).get("video.is_depth_map", False))
+    return is_read(name) and not depth and feature["dtype"] not in TEXT
 
 
 def _shape(feature: dict[str, Any]) -> tuple[int, ...]:
@@ -223,7 +285,10 @@ def _places_of_v3(path: Path, info: dict[str, Any], videos: list[str]) -> list[_
     """Many episodes in one file."""
     found = []
     for table in sorted((path / "meta" / "episodes").rglob("*.parquet")):
-        for row in require_parquet().read_table(table).to_pylist():
+        opened = require_parquet().ParquetFile(table)
+        starts = ("episode_index", "length", "data/", "videos/")  # there are also statistics of every feature
+        kept = [name for name in opened.schema_arrow.names if name.startswith(starts)]
+        for row in opened.read(columns=kept).to_pylist():
             files = {}
             for name in videos:
                 at = {key: int(row[f"videos/{name}/{key}"]) for key in ("chunk_index", "file_index")}
@@ -245,8 +310,8 @@ def _array(column: Any, name: str, where: str) -> npt.NDArray[Any]:
             raise DatasetError(f"{where}, step {step}: {name} has no number, or not as many as at the first step")
 
     while hasattr(values.type, "value_type"):
-        lengths = [-1 if item is None else len(item) for item in values.to_pylist()]
-        require(np.array(lengths) == max(lengths[0], 1))
+        lengths = np.asarray(require_compute().list_value_length(values).fill_null(-1))
+        require(lengths == max(int(lengths[0]), 1))
         values = values.flatten()
     require(~np.asarray(values.is_null(), np.bool_))
     array = np.asarray(values)
@@ -282,6 +347,8 @@ class _Video:
     length: int
     shape: tuple[int, ...]
     where: str
+    alone: bool
+    """Whether the file has nothing else."""
 
     def read(self) -> Pixels:
         """See `Frames.read`."""
@@ -300,12 +367,21 @@ class _Video:
                     raise DatasetError(f"{self.where}: '{self.file}' has {about['fps']:g} frames a second, not the "
                                        f"{self.fps:g} of {INFO}")  # fmt: skip
                 frames = [np.frombuffer(f, np.uint8).reshape(self.shape) for f in islice(stream, self.length)]
+                if self.alone and next(stream, None) is not None:
+                    raise DatasetError(f"{self.where}: '{self.file}' goes on after the episode's {self.length} steps")
         except (OSError, RuntimeError, StopIteration) as error:
             last = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
             raise DatasetError(f"{self.where}: '{self.file}' cannot be decoded: {last}") from error
         if len(frames) != self.length:
             raise DatasetError(f"{self.where}: '{self.file}' ends at step {len(frames)} of {self.length}")
         return np.stack(frames)
+
+
+def require_compute() -> Any:
+    """Return pyarrow's compute module; what has read a table has it."""
+    from pyarrow import compute
+
+    return compute
 
 
 def require_parquet() -> Any:

@@ -11,11 +11,12 @@ ManiSkill 2 writes neither terminated nor truncated: there success at the end is
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
 from dprl.data.formats.hdf5 import HDF5Source, chosen_parts, is_image, numbered, state_and_images, top_level
-from dprl.data.source import Episode, flags, leaves, numbers, seed_of
+from dprl.data.source import Episode, flags, is_read, leaves, numbers, one_each, seed_of
 from dprl.errors import DatasetError
 
 NOT_STATE = ("sensor_data/", "sensor_param/", "pointcloud/", "image/", "camera_param/")
@@ -32,16 +33,41 @@ class ManiSkill(HDF5Source):
         """See `Source.open`."""
         super().open()
         self._names = numbered(self.h5, "traj_", self.path)
-        for name in self._names:
-            if hasattr(self.h5[name].get("actions"), "keys"):
-                raise DatasetError(f"'{self.path}', {name}: actions have named parts; only observations may")
-            if "actions" not in self.h5[name] or len(self.h5[name]["actions"]) == 0:
-                lacks = "has no steps" if "actions" in self.h5[name] else "actions is missing"
-                raise DatasetError(f"'{self.path}', {name}: {lacks}")
-        self.lengths = [len(self.h5[name]["actions"]) for name in self._names]
+        self.lengths = [self._length(name) for name in self._names]
         described = _described(self._json)
         self.env_id = described.get("env_info", {}).get("env_id")
-        self._seeds = {e.get("episode_id"): e.get("episode_seed") for e in described.get("episodes", [])}
+        episodes = {e.get("episode_id"): e for e in described.get("episodes", [])}
+        self._seeds = {number: episode.get("episode_seed") for number, episode in episodes.items()}
+        self._compare(episodes)
+
+    def _length(self, name: str) -> int:
+        """Steps of an episode that has actions."""
+        trajectory, where = self.h5[name], f"'{self.path}', {name}"
+        if not hasattr(trajectory, "keys"):
+            raise DatasetError(f"{where}: is not a group of arrays")
+        if "actions" not in trajectory:
+            raise DatasetError(f"{where}: actions is missing")
+        actions = trajectory["actions"]
+        if hasattr(actions, "keys"):
+            raise DatasetError(f"{where}: actions have named parts; only observations may")
+        if actions.ndim != 2 or len(actions) == 0:
+            lacks = f"actions have the shape {actions.shape}; it must be (steps, size)" if actions.ndim != 2 else ""
+            raise DatasetError(f"{where}: {lacks or 'has no steps'}")
+        return len(actions)
+
+    def _compare(self, described: dict[Any, dict[str, Any]]) -> None:
+        """Say where the JSON file tells of other episodes than are here."""
+        here = {int(name.removeprefix("traj_")): length for name, length in zip(self._names, self.lengths, strict=True)}
+        lost = sorted(number for number in described if isinstance(number, int) and number not in here)
+        other = [n for n, length in here.items() if described.get(n, {}).get("elapsed_steps", length) != length]
+        for found, what in (
+            (lost, "is not here, but in its JSON file"),
+            (other, "has another number of steps here than in its JSON file"),
+        ):
+            if found:
+                more = f", and so for {len(found) - 1} more" if len(found) > 1 else ""
+                warnings.warn(f"'{self.path}', traj_{found[0]}: {what}{more}: wrong if a copy is not complete",
+                              stacklevel=2)  # fmt: skip
 
     @property
     def _json(self) -> Path:
@@ -69,9 +95,9 @@ class ManiSkill(HDF5Source):
         if not grouped and self.options.keys is not None:
             raise DatasetError(f"{where}: there is no '{self.options.keys[0]}': the observations have no named parts")
         parts = chosen_parts(obs, self.options.keys, _default(obs), where) if grouped else {"obs": obs}
-        observations, images = state_and_images(parts, None, steps + 1, steps, where)
+        observations, sizes, images = state_and_images(parts, None, steps + 1, steps, where)
         actions = numbers(trajectory["actions"][()], "actions", steps, 2, where)
-        rewards = numbers(trajectory["rewards"][()], "rewards", steps, 1, where) if "rewards" in trajectory else None
+        rewards = one_each(trajectory["rewards"][()], "rewards", steps, where) if "rewards" in trajectory else None
         success, terminated = (
             flags(trajectory[part][()], part, steps, where) if part in trajectory else None
             for part in ("success", "terminated")
@@ -86,14 +112,16 @@ class ManiSkill(HDF5Source):
             success=None if success is None else bool(success.any()),
             seed=seed_of(self._seeds.get(int(name.removeprefix("traj_")))),
             images=images,
+            parts=sizes,
         )  # fmt: skip
 
 
 def _default(obs: Any) -> list[str]:
     """All numbers that are not a camera's, and every colour image."""
     parts = dict(leaves(obs))
-    images = [name for name, dataset in parts.items() if is_image(dataset) or name.endswith("/rgb")]
-    return [name for name in parts if name not in images and not name.startswith(NOT_STATE)] + images
+    images = [n for n, dataset in parts.items() if (is_image(dataset) and is_read(n)) or n.endswith("/rgb")]
+    state = [n for n, dataset in parts.items() if is_read(n, dataset.dtype) and not n.startswith(NOT_STATE)]
+    return [name for name in state if name not in images] + images
 
 
 def _described(file: Path) -> dict[str, Any]:

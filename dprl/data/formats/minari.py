@@ -37,8 +37,11 @@ from dprl.data.source import (
     damage_named,
     ends_at_the_end,
     flags,
+    is_read,
+    joined,
     leaves,
     numbers,
+    one_each,
     require_h5py,
     seed_of,
 )
@@ -58,6 +61,7 @@ class Minari(HDF5Source):
     """A data set's folder."""
 
     format: ClassVar[str] = "a Minari data set"
+    takes: ClassVar[tuple[str, ...]] = ("keys",)
 
     @property
     def file(self) -> Path:
@@ -97,7 +101,7 @@ class Minari(HDF5Source):
         where = self._where(self._names[index])
         with damage_named(where, self.format):
             group = self.h5[self._names[index]]
-            return episode_of(group, group.attrs, self.lengths[index], where, self.rewards_from)
+            return episode_of(group, group.attrs, self.lengths[index], where, self.rewards_from, self.options.keys)
 
     def _where(self, name: str) -> str:
         return f"'{self.file}', {name}"
@@ -118,11 +122,16 @@ class Minari(HDF5Source):
 
 
 def episode_of(
-    parts: Mapping[str, Any], attributes: Mapping[str, Any], steps: int, where: str, rewards_from: RewardsFrom
+    parts: Mapping[str, Any],
+    attributes: Mapping[str, Any],
+    steps: int,
+    where: str,
+    rewards_from: RewardsFrom,
+    keys: tuple[str, ...] | None = None,
 ) -> Episode:
     """Return an episode of its arrays (or HDF5 data sets), and of what is noted beside them."""
-    state, images = _split_parts(parts["observations"], steps, where)
-    arrays = {name: numbers(parts[name], name, steps, ndim, where) for name, ndim in (("actions", 2), ("rewards", 1))}
+    state, sizes, images = _split_parts(parts["observations"], steps, where, keys)
+    actions, rewards = numbers(parts["actions"], "actions", steps, 2, where), parts["rewards"]
     terminated, _ = (
         ends_at_the_end(flags(parts[name], name, steps, where), name, where) for name in ("terminations", "truncations")
     )
@@ -137,19 +146,22 @@ def episode_of(
     return Episode(
         where,
         state if attributes.get("final_known", True) else state[:-1],
-        arrays["actions"],
-        arrays["rewards"] if rewards_from == "data" else None,
+        actions,
+        one_each(rewards, "rewards", steps, where) if rewards_from == "data" else None,
         terminated=terminated,
         success=None if success is None else bool(success),
         seed=seed_of(attributes.get("seed", -1)),
         images=images,
+        parts=sizes,
     )
 
 
-def _split_parts(observations: Any, steps: int, where: str) -> tuple[FloatArray, dict[str, Frames]]:
-    """Return the state (steps + 1, D) and the frames by camera, which are not read yet."""
-    parts = dict(leaves(observations, "observations"))
-    rows, images = [np.zeros((steps + 1, 0), np.float32)], dict[str, Frames]()
+def _split_parts(
+    observations: Any, steps: int, where: str, keys: tuple[str, ...] | None
+) -> tuple[FloatArray, dict[str, int], dict[str, Frames]]:
+    """Return the state (steps + 1, D), the sizes of its parts, and the frames by camera, which are not read yet."""
+    parts = _chosen(dict(leaves(observations, "observations")), keys, where)
+    rows, images = dict[str, FloatArray](), dict[str, Frames]()
     for name, dataset in parts.items():
         key = name.removeprefix("observations").strip("/")
         if _holds_images(dataset):
@@ -165,10 +177,22 @@ def _split_parts(observations: Any, steps: int, where: str) -> tuple[FloatArray,
         else:
             require_numbers(dataset, key or name, where)
             array = numbers(dataset, name, steps + 1, None if key else 2, where, steps=steps)
-            rows.append(array.reshape(steps + 1, -1).astype(np.float32, copy=False))
-    if len(images) + len(rows) - 1 < len(parts):
+            rows[key] = array
+    if len(images) + len(rows) < len(parts):
         raise DatasetError(f"{where}: different parts are the same camera: {', '.join(parts)}")
-    return np.concatenate(rows, axis=1), dict(sorted(images.items()))
+    return *joined(rows, steps + 1), dict(sorted(images.items()))
+
+
+def _chosen(parts: dict[str, Any], keys: tuple[str, ...] | None, where: str) -> dict[str, Any]:
+    """The parts that are asked for, in that order; without a choice all numbers and pictures."""
+    if keys is None:
+        return {n: p for n, p in parts.items() if n == "observations" or _holds_images(p) or is_read(n, p.dtype)}
+    by_key = {name.removeprefix("observations").strip("/"): name for name in parts}
+    missing = [key for key in keys if not key or key not in by_key]
+    if missing:
+        known = ", ".join(filter(None, by_key)) or "no named parts"
+        raise DatasetError(f"{where}: there is no '{missing[0]}' among the observations: {known}")
+    return {by_key[key]: parts[by_key[key]] for key in keys}
 
 
 def _holds_images(dataset: Any) -> bool:

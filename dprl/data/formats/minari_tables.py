@@ -24,6 +24,7 @@ class MinariTables(Source):
     """A data set's folder."""
 
     format: ClassVar[str] = "a Minari data set in Arrow or Parquet files"
+    takes: ClassVar[tuple[str, ...]] = ("keys",)
 
     @property
     def files(self) -> list[Path]:
@@ -62,7 +63,7 @@ class MinariTables(Source):
             infos = table.get("infos")
             if infos is not None and infos.type.get_field_index("success") >= 0:
                 parts["infos"] = {"success": np.asarray(infos.field("success").to_pylist())}
-            return episode_of(parts, self._about[index], steps, where, "data")
+            return episode_of(parts, self._about[index], steps, where, "data", self.options.keys)
 
     def _rows(self, index: int) -> dict[str, Any]:
         """The columns of an episode, a row for each step and one more."""
@@ -85,6 +86,8 @@ def _decoded(space: Any, column: Any, where: str) -> Any:
         }
     if str(column.type) == "binary":
         return stack([decode(row, f"{where}, step {step}") for step, row in enumerate(column.to_pylist())], where)
+    if space.shape is None:  # text, which is in no state
+        return np.asarray(column.to_pylist())
     rows = column.flatten() if hasattr(column.type, "list_size") else column
     return np.asarray(rows).astype(space.dtype).reshape(len(column), *space.shape)
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dprl.data.source import CHANNELS, Episode, Frames, Pixels, Source, leaves, numbers
+from dprl.data.source import CHANNELS, Episode, Frames, Pixels, Source, is_read, joined, leaves, numbers
 from dprl.errors import DatasetError, MissingDependencyError
 from dprl.observations import camera_name
 
@@ -37,7 +37,9 @@ class ReplayBuffer(Source):
         path = self.path
         self._root = require_zarr().open_group(_store(path), mode="r", path=_root_in(path))
         self._closing.callback(self._root.store.close)
-        ends = np.asarray(self._root[ENDS][:])
+        ends = np.asarray(self._root[ENDS][...])
+        if ends.ndim != 1 or ends.dtype.kind not in "fiu":
+            raise DatasetError(f"'{path}': {ENDS} is {ends.dtype} {ends.shape}; it must be a number for each episode")
         self._ends = ends.astype(np.int64)
         broken = np.flatnonzero(self._ends != ends)
         if len(broken):
@@ -49,6 +51,12 @@ class ReplayBuffer(Source):
                 raise
             raise DatasetError(f"'{path}': an array is compressed by a codec that is not installed ({error}): install "
                                "the package that registers it with numcodecs")  from error  # fmt: skip
+        files = _files(path)
+        unread = _folders(files) - {name.split("/")[0] for name in parts}
+        asked = unread if self.options.keys is None else unread & {name.split("/")[0] for name in self.options.keys}
+        if asked:
+            raise DatasetError(f"'{path}': data/{min(asked)} holds files, but no array: what describes it (.zarray or "
+                               "zarr.json) is damaged or not there")  # fmt: skip
         if "action" not in parts:
             raise DatasetError(f"'{path}': data/action is missing")
         self._actions = parts.pop("action")
@@ -60,8 +68,9 @@ class ReplayBuffer(Source):
             raise DatasetError(f"'{path}': {ENDS} is {self._ends.tolist()[:5]}...; it must rise to the {steps} steps")
         self._starts = np.concatenate([[0], self._ends[:-1]])
         self.lengths = (self._ends - self._starts).tolist()
-        images = [name for name, array in parts.items() if array.ndim >= 4]
-        state = [name for name in parts if name not in (*images, "timestamp")]
+        usual = [name for name, array in parts.items() if is_read(name, array.dtype)]
+        images = [name for name in usual if parts[name].ndim >= 4]
+        state = [name for name in usual if name not in (*images, "timestamp")]
         default = (["state"] if "state" in parts else state) + images
         wanted = default if self.options.keys is None else list(self.options.keys)
         self._state, self._images = dict[str, Any](), dict[str, Any]()
@@ -69,7 +78,6 @@ class ReplayBuffer(Source):
             if name not in parts:
                 raise DatasetError(f"'{path}': there is no '{name}' in data: {', '.join(parts)}")
             self._take(name, parts[name], steps)
-        files = _files(path)
         for name in ("action", *wanted):
             chunk = re.compile(rf"data/{re.escape(name)}/(c[/.])?\d+([/.]\d+)*")
             written = sum(chunk.fullmatch(file) is not None for file in files)
@@ -115,15 +123,12 @@ class ReplayBuffer(Source):
         rows, steps = slice(int(self._starts[index]), int(self._ends[index])), self.lengths[index]
         where = f"'{self.path}', episode {index}"
         actions = numbers(self._actions[rows], "data/action", steps, 2, where)
-        columns = [np.zeros((steps, 0), np.float32)]
-        for name, array in self._state.items():
-            columns.append(numbers(array[rows], f"data/{name}", steps, None, where).reshape(steps, -1))
+        state = {name: numbers(a[rows], f"data/{name}", steps, None, where) for name, a in self._state.items()}
+        observations, sizes = joined(state, steps)
         images: dict[str, Frames] = {
             camera: _Frames(array, rows, f"{where}: camera {camera}") for camera, array in self._images.items()
         }
-        return Episode(
-            where, np.concatenate(columns, axis=1), actions, None, terminated=False, success=None, images=images
-        )
+        return Episode(where, observations, actions, None, terminated=False, success=None, images=images, parts=sizes)
 
 
 @dataclass(frozen=True)
@@ -144,8 +149,11 @@ class _Frames:
         frames = np.asarray(self.array[self.rows])
         if frames.dtype == np.uint8:
             return frames
+        broken = np.flatnonzero(~np.isfinite(frames.reshape(len(frames), -1)).all(axis=1))
+        if len(broken):
+            raise DatasetError(f"{self.where}, step {broken[0]}: the image is not finite")
         black = not frames.any()
-        if not (np.isfinite(frames).all() and frames.min() >= 0 and (black or 1 < frames.max() <= 255)):
+        if not (frames.min() >= 0 and (black or 1 < frames.max() <= 255)):
             raise DatasetError(f"{self.where} is {frames.dtype} from {frames.min():g} to {frames.max():g}; images are "
                                "uint8, or floats from 0 to 255")  # fmt: skip
         return frames.round().astype(np.uint8)
@@ -170,6 +178,12 @@ def _root_in_zip(names: list[str]) -> str | None:
     if len(roots) > 1:
         raise DatasetError(f"the archive holds several replay buffers: {', '.join(roots)}; unpack it and name one")
     return roots[0] if roots else None
+
+
+def _folders(files: list[str]) -> set[str]:
+    """What lies below data/, without what tools leave there."""
+    below = (file.split("/") for file in files if file.startswith("data/"))
+    return {parts[1] for parts in below if len(parts) > 2 and not parts[1].startswith((".", "__"))}
 
 
 def _files(path: Path) -> list[str]:

@@ -14,11 +14,12 @@ last counts: they may mark every step in which the task is done.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dprl.data.formats.hdf5 import HDF5Source, chosen_parts, is_read, numbered, state_and_images, top_level
-from dprl.data.source import Episode, flags, leaves, numbers
+from dprl.data.formats.hdf5 import HDF5Source, chosen_parts, numbered, state_and_images, top_level
+from dprl.data.source import Episode, flags, is_read, leaves, numbers, one_each
 from dprl.errors import DatasetError, did_you_mean
 
 ROBOT_PARTS = ("eef_pos", "eef_quat", "gripper_qpos")
@@ -47,6 +48,11 @@ class Robomimic(HDF5Source):
                 said = data[name].attrs["num_samples"]
                 raise DatasetError(f"'{self.path}', {name}: there are {steps} actions, but num_samples is {said}")
         self.lengths = [len(data[name]["actions"]) for name in self._names]
+        total, there = data.attrs.get("total"), sum(len(data[name].get("actions", ())) for name in names)
+        if total is not None and int(total) != there:
+            warnings.warn(f"'{self.path}': there are {there} steps, but total says {int(total)}: right if episodes "
+                          "were taken out, wrong if they were lost", stacklevel=2)  # fmt: skip
+        self._usual: list[str] | None = None  # parts of the first episode, which all have
         env = json.loads(data.attrs["env_args"]) if "env_args" in data.attrs else {}
         env_name, kwargs = env.get("env_name"), env.get("env_kwargs", {})
         is_robosuite = "robots" in kwargs
@@ -65,15 +71,19 @@ class Robomimic(HDF5Source):
         if "obs" not in demo:
             raise DatasetError(f"{where}: has no observations, but simulator states: extract them first, with "
                                "robomimic's dataset_states_to_obs")  # fmt: skip
-        parts = chosen_parts(demo["obs"], self.options.keys, _default(demo["obs"]), where)
+        if self._usual is None and self.options.keys is None:
+            self._usual = _default(self.h5["data"][self._names[0]].get("obs", {}))
+        parts = chosen_parts(demo["obs"], self.options.keys, self._usual or [], where)
         last = dict(leaves(demo["next_obs"])) if "next_obs" in demo else None
-        observations, images = state_and_images(parts, last, steps, steps, where)
+        observations, sizes, images = state_and_images(parts, last, steps, steps, where)
         actions = numbers(demo["actions"][()], "actions", steps, 2, where)
-        rewards = numbers(demo["rewards"][()], "rewards", steps, 1, where) if "rewards" in demo else None
+        rewards = one_each(demo["rewards"][()], "rewards", steps, where) if "rewards" in demo else None
         dones = flags(demo["dones"][()], "dones", steps, where) if "dones" in demo else None
         success = bool(rewards.max() > 0) if self._sparse and rewards is not None else None
         terminated = dones is not None and bool(dones[-1])
-        return Episode(where, observations, actions, rewards, terminated=terminated, success=success, images=images)
+        return Episode(
+            where, observations, actions, rewards, terminated=terminated, success=success, images=images, parts=sizes
+        )
 
     def _masked(self, names: list[str], filter_key: str) -> list[str]:
         masks = self.h5.get("mask", {})
@@ -93,7 +103,9 @@ class Robomimic(HDF5Source):
 
 def _default(obs: Any) -> list[str]:
     """Robomimic's choice of the state, or all numbers where that is not there; and every image."""
-    parts = {name: dataset for name, dataset in leaves(obs) if is_read(name)}
+    if not hasattr(obs, "keys"):
+        return []  # which is refused where it is read
+    parts = {name: dataset for name, dataset in leaves(obs) if is_read(name, dataset.dtype)}
     images = [name for name, dataset in parts.items() if dataset.ndim >= 4]
     robots = [[f"robot{i}_{part}" for part in ROBOT_PARTS] for i in range(2)]
     usual = [name for robot in robots if all(name in parts for name in robot) for name in robot]
