@@ -107,6 +107,7 @@ STUDIES = {
         f"offline-{name}": (f"dprl.experiments.offline:on_{name}", f"offline-mujoco on {name} alone; --paper too")
         for name in GYM
     },
+    "obstacle": ("dprl.experiments.obstacle:run", "a reward of one's own steers a clone round a pillar it never saw"),
     "score-field": ("dprl.experiments.score_field:run", "what a denoiser learns of a 2-D distribution, drawn"),
 }
 

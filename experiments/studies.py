@@ -43,6 +43,7 @@ from dprl.cores import one_thread
 from dprl.errors import CheckpointError, ConfigError, DprlError, check
 from dprl.experiments import plots, runs
 from dprl.experiments.runs import CollectConfig, FinetuneConfig, OfflineConfig, PretrainConfig
+from dprl.guidance.spec import GuidanceConfig, steering
 from dprl.log import read_metrics
 from dprl.policy import InferenceConfig, Policy
 from dprl.rollout import Evaluation, evaluate
@@ -79,6 +80,8 @@ class Look:
     """Show the policy black images."""
     env: str | None = None
     """Where. Default: where it was shown."""
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    """What steers the policy."""
 
 
 @dataclass(frozen=True)
@@ -401,10 +404,12 @@ def _train_and_look(cell: Cell, config: StudyConfig) -> None:
             policy.set_n_action_steps(look.n_action_steps)
         if look.blind:
             _blindfold(policy)
-        seed = HELD_OUT + cell.pretrain.seed
-        result = evaluate(policy, spec, look.episodes, seed, inference=look.inference)
+        seed, how = HELD_OUT + cell.pretrain.seed, look.inference
+        guide, scorer = steering(look.guidance, policy)
+        result = evaluate(policy, spec, look.episodes, seed, inference=how, guide=guide, scorer=scorer)
         if look.keep_paths:
-            _save_paths(config, cell, look, record(policy, spec, look.episodes, seed, inference=look.inference))
+            played = record(policy, spec, look.episodes, seed, inference=how, guide=guide, scorer=scorer)
+            _save_paths(config, cell, look, played)
         looks[look.name] = vars(_outcome(cell, look, config, run, policy, result))
     file = _result_file(config, cell)
     file.parent.mkdir(parents=True, exist_ok=True)

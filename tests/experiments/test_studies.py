@@ -21,7 +21,7 @@ import pytest
 
 from dprl.agents import BC, BCConfig
 from dprl.errors import CheckpointError, ConfigError, DprlError, MissingDependencyError, RunExistsError
-from dprl.experiments import horizons, imitation, multimodal, plots, score_field, solvers, studies, vision
+from dprl.experiments import horizons, imitation, multimodal, obstacle, plots, score_field, solvers, studies, vision
 from dprl.experiments.catalogue import STUDIES
 from dprl.experiments.policies import ALL, COMPETITORS, DIFFUSION, slug, with_chunks
 from dprl.experiments.runs import CollectConfig, PretrainConfig
@@ -38,6 +38,7 @@ from dprl.experiments.studies import (
     shown,
     write_table,
 )
+from dprl.guidance.spec import steering
 from dprl.log import read_metrics
 from dprl.policy import Features, GMMConfig, InferenceConfig, LSTMGMMConfig, MSEConfig, Policy
 from dprl.rollout.evaluation import wilson
@@ -396,6 +397,7 @@ def test_looks_fit_their_policies() -> None:
             policy = Policy.kinds[kind](Features(2, 2), c.pretrain.policy)
             for look in c.looks:
                 policy.check_inference(look.inference)
+                steering(look.guidance, policy)
                 if look.n_action_steps is not None:
                     policy.set_n_action_steps(look.n_action_steps)
 
@@ -446,7 +448,8 @@ def test_a_study_writes_table_and_figure(module: object, tmp_path: Path, monkeyp
 
     path = np.array([(0.0, -0.8), (-0.5, 0.1), (0.0, 0.9)])
     monkeypatch.setattr(module, "run_cells", invented)
-    monkeypatch.setattr(multimodal, "paths_of", lambda config, cell, look: [path] * 10)
+    if hasattr(module, "paths_of"):
+        monkeypatch.setattr(module, "paths_of", lambda config, cell, look: [path] * 10)
     name = short_name(module)
     file = module.run(config, progress_bar=False)
     assert file == tmp_path / f"{name}.md"
@@ -463,6 +466,7 @@ def test_a_study_writes_table_and_figure(module: object, tmp_path: Path, monkeyp
         "imitation": 3 * 3 + 1 + 1 + 2 * 6,
         "horizons": 5 + 5,
         "solvers": 8 * len(solvers.STEPS),
+        "obstacle": len(obstacle.LOOKS),
     }
     assert len(rows) - 1 == expected.get(name, len(rows) - 1) > 0
     assert "0.50 (0.30 to 0.70)" in file.read_text(), "two seeds of ten episodes"
