@@ -194,7 +194,8 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
             group["lr"] = self._learning_rate()
         dropout = seeded_init(self.seed, "dropout", self.timesteps, device=device)
         with dropout, computing(config.precision, device):
-            loss = self._online.loss(batch.obs, batch.actions, valid=valid, generator=self._generator)
+            told = {} if batch.command is None else {"command": batch.command}
+            loss = self._online.loss(batch.obs, batch.actions, valid=valid, generator=self._generator, **told)
             whole = loss if more is None else loss + more(self._online)
         self._optimizer.zero_grad()
         whole.backward()
@@ -239,7 +240,9 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
         config, pad_after = self.policy.config, self.config.pad_after
         pad_after = config.horizon - 1 if pad_after is None else pad_after
         chunks = data.chunks(config.n_obs_steps, config.horizon, pad_after=pad_after)
-        return ChunkBatches(data, chunks, self.policy.device, num_workers=self.config.num_workers)
+        commands = self.policy.commands(data) if isinstance(self.policy, DiffusionPolicy) else None
+        workers = self.config.num_workers
+        return ChunkBatches(data, chunks, self.policy.device, num_workers=workers, commands=commands)
 
 
 def require_like(policy: Policy, data: Episodes) -> None:

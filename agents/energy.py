@@ -134,8 +134,8 @@ class Energy(Agent[Tensor]):
         picks = torch.randperm(len(cut), generator=generator, device=device)[: self.config.observations]
         batches, parts = ChunkBatches(data, cut, device), []
         for rows in picks.split(AT_ONCE):
-            ((obs, _, _),) = batches.read(rows[None])
-            parts.append(self._drawn(obs, generator))
+            (chunks,) = batches.read(rows[None])
+            parts.append(self._drawn(chunks.obs, generator))
             if on_progress is not None:
                 on_progress(len(rows))
         obs = map_parts(lambda *part: torch.cat(part), *(part.obs for part in parts))

@@ -219,13 +219,13 @@ def _control(config: TuneConfig, policy: Policy, tried: Combination) -> Receding
     guided = GuidanceConfig(scorer=config.scorer)
     if tried.scale:
         guided = GuidanceConfig(
-            config.guide,
-            tried.scale,
-            config.gradient,
-            config.scaling,
-            config.guide_steps,
-            tried.skip_last,
-            config.scorer,
+            guide=config.guide,
+            scale=tried.scale,
+            gradient=config.gradient,
+            scaling=config.scaling,
+            guide_steps=config.guide_steps,
+            skip_last=tried.skip_last,
+            scorer=config.scorer,
         )
     guide, scorer = steering(guided, policy)
     inference = replace(config.inference, candidates=tried.candidates)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from dprl.data.episodes import Chunks, Episodes, OnDisk
 from dprl.data.transitions import Decisions
 from dprl.observations import TensorObservation, map_parts, put
+from dprl.spec import FloatArray
 
 
 class Batch(NamedTuple):
@@ -30,6 +31,8 @@ class Batch(NamedTuple):
     """(B, H, A)."""
     valid: Tensor | None
     """(B, H) False where an action only fills its chunk up; None where none does."""
+    command: Tensor | None = None
+    """(B, C) what a policy that can be told is told of each chunk; None of others."""
 
 
 AnyBatch = TypeVar("AnyBatch")
@@ -100,23 +103,34 @@ class RowBatches(ABC, Generic[AnyBatch]):
 class ChunkBatches(RowBatches[Batch]):
     """The chunks of some episodes."""
 
-    def __init__(self, data: Episodes, chunks: Chunks, device: torch.device, *, num_workers: int | None = None) -> None:
-        """See `RowBatches`."""
-        super().__init__(ChunkRows(data, chunks), len(chunks), data, device, num_workers)
-        self._padded = not chunks.valid.all()
+    def __init__(
+        self,
+        data: Episodes,
+        chunks: Chunks,
+        device: torch.device,
+        *,
+        num_workers: int | None = None,
+        commands: FloatArray | None = None,
+    ) -> None:
+        """See `RowBatches`; `commands` (S, C) are of the steps of `data`."""
+        commands = np.zeros((int(data.ends[-1]), 0), np.float32) if commands is None else commands
+        super().__init__(ChunkRows(data, chunks, commands), len(chunks), data, device, num_workers)
+        self._padded, self._told = not chunks.valid.all(), commands.shape[1] > 0
         if self.num_workers == 0:
             self._obs = map_parts(self._moved, data.observe(slice(None)))
             self._actions = self._moved(data.actions)
             self._index = [self._moved(a) for a in (chunks.observation_rows, chunks.action_rows, chunks.valid)]
+            self._commands = self._moved(commands)
 
     def _gathered(self, rows: Tensor) -> Batch:
         observation_rows, action_rows, valid = (index[rows] for index in self._index)
         obs = map_parts(lambda part: part[observation_rows], self._obs)
-        return Batch(obs, self._actions[action_rows], valid if self._padded else None)
+        command = self._commands[action_rows[:, 0]] if self._told else None
+        return Batch(obs, self._actions[action_rows], valid if self._padded else None, command)
 
     def _batch(self, columns: list[Any]) -> Batch:
-        obs, actions, valid = columns
-        return Batch(obs, actions, valid if self._padded else None)
+        obs, actions, valid, command = columns
+        return Batch(obs, actions, valid if self._padded else None, command if self._told else None)
 
 
 class DecisionBatch(NamedTuple):
@@ -176,18 +190,20 @@ class DecisionBatches(RowBatches[DecisionBatch]):
 class ChunkRows(Dataset[Any]):
     """One chunk at a time, for worker processes; arrays may be on disk."""
 
-    def __init__(self, data: Episodes, chunks: Chunks) -> None:
+    def __init__(self, data: Episodes, chunks: Chunks, commands: FloatArray) -> None:
         self._data = data
         self._chunks = chunks
+        self._commands = commands
 
     def __len__(self) -> int:
         """How many chunks there are."""
         return len(self._chunks.valid)
 
     def __getitem__(self, i: int) -> Any:
-        """Return the observations, actions and validity of chunk `i`."""
+        """Return the observations, actions, validity and command of chunk `i`."""
         chunks, data = self._chunks, self._data
-        return data.observe(chunks.observation_rows[i]), data.actions[chunks.action_rows[i]], chunks.valid[i]
+        seen, did = data.observe(chunks.observation_rows[i]), data.actions[chunks.action_rows[i]]
+        return seen, did, chunks.valid[i], self._commands[chunks.action_rows[i, 0]]
 
 
 class DecisionRows(Dataset[Any]):

@@ -289,8 +289,7 @@ def flags(dataset: Any, name: str, length: int, where: str, *, unit: str = "step
 
 
 def joined(parts: Mapping[str, FloatArray], rows: int) -> tuple[FloatArray, dict[str, int]]:
-    """Return the parts (rows, ...) of a state side by side, (rows, D), and how many numbers each has that has a name.
-    """
+    """Return the parts (rows, ...) of a state side by side, (rows, D), and the sizes of those that have a name."""
     flat = {name: part.reshape(rows, -1) for name, part in parts.items()}
     columns = [np.zeros((rows, 0), np.float32), *flat.values()]
     return np.concatenate(columns, axis=1), {name: part.shape[1] for name, part in flat.items() if name}

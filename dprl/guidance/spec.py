@@ -10,7 +10,8 @@ import torch
 
 from dprl.config import validate
 from dprl.errors import ConfigError, check
-from dprl.guidance.step import Guide
+from dprl.guidance.command import CommandGuide
+from dprl.guidance.step import Guide, Guides
 from dprl.guidance.value import Gradient, NoisyValue, Reward, Scaling, Value, ValueGuide
 from dprl.policy import ChunkCritic, ChunkValue, DiffusionPolicy, Policy, Scorer
 from dprl.spec import load
@@ -38,6 +39,11 @@ class GuidanceConfig:
     """Times at each denoising step. Default: 1."""
     skip_last: int | None = None
     """So many last denoising steps are left alone. Default: 0."""
+    command: tuple[float, ...] | None = None
+    """What a policy that was trained with a `command` is told shall come of its chunks: the return, 0 the least of the
+    data's and 1 the largest, or the state to end in. Goes with a guide, or alone. Default: nothing."""
+    command_scale: float | None = None
+    """How strongly, w of classifier-free guidance; 1 samples what the data did where that came of it. Default: 1.2."""
     scorer: str | None = None
     """What chooses among candidates, named as the guide is. Default: the policy's own critics."""
 
@@ -46,6 +52,8 @@ class GuidanceConfig:
         for name in ("scale", "gradient", "scaling", "guide_steps", "skip_last"):
             value = getattr(self, name)
             check(self.guide is not None or value is None, name, value, "needs a guide")
+        commanded = self.command is not None or self.command_scale is None
+        check(commanded, "command_scale", self.command_scale, "needs a command")
 
 
 class Steering(NamedTuple):
@@ -62,7 +70,7 @@ def steering(config: GuidanceConfig, policy: Policy) -> Steering:
         ConfigError: it names nothing, or what does not fit.
         CheckpointError: a folder that is damaged, or holds no policy.
     """
-    guide = None
+    guide: Guide | None = None
     if config.guide is not None:
         gradient = config.gradient or "held"
         guide = ValueGuide(
@@ -73,6 +81,12 @@ def steering(config: GuidanceConfig, policy: Policy) -> Steering:
             config.guide_steps or 1,
             config.skip_last or 0,
         )
+    if config.command is not None:
+        size = policy.command_size if isinstance(policy, DiffusionPolicy) else 0
+        check(size > 0, "command", config.command, "the policy was trained without: 'dprl pretrain --policy.command'")
+        check(len(config.command) == size, "command", config.command, f"must have {size} number{'s' * (size > 1)}")
+        told = CommandGuide(config.command, 1.2 if config.command_scale is None else config.command_scale)
+        guide = told if guide is None else Guides((told, guide))
     return Steering(guide, None if config.scorer is None else scorer_named(config.scorer, policy))
 
 

@@ -17,6 +17,8 @@ from dprl.errors import check
 from dprl.observations import TensorObservation
 
 Seen = TypeVar("Seen")
+Told = Callable[[Tensor, Tensor], Tensor]
+"""x_t (B, H, A), a command (B, C) or (C,) -> x̂_0 (B, H, A), not clamped."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class DenoisingStep:
     """The network: x_t -> x̂_0, not clamped; differentiable."""
     to_actions: Callable[[Tensor], Tensor]
     """Clean actions in normalised units -> in the environment's."""
+    told: Told | None = None
+    """The network that is told what shall come of the chunk; None of a policy that cannot be."""
     clip: float | None = None
     """Predicted clean actions are clamped to ± this."""
     moved: Tensor | None = None
@@ -106,6 +110,7 @@ def guided(
     obs: TensorObservation,
     to_actions: Callable[[Tensor], Tensor],
     clip: float | None,
+    told: Callable[[int], Told] | None = None,
 ) -> Advance:
     """Return what `solve_guided` advances by.
 
@@ -117,6 +122,7 @@ def guided(
         obs: see `DenoisingStep`, as the rest.
         to_actions: ...
         clip: ...
+        told: timesteps -> `DenoisingStep.told` at them, if the policy can be told anything.
     """
     timesteps = [step.timestep for step in steps]
     levels = [*map(schedule.level, timesteps), CLEAN]
@@ -132,6 +138,7 @@ def guided(
             levels[i + 1],
             network(timesteps[i]),
             to_actions,
+            None if told is None else told(timesteps[i]),
             clip,
             remembered=remembered,
         )

@@ -1,5 +1,6 @@
 """Networks: denoisers, image encoders, critics, and the one Polyak average."""
 
+from dprl.networks.commanded import CommandedDenoiser, commanded
 from dprl.networks.denoiser import Denoiser
 from dprl.networks.denoisers import DENOISERS, DenoiserConfig, build_denoiser
 from dprl.networks.ln_resnet import DenoisingLNResNet, LNResNetConfig
@@ -12,6 +13,7 @@ from dprl.networks.vision import ImageEncoder, VisionConfig
 
 __all__ = [
     "DENOISERS",
+    "CommandedDenoiser",
     "ConditionalUNet1D",
     "Denoiser",
     "DenoiserConfig",
@@ -27,6 +29,7 @@ __all__ = [
     "ValueNet",
     "VisionConfig",
     "build_denoiser",
+    "commanded",
     "polyak_update",
     "weight_decay_groups",
 ]

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dprl.config import validate
+from dprl.data.transitions import returns_to_go
 from dprl.diffusion import (
     NoiseSchedule,
     ScheduleConfig,
@@ -29,14 +31,24 @@ from dprl.diffusion import (
 )
 from dprl.diffusion.solvers import SolverName, Spacing
 from dprl.errors import CheckpointError, check, check_count, did_you_mean
-from dprl.guidance import Guide, guided
-from dprl.networks import DENOISERS, Denoiser, DenoiserConfig, MLPConfig, build_denoiser
+from dprl.guidance import Guide, Told, guided
+from dprl.networks import (
+    DENOISERS,
+    CommandedDenoiser,
+    Denoiser,
+    DenoiserConfig,
+    MLPConfig,
+    build_denoiser,
+    commanded,
+)
 from dprl.networks.vision import ImageEncoder
 from dprl.observations import TensorObservation, batch_size
 from dprl.policy.base import Policy, PolicyConfig, masked_mean
 from dprl.policy.candidates import Scorer, Selection, best_of
 from dprl.policy.control import InferenceConfig, check_temperature
-from dprl.seeding import draw_normal, torch_generator
+from dprl.policy.normalize import MinMaxNormalizer
+from dprl.seeding import draw_normal, draw_uniform, torch_generator
+from dprl.spec import FloatArray
 
 if TYPE_CHECKING:
     from dprl.data import Episodes
@@ -52,12 +64,21 @@ class DiffusionConfig(PolicyConfig, ScheduleConfig):
     """The network."""
     sampling: SolverConfig = field(default_factory=SolverConfig)
     """How it samples where nothing else is asked for."""
+    command: Literal["return", "goal"] | None = None
+    """What it can be told shall come of its chunks, for classifier-free guidance: the return to be earned, as a share
+    of the range of those in the data, or the state to end in. Default: nothing."""
+    command_dropout: float = 0.25
+    """Share of the chunks in training of which it is told nothing."""
+    command_gamma: float = 0.99
+    """Discount of one environment step in the returns."""
 
     def __post_init__(self) -> None:
         PolicyConfig.__post_init__(self)
         ScheduleConfig.__post_init__(self)
         if self.clip_sample is not None:
             validate(self, above={"clip_sample": 0})
+        for name in ("command_dropout", "command_gamma"):
+            check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be from 0 to 1")
         solver_steps(self.noise, self.sampling)
 
     @property
@@ -80,9 +101,16 @@ class DiffusionPolicy(Policy):
     def _build(self, feature_size: int) -> None:
         config = self.config
         self.schedule = NoiseSchedule(config.noise)
-        self.base = build_denoiser(
-            config.denoiser, config.horizon, self.features.action_size, config.n_obs_steps, feature_size
+        self.command_size = {None: 0, "return": 1, "goal": self.features.observation_size}[config.command]
+        told = config.command is not None
+        check(not told or self.command_size > 0, "command", config.command, "must be return: there are images alone")
+        width = feature_size + (self.command_size + 1 if told else 0)
+        self.base: Denoiser = build_denoiser(
+            config.denoiser, config.horizon, self.features.action_size, config.n_obs_steps, width
         )
+        if told:
+            self.base = CommandedDenoiser(self.base, feature_size, self.command_size)
+            self.command_normalizer = MinMaxNormalizer(self.command_size)
         self.tuned: Denoiser | None = None
         self.tuned_encoder: ImageEncoder | None = None
         self.tuned_below = 0
@@ -141,16 +169,53 @@ class DiffusionPolicy(Policy):
             self.tuned_encoder = copy.deepcopy(self.encoder)
             self.tuned_below = timestep
 
+    def fit_actions(self, data: Episodes, seed: int) -> None:
+        """See `Policy.fit_actions`: the range of the commands."""
+        if self.config.command == "goal":
+            self.command_normalizer.load_state_dict(self.observation_normalizer.state_dict())
+        elif self.config.command == "return":
+            returns = torch.as_tensor(self._outcomes(data))
+            self.command_normalizer.fit(torch.stack([returns.amin(0), returns.amax(0)]))
+
+    def _outcomes(self, data: Episodes) -> FloatArray:
+        """What came of every step, in units of the data: (S, C)."""
+        if self.config.command == "return":
+            return returns_to_go(data, self.config.command_gamma)[:, None]
+        return data.final_observations.repeat(data.lengths, axis=0)
+
+    def commands(self, data: Episodes) -> FloatArray:
+        """Return what every step of the data would have been commanded: (S, C), or (S, 0) of a policy without.
+
+        Raises:
+            DatasetError: returns are needed, and the data have no rewards.
+        """
+        if self.config.command is None:
+            return np.zeros((int(data.ends[-1]), 0), np.float32)
+        outcomes = torch.as_tensor(self._outcomes(data), device=self.device)
+        return np.asarray(self.command_normalizer.normalize(outcomes).cpu())
+
     def loss(
-        self, obs: TensorObservation, actions: Tensor, *, valid: Tensor | None = None, generator: torch.Generator
+        self,
+        obs: TensorObservation,
+        actions: Tensor,
+        *,
+        valid: Tensor | None = None,
+        generator: torch.Generator,
+        command: Tensor | None = None,
     ) -> Tensor:
-        """Return the squared error of the base network's prediction (arXiv:2006.11239 eq. 14), see `Policy.loss`."""
+        """Return the squared error of the base network's prediction (arXiv:2006.11239 eq. 14), see `Policy.loss`.
+
+        `command` (B, C), as `commands` has it, is kept from the network for a share of the chunks.
+        """
         timesteps = torch.randint(
             self.config.num_train_timesteps, (len(actions),), device=actions.device, generator=generator
         )
         noise = draw_normal(actions.shape, generator, actions.device)
         clean = self.targets(obs, actions, valid)
         condition = self.condition(obs, generator if self.training else None)
+        if command is not None:
+            draws = draw_uniform((len(command),), generator, command.device)
+            condition = commanded(condition, command, draws >= self.config.command_dropout)
         return denoising_loss(self.base, self.schedule, clean, condition, timesteps, noise, valid)
 
     @torch.no_grad()
@@ -337,8 +402,35 @@ class DiffusionPolicy(Policy):
             prepared = next(known)
             return lambda noisy: predict(noisy, timestep, prepared, None)
 
-        advance = guided(guide, steps, schedule, network, obs=obs, to_actions=unnormalize, clip=clip)
+        told = None if self.config.command is None else self._told(obs, timesteps)
+        advance = guided(guide, steps, schedule, network, obs=obs, to_actions=unnormalize, clip=clip, told=told)
         return unnormalize(solve_guided(steps, advance, x, draws, temperature))
+
+    def _told(self, obs: TensorObservation, timesteps: list[int]) -> Callable[[int], Told]:
+        """The network at a timestep as `DenoisingStep.told`."""
+        tuned, base = self.conditions(obs, timesteps)
+
+        def at(timestep: int) -> Told:
+            denoiser = self.denoiser_at(timestep)
+            condition = base if denoiser is self.base else tuned
+            time = self.schedule.timesteps[timestep : timestep + 1]
+
+            def predict(noisy: Tensor, command: Tensor) -> Tensor:
+                size, what = self.command_size, self.config.command
+                fits = command.shape[-1] == size
+                check(fits, "command", tuple(command.shape), f"must have {size} numbers: the policy is told its {what}")
+                told = self.command_normalizer.normalize(self._in_units(command)).expand(len(noisy), -1)
+                prediction = denoiser(noisy, time, commanded(condition, told))
+                return self.schedule.predict_clean(noisy, prediction, timestep, None)
+
+            return predict
+
+        return at
+
+    def _in_units(self, command: Tensor) -> Tensor:
+        """A command in units of the data: returns are given as shares of their range."""
+        command = command.to(self.device, torch.float32)
+        return self.command_normalizer.unnormalize(2 * command - 1) if self.config.command == "return" else command
 
     def conditions(self, obs: TensorObservation, timesteps: list[int]) -> tuple[Tensor, Tensor]:
         """Return what the tuned and the base network see at `timesteps`: (B, O, F) each, the same without images."""

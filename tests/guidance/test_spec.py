@@ -36,7 +36,7 @@ def test_nothing_named_is_nothing() -> None:
 
 def test_the_policys_own_critics() -> None:
     policy = with_critics()
-    guide, scorer = steering(GuidanceConfig("critic", 0.5, "through", "noise", 2, 1, "critic"), policy)
+    guide, scorer = steering(GuidanceConfig("critic", 0.5, "through", "noise", 2, 1, scorer="critic"), policy)
     assert guide == ValueGuide(policy.scorer, 0.5, "through", "noise", 2, 1)
     assert scorer is policy.scorer
     assert steering(GuidanceConfig("critic"), policy).guide == ValueGuide(policy.scorer)
