@@ -15,6 +15,7 @@ Shapes: B decisions, O observation steps, D observation size, E executed actions
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
@@ -75,16 +76,26 @@ class IDQLConfig:
         check(self.tau <= 1, "tau", self.tau, "must be at most 1")
 
 
+log = logging.getLogger(__name__)
 Settings = TypeVar("Settings", IDQLConfig, CriticConfig)
 
 
-def _as_learned(config: IDQLConfig, scorer: ChunkCritic) -> IDQLConfig:
-    """The numbers with those that `scorer` was learned by."""
-    config, terms = replace(config, critic=_with(config.critic, vars(scorer.config), "critic.")), scorer.terms
-    if terms is None:
-        return config
+def _as_learned(config: IDQLConfig, scorer: ChunkCritic, terms: ValueTerms) -> IDQLConfig:
+    """The numbers with those that `scorer` was learned by; what differs from the defaults is said."""
+    shape = {name: value for name, value in vars(scorer.config).items() if name not in FREE}
     names = ("gamma", "bootstrap_truncated", "return_range")
-    return _with(config, {name: getattr(terms, name) for name in names})
+    config = replace(config, critic=_with(config.critic, shape, "critic."))
+    config = _with(config, {name: getattr(terms, name) for name in names})
+    usual = IDQLConfig()
+    kept = [f"critic.{n} {v}" for n, v in shape.items() if v != getattr(usual.critic, n)]
+    kept += [f"{n} {getattr(terms, n)}" for n in names if getattr(terms, n) not in (getattr(usual, n), True)]
+    if kept:
+        log.warning("note: the critics go on as they were learned: %s", ", ".join(kept))
+    return config
+
+
+FREE = ("minimum_over",)
+"""What may change while critics go on."""
 
 
 def _with(asked: Settings, learned: dict[str, Any], where: str = "") -> Settings:
@@ -135,10 +146,11 @@ class IDQL(Agent[Picks]):
         """
         self.policy, self.config = policy, config or IDQLConfig()
         had = policy.scorer if isinstance(policy.scorer, ChunkCritic) else None
-        if had is not None:
+        terms = None if had is None else had.terms
+        if had is not None and terms is not None:
             check(policy.n_action_steps == had.n_action_steps, "n_action_steps", policy.n_action_steps,
                   f"must be {had.n_action_steps}: the policy's critics were learned of as many actions")  # fmt: skip
-            self.config = _as_learned(self.config, had)
+            self.config = _as_learned(self.config, had, terms)
         objective = self.config.actor_objective
         fits = objective == "bc" or policy.weighs_samples
         check(fits, "actor_objective", objective, f"must be bc: a {policy.name} policy's loss weighs all samples alike")
@@ -146,9 +158,9 @@ class IDQL(Agent[Picks]):
         self.actor = BC(policy, self.config.bc, seed=seed)
         with seeded_init(seed, "critic"):
             self.critic, self.target = (ChunkCritic(policy, self.config.critic).to(policy.device) for _ in range(2))
-        if had is not None:
+        if had is not None and terms is not None:  # or nothing was learned yet
             self.critic.load_state_dict(had.state_dict())
-            self.target.terms = had.terms
+            self.target.terms = terms
         self.target.load_state_dict(self.critic.state_dict())
         policy.scorer = self.target.requires_grad_(False)
         if self.config.bc.compile:
@@ -200,7 +212,8 @@ class IDQL(Agent[Picks]):
     def _terms_of(self, data: Episodes) -> ValueTerms:
         asked = self.config.bootstrap_truncated
         bootstraps = data.rewards_from == "data" if asked is None else asked
-        return ValueTerms(self.config.gamma, self.scale_of(data), bootstraps, self.config.return_range)
+        kind = data.reward_kind
+        return ValueTerms(self.config.gamma, self.scale_of(data), bootstraps, self.config.return_range, kind)
 
     def scale_of(self, data: Episodes) -> float:
         """What `return_range` multiplies the rewards of `data` by."""

@@ -56,6 +56,8 @@ class OnlineIDQLConfig:
     """M, samples of which one is executed."""
     selection: Selection | None = None
     """How it is chosen, see `InferenceConfig`. Default: argmax of a frozen policy, implicit of one that goes on."""
+    temperature: float = 1.0
+    """Of the samples' noise, see `InferenceConfig`."""
     n_steps: int = 25
     """T, decisions per environment and iteration."""
     updates_per_decision: float = 1.0
@@ -69,7 +71,7 @@ class OnlineIDQLConfig:
 
     def __post_init__(self) -> None:
         counts = ("candidates", "n_steps", "start_decisions", "capacity")
-        validate(self, at_least=dict.fromkeys(counts, 1), above={"updates_per_decision": 0})
+        validate(self, at_least={**dict.fromkeys(counts, 1), "temperature": 0}, above={"updates_per_decision": 0})
         check(0 <= self.data_share < 1, "data_share", self.data_share, "must be at least 0 and below 1")
         fits = self.start_decisions <= self.capacity
         check(fits, "start_decisions", self.start_decisions, f"must be at most capacity, which is {self.capacity}")
@@ -89,8 +91,8 @@ class OnlineIDQLConfig:
 class CandidateActor:
     """Acts in a pool: draws candidates for each decision and executes one. Chains are the chunks alone."""
 
-    def __init__(self, policy: DiffusionPolicy, candidates: int, selection: Selection) -> None:
-        self.policy, self.candidates, self.selection = policy, candidates, selection
+    def __init__(self, policy: DiffusionPolicy, candidates: int, selection: Selection, temperature: float) -> None:
+        self.policy, self.candidates, self.selection, self.temperature = policy, candidates, selection, temperature
 
     @property
     def n_action_steps(self) -> int:
@@ -111,7 +113,7 @@ class CandidateActor:
         draws = noise[:-1].unflatten(0, (policy.n_draws(), m)).transpose(1, 2).flatten(1, 2)
 
         def draw(every: TensorObservation) -> Tensor:
-            return policy.sample(every, noise=draws)
+            return policy.sample(every, noise=draws, temperature=self.temperature)
 
         if m == 1:
             actions = draw(obs)
@@ -123,7 +125,8 @@ class CandidateActor:
     def cpu(self) -> Self:
         """Return the same on the CPU."""
         on_cpu = self.policy.device.type == "cpu"
-        return self if on_cpu else type(self)(copy.deepcopy(self.policy).cpu(), self.candidates, self.selection)
+        policy = self.policy if on_cpu else copy.deepcopy(self.policy).cpu()
+        return self if on_cpu else type(self)(policy, self.candidates, self.selection, self.temperature)
 
 
 class OnlineIDQL(Agent[Rollout]):
@@ -165,16 +168,16 @@ class OnlineIDQL(Agent[Rollout]):
               "must be frozen: only what was executed can be cloned, and this policy plans further")  # fmt: skip
         self.pool = as_pool(env, seed)
         require_fit(policy, self.pool.spec)
+        at_once = self.pool.n_envs * config.n_steps
+        check(config.capacity >= at_once, "capacity", config.capacity,
+              f"must be at least {at_once}: n_steps of every environment come at once")  # fmt: skip
         self.seed, self.timesteps = seed, 0
         self.policy = policy
         self.learner = IDQL(policy, learner, seed=seed)
         self.config = replace(config, learner=self.learner.config)
         self._terms = self._learn_values_of(data)
         self._has_data = data is not None and self.config.data_share > 0
-        at_once = self.pool.n_envs * self.config.n_steps
-        check(self.config.capacity >= at_once, "capacity", self.config.capacity,
-              f"must be at least {at_once}: n_steps of every environment come at once")  # fmt: skip
-        self._actor = CandidateActor(policy, self.config.candidates, self.config.chosen_by)
+        self._actor = CandidateActor(policy, self.config.candidates, self.config.chosen_by, self.config.temperature)
         self._buffer = ReplayBuffer(
             self.config.capacity, policy.blank_observation(1), policy.n_action_steps, policy.features.action_size,
             policy.device,
@@ -190,12 +193,17 @@ class OnlineIDQL(Agent[Rollout]):
             check(scaled is None or data is not None, "learner.return_range", scaled, "must be None: there are no data")
             bootstraps = self.pool.spec.reward != "sparse" if asked is None else asked
             scale = 1.0 if data is None else learner.scale_of(learner.shown(data))
-            terms = ValueTerms(learner.config.gamma, scale, bootstraps, scaled)
+            terms = ValueTerms(learner.config.gamma, scale, bootstraps, scaled, self.pool.spec.reward)
+        if data is not None and data.rewards_from == "success" and self.pool.spec.reward == "dense":
+            raise DatasetError("the data's rewards were made of success, 1 or 0, and the environment's are dense: "
+                               "values are of one kind. Take its sparse reward, or leave the data out")  # fmt: skip
+        here, kinds = self.pool.spec.reward, {"critics": terms.reward_kind, "data": data and data.reward_kind}
+        for what, kind in kinds.items():
+            check(
+                kind in (None, here), "reward", here, f"must be {kind}, as the {what} have it: values are of one kind"
+            )
         target.terms = terms
         if data is not None:
-            if data.rewards_from == "success" and self.pool.spec.reward == "dense":
-                raise DatasetError("the data's rewards were made of success, 1 or 0, and the environment's are dense: "
-                                   "values are of one kind. Take its sparse reward, or leave the data out")  # fmt: skip
             learner.set_data(data, 1, terms)
         return terms
 

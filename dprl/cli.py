@@ -32,6 +32,7 @@ from dprl.experiments.studies import StudyConfig
 from dprl.guidance.departure import Departure, departure
 from dprl.guidance.spec import GuidanceConfig, steering
 from dprl.policy import (
+    ChunkCritic,
     DiffusionConfig,
     GaussianConfig,
     GMMConfig,
@@ -358,6 +359,10 @@ def evaluate(
             not ensembles, "n_action_steps", n_action_steps, "temporal_ensembling decides at every step; leave it out"
         )
         loaded.set_n_action_steps(n_action_steps)
+    judge, executed = control.scorer, control.n_action_steps
+    if inference.candidates and isinstance(judge, ChunkCritic) and judge.n_action_steps != executed:
+        print(f"note: the critics judge {judge.n_action_steps} actions of a chunk, and {executed} are executed",
+              file=sys.stderr)  # fmt: skip
     with ProgressBar("evaluate", episodes, shown=not quiet and not json_) as bar:
         result = runs.played(control, spec, episodes, seed, pool, workers, on_progress=bar.advance)
     how: dict[str, Any] = {

@@ -62,6 +62,21 @@ def map_parts(function: Callable[..., Any], first: Any, *others: Any) -> Any:
     return function(first, *others)
 
 
+class Repeated(dict[str, Tensor]):
+    """Named parts in which each row comes `times` times in turn: whoever encodes them may do so once for each."""
+
+    def __init__(self, source: Mapping[str, Tensor], times: int) -> None:
+        super().__init__({name: part.repeat_interleave(times, dim=0) for name, part in source.items()})
+        self.source, self.times = source, times
+
+
+def repeated(observation: TensorObservation, times: int) -> TensorObservation:
+    """Return each row `times` times in turn: (B, ...) -> (B·times, ...)."""
+    if isinstance(observation, Mapping):
+        return Repeated(observation, times)
+    return observation.repeat_interleave(times, dim=0)
+
+
 def take(observation: Any, rows: Any) -> Any:
     """Index the leading axis: ``observation[rows]`` of every part."""
     return map_parts(lambda part: part[rows], observation)

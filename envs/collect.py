@@ -82,6 +82,7 @@ def collect_episodes(
         images=images_of(observations),
         final_images=images_of(final_observations),
         success_known=spec.has_success,
+        reward_kind=spec.reward,
     )
 
 

@@ -76,7 +76,7 @@ class Recipe:
     """Where policies are evaluated. Default: where the data are from."""
     policy: DiffusionConfig = MLP_BEHAVIOUR
     temperature: float = 1.0
-    """At which clones draw, IDQL's too."""
+    """At which policies draw that are no Gaussians."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ SMALL = {
     "Walker2d-v5": SINGLE,
     "HalfCheetah-v5": SINGLE,
 }
-"""Chosen on a seed that no table has."""
+"""Chosen on a seed that no study's table has."""
 PAPER = Size(
     1_000_000,
     3_000_000,
@@ -183,8 +183,7 @@ def cells_of(tasks: dict[str, Recipe], config: StudyConfig) -> list[Cell]:
             gaussian = replace(cloned, policy=_gaussian(recipe.policy))
 
             def look(name: str, inference: InferenceConfig, recipe: Recipe = recipe) -> Look:
-                own = inference in (MEAN, DRAWN)
-                drawn = inference if own else replace(inference, temperature=recipe.temperature)
+                drawn = inference if inference == MEAN else replace(inference, temperature=recipe.temperature)
                 return Look(name, drawn, episodes=config.episodes, env=recipe.env)
 
             every = tuple(look(str(n), InferenceConfig(candidates=n)) for n in CANDIDATES)
@@ -253,7 +252,7 @@ def on_mujoco(envs: Sequence[str], config: StudyConfig, *, progress_bar: bool = 
             f"of the expert, {expert.return_mean:,.0f} (the best of {minutes_for(config):g} minutes of PPO); the "
             f"medium one's is {medium.return_mean:,.0f}, and medium-replay is of {len(before)} policies up to it. "
             + ("Decisions are single actions" if sizes[name].policy.horizon == 1 else CHUNKS[:-1])
-            + f"; clones draw at temperature {sizes[name].temperature:g}."
+            + f"; diffusion policies draw at temperature {sizes[name].temperature:g}."
         )
     size = sizes[envs[0]]
     notes.append(

@@ -353,7 +353,8 @@ class FinetuneConfig:
     eval_workers: int = 0
     """Ray workers that evaluate while training goes on; 0: training waits for its evaluations."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
-    """How the policy acts in these evaluations; with idql by default as in training, candidates and selection."""
+    """How the policy acts in these evaluations; with idql by default as in training: candidates, selection and
+    temperature."""
     options: EnvOptions = field(default_factory=EnvOptions)
     seed: int = 0
     device: str = "cpu"
@@ -380,8 +381,13 @@ class FinetuneConfig:
         """How the policy is evaluated."""
         if self.agent == "dppo" or self.inference.candidates is not None:
             return self.inference
-        many = self.idql.candidates > 1
-        return replace(self.inference, candidates=self.idql.candidates, selection=self.idql.chosen_by if many else None)
+        many, asked = self.idql.candidates > 1, self.inference.temperature
+        return replace(
+            self.inference,
+            candidates=self.idql.candidates,
+            selection=self.idql.chosen_by if many else None,
+            temperature=self.idql.temperature if asked == 1 else asked,
+        )
 
 
 @dataclass(frozen=True)

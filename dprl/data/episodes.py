@@ -18,7 +18,7 @@ from dprl.data.source import Episode, Pixels
 from dprl.errors import DatasetError, check
 from dprl.observations import IMAGES, STATE, Observation, put
 from dprl.seeding import numpy_generator
-from dprl.spec import BoolArray, FloatArray, IntArray
+from dprl.spec import BoolArray, FloatArray, IntArray, RewardKind
 
 ROWS_AT_ONCE = 100_000
 RewardsFrom = Literal["data", "success", "none"]
@@ -151,6 +151,8 @@ class Episodes:
     """`success`: the data have none, and the last step of an episode that succeeded has 1. `none`: all are 0."""
     success_known: bool = True
     """Whether the data say what succeeded; where they do not, `success` is False everywhere."""
+    reward_kind: RewardKind | None = None
+    """Whether the environment's rewards were its sparse or its dense ones, if known."""
 
     def __post_init__(self) -> None:
         if len(self.ends) == 0:
@@ -220,7 +222,15 @@ class Episodes:
         if len(parts) == 1:
             return parts[0]
         kinds = {
-            (p.env_id, p.rewards_from, p.success_known, p.observations.shape[1], p.actions.shape[1], *sorted(p.images))
+            (
+                p.env_id,
+                p.rewards_from,
+                p.reward_kind,
+                p.success_known,
+                p.observations.shape[1],
+                p.actions.shape[1],
+                *sorted(p.images),
+            )
             for p in parts
         }
         if len(kinds) != 1:
@@ -253,6 +263,7 @@ class Episodes:
             final_known=None if all(k.all() for k in known) else np.concatenate(known),
             rewards_from=first.rewards_from,
             success_known=first.success_known,
+            reward_kind=first.reward_kind,
         )
 
     @property
@@ -399,6 +410,7 @@ class Episodes:
             final_known=None if self.final_known is None else self.final_known[chosen],
             rewards_from=self.rewards_from,
             success_known=self.success_known,
+            reward_kind=self.reward_kind,
         )
 
     def best(self, share: float) -> Episodes:

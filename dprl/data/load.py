@@ -158,7 +158,7 @@ def convert(
     endless = (math.inf,) * layout.action_size
     described = Described(
         source.env_id, layout.observation_size, layout.cameras, tuple(-x for x in endless), endless,
-        description or f"from {source.format}, {source.path.name}", layout.rewards_from,
+        description or f"from {source.format}, {source.path.name}", layout.rewards_from, source.reward_kind,
     )  # fmt: skip
 
     def episodes() -> Iterator[Episode]:
@@ -288,6 +288,7 @@ def _episodes(source: Source, layout: _Layout, arrays: dict[str, Any]) -> Episod
         final_known=None if known.all() else known,
         rewards_from=layout.rewards_from,
         success_known=layout.success_known,
+        reward_kind=source.reward_kind,
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dprl.errors import DatasetError, MissingDependencyError
-from dprl.spec import BoolArray, FloatArray
+from dprl.spec import BoolArray, FloatArray, RewardKind
 
 Pixels = npt.NDArray[np.uint8]
 CHANNELS = (1, 3)
@@ -109,6 +109,8 @@ class Source(ABC):
     path: Path
     env_id: str | None = None
     """The environment, if known."""
+    reward_kind: RewardKind | None = None
+    """Of its rewards, if known."""
     lengths: Sequence[int]
     """Steps of every episode."""
 

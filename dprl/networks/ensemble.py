@@ -26,12 +26,15 @@ class EnsembleMLP(nn.Module):
             hidden_size: width of the hidden layers.
             n_layers: how many hidden layers.
             activation: between them.
-            normed: layer norm before each activation, without a gain (as RLPD's critics, arXiv:2302.02948).
+            normed: layer norm before each activation (as RLPD's critics, arXiv:2302.02948).
         """
         super().__init__()
         sizes = [n_inputs, *[hidden_size] * n_layers, 1]
-        self.act, self.normed = ACTIVATIONS[activation], normed
+        self.act = ACTIVATIONS[activation]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        norms = n_layers if normed else 0
+        self.gains = nn.ParameterList(nn.Parameter(torch.ones(n, 1, hidden_size)) for _ in range(norms))
+        self.shifts = nn.ParameterList(nn.Parameter(torch.zeros(n, 1, hidden_size)) for _ in range(norms))
         for before, after in pairwise(sizes):
             bound = 1 / math.sqrt(before)
             self.weights.append(nn.Parameter(torch.empty(n, before, after).uniform_(-bound, bound)))
@@ -43,6 +46,8 @@ class EnsembleMLP(nn.Module):
         x = x.expand(n, *x.shape)
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             if i:
-                x = self.act(layer_norm(x, x.shape[-1:]) if self.normed else x)
+                if len(self.gains):
+                    x = layer_norm(x, x.shape[-1:]) * self.gains[i - 1] + self.shifts[i - 1]
+                x = self.act(x)
             x = torch.baddbmm(bias, x, weight)
         return x.squeeze(-1)

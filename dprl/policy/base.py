@@ -21,7 +21,7 @@ from dprl.config import from_json, to_json, validate
 from dprl.errors import CheckpointError, ConfigError, check
 from dprl.guidance import Guide
 from dprl.networks.vision import ImageEncoder, VisionConfig
-from dprl.observations import STATE, Camera, TensorObservation, batch_size, map_parts
+from dprl.observations import STATE, Camera, Repeated, TensorObservation, batch_size, map_parts, repeated
 from dprl.policy.candidates import Scorer
 from dprl.policy.chunk_value import ChunkValue
 from dprl.policy.control import InferenceConfig, PredictState, RecedingHorizon
@@ -216,8 +216,11 @@ class Policy(nn.Module, ABC):
     ) -> Tensor:
         """Normalise and encode observations: (B, O, D), or named parts, -> (B, O, F).
 
-        A generator, given in training, augments the images; another `encoder` than the policy's may see them.
+        A generator, given in training, augments the images; another `encoder` than the policy's may see them. Of
+        `Repeated` observations each is encoded once.
         """
+        if isinstance(obs, Repeated) and generator is None:
+            return self.condition(obs.source, encoder=encoder).repeat_interleave(obs.times, dim=0)
         parts: dict[str, Tensor] = dict(obs) if isinstance(obs, Mapping) else {STATE: obs}
         state = self.observation_normalizer.normalize(parts[STATE]) if self.features.observation_size else None
         encoder = encoder or self.encoder
@@ -434,6 +437,10 @@ class Policy(nn.Module, ABC):
         Raises:
             ConfigError: parts, shapes or types that do not fit, or a state that is not finite.
         """
+        if isinstance(obs, Repeated):
+            source = self.checked(obs.source)
+            assert isinstance(source, Mapping)
+            return obs if source is obs.source else repeated(source, obs.times)
         parts = dict(obs) if isinstance(obs, Mapping) else {STATE: obs}
         shapes = self.part_shapes()
         self._require_parts(parts, shapes)

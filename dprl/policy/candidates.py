@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dprl.errors import ConfigError, check
-from dprl.observations import TensorObservation, batch_size, map_parts
+from dprl.observations import TensorObservation, batch_size, repeated
 from dprl.policy.critic import ChunkCritic
 from dprl.seeding import draw_uniform
 
@@ -64,7 +64,7 @@ def best_of(
             "that was saved with a critic ('dprl offline' makes one)"
         )
     n = batch_size(obs)
-    every = map_parts(lambda part: part.repeat_interleave(candidates, dim=0), obs)
+    every = repeated(obs, candidates)
     chunks = draw(every)
     scores = _scores(scorer, every, chunks, selection).view(n, candidates)
     if selection == "argmax":

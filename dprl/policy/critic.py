@@ -68,6 +68,8 @@ class ValueTerms:
     """Whether something follows where an episode was cut off."""
     return_range: float | None = None
     """What `reward_scale` was asked for by, if it was."""
+    reward_kind: str | None = None
+    """Sparse or dense, if known."""
 
 
 class ChunkCritic(nn.Module):

@@ -296,6 +296,55 @@ def test_critics_that_a_policy_has_go_on() -> None:
         IDQL(policy, SMALL)
 
 
+def test_of_how_many_critics_the_least_counts_may_change(caplog: pytest.LogCaptureFixture) -> None:
+    """And what they keep, where it is no default, is said."""
+    config = replace(SMALL, critic=replace(SMALL.critic, n_critics=4), gamma=0.9)
+    policy = make(config).fit(random_episodes(), STEPS)
+    with caplog.at_level("WARNING"):
+        again = IDQL(policy, replace(SMALL, critic=CriticConfig(minimum_over=2)))
+    assert (again.config.critic.minimum_over, again.config.critic.n_critics) == (2, 4)
+    assert again.target.config.minimum_over == 2
+    assert "the critics go on as they were learned: critic.hidden_size 8, critic.n_layers 1" in caplog.text
+    assert "critic.n_critics 4" in caplog.text
+    assert "gamma 0.9" in caplog.text
+
+
+def test_critics_that_learned_nothing_yet_are_not_kept() -> None:
+    policy = make().policy
+    policy.scorer.terms = None
+    assert IDQL(policy, replace(SMALL, critic=replace(SMALL.critic, n_critics=5))).config.critic.n_critics == 5
+
+
+def test_a_clone_is_weighed_by_the_target_critics() -> None:
+    agent, seen = make(replace(SMALL, actor_objective="exponential")), []
+    with torch.no_grad():
+        for parameter in agent.critic.parameters():
+            parameter.add_(1.0)
+    (chunks,) = agent.actor.read(torch.arange(6)[None])
+    agent.actor.step = lambda batch, weight=None: seen.append(weight) or torch.zeros(())
+    agent.update_actor(chunks)
+    expected = agent.target.advantage(chunks.obs, chunks.actions)
+    torch.testing.assert_close(seen[0], torch.exp(3.0 * expected).clamp(max=100))
+
+
+@pytest.mark.parametrize(("rewards_from", "bootstraps"), [("data", True), ("success", False)])
+def test_nothing_follows_where_rewards_were_made_of_success(rewards_from: str, bootstraps: bool) -> None:
+    data = replace(random_episodes(), rewards_from=rewards_from, rewards=np.ones(28, np.float32))
+    assert make(data=data).target.terms.bootstrap_truncated is bootstraps
+
+
+def test_what_critics_see_is_augmented_while_they_learn() -> None:
+    features = Features(3, 2, (Camera("top", 24, 24),))
+    data = random_episodes(features)
+    agent, given = IDQL(DiffusionPolicy.for_dataset(data, replace(DIFFUSION, vision=VIT)), SMALL), []
+    agent.set_data(data, 10)
+    see = agent.critic.see
+    agent.critic.see = lambda obs, generator=None: given.append(generator) or see(obs, generator)
+    (batch,) = agent.decisions.read(torch.arange(4)[None])
+    agent.update_critic(batch)
+    assert given == [None, agent._generator], "what is learned from, and not what follows it"
+
+
 @pytest.mark.parametrize("selection", ["argmax", "implicit", "softmax"])
 def test_critics_that_are_not_finite_choose_nothing(selection: str) -> None:
     policy = make().fit(random_episodes(), STEPS)

@@ -88,6 +88,30 @@ def test_the_size_of_q_does_not_count() -> None:
     torch.testing.assert_close(*moved, atol=1e-6, rtol=1e-3)
 
 
+@pytest.mark.parametrize("improvement", ["one_step", "chain"])
+def test_the_mean_of_the_targets_is_climbed(improvement: str) -> None:
+    data = random_episodes()
+    policy = DiffusionPolicy.for_dataset(data, small_config("diffusion"))
+    agent = DiffusionQL(policy, DiffusionQLConfig(SMALL.bc, critic=SMALL.critic, improvement=improvement))
+    agent.set_data(data, 100)
+    with torch.no_grad():
+        for parameter in agent.critic.parameters():
+            parameter.add_(1.0)  # so that the targets are others
+        agent.target.q_net.biases[-1].copy_(torch.tensor([1.0, 5.0]).view(2, 1, 1))
+    (chunks,) = agent.actor.read(torch.arange(6)[None])
+    state, terms = agent._generator.get_state(), []
+    agent.actor.step = lambda batch, weight=None, more=None: terms.append(more(policy)) or torch.zeros(())
+    agent.update_actor(chunks)
+    agent._generator.set_state(state)
+    if improvement == "chain":
+        actions = policy.rsample(chunks.obs, agent._generator)
+    else:
+        actions = policy.denoise_once(chunks.obs, chunks.actions, agent._generator)
+    q = agent.target.q(agent.target.see(chunks.obs), actions)
+    torch.testing.assert_close(agent._climbed[0], q.mean())
+    torch.testing.assert_close(terms[0], -q.mean() / q.abs().mean())
+
+
 def test_imitation_and_q_are_logged_apart() -> None:
     """Of the same first minibatch imitation is the same, however much Q counts."""
     rows = []

@@ -48,7 +48,7 @@ def test_the_best_candidate_is_executed() -> None:
 
 @pytest.mark.parametrize("selection", ["argmax", "implicit", "softmax"])
 def test_the_same_noise_makes_the_same_choice(selection: str) -> None:
-    actor = CandidateActor(agent().policy, 4, selection)
+    actor = CandidateActor(agent().policy, 4, selection, 1.0)
     obs = torch.rand(6, 1, 2)
     noise = torch.randn(actor.noise_shape[0], 6, *actor.noise_shape[1:])
     assert actor.sample(obs, noise=noise).actions.equal(actor.sample(obs, noise=noise).actions)
@@ -270,6 +270,42 @@ def test_what_cannot_go_on_is_refused() -> None:
     dense = make_toy(replace(reach_spec(), reward="dense"), 4)
     with pytest.raises(DatasetError, match="rewards were made of success, 1 or 0, and the environment's are dense"):
         OnlineIDQL(toy_policy(), dense, SMALL, data=replace(reach_demonstrations(0), rewards_from="success"))
+
+
+def test_rewards_of_another_kind_are_refused() -> None:
+    policy, data = toy_policy(), reach_demonstrations(0)
+    dense = make_toy(replace(reach_spec(), reward="dense"), 4)
+    with pytest.raises(ConfigError, match="reward = 'dense': must be sparse, as the data have it"):
+        OnlineIDQL(policy, dense, SMALL, data=data)
+    IDQL(policy, IDQL_SMALL).fit(data, 5)
+    with pytest.raises(ConfigError, match="reward = 'dense': must be sparse, as the critics have it"):
+        OnlineIDQL(policy, dense, SMALL)
+
+
+def test_what_is_refused_leaves_a_policy_without_critics() -> None:
+    policy = toy_policy()
+    with pytest.raises(ConfigError, match="capacity"):
+        OnlineIDQL(policy, make_toy(reach_spec(), 4), replace(SMALL, capacity=20, n_steps=6))
+    assert policy.scorer is None
+
+
+@pytest.mark.parametrize(("per_decision", "updates"), [(0.5, 30), (2.0, 120)])
+def test_updates_are_of_decisions(per_decision: float, updates: int) -> None:
+    online, taken = agent(n_steps=15, updates_per_decision=per_decision), []
+    update = online.learner.update_critic
+    online.learner.update_critic = lambda batch: taken.append(batch) or update(batch)
+    online.update(online.collect())
+    assert len(taken) == updates
+
+
+def test_samples_are_drawn_at_the_temperature() -> None:
+    policy = agent().policy
+    noise = torch.randn(policy.n_draws() + 1, 4, policy.config.horizon, 1)
+    obs = torch.rand(4, 1, 2)
+    for temperature in (0.0, 1.0):
+        chain = CandidateActor(policy, 1, "argmax", temperature).sample(obs, noise=noise)
+        torch.testing.assert_close(chain.actions, policy.sample(obs, noise=noise[:-1], temperature=temperature))
+    assert agent(temperature=0.5)._actor.temperature == 0.5
 
 
 def test_rewards_are_scaled_as_those_of_the_data() -> None:

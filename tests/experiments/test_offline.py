@@ -67,6 +67,17 @@ def test_evaluate_takes_candidates(data: Path, tmp_path: Path, capsys: pytest.Ca
     assert shown["episodes"] == 2
 
 
+def test_critics_of_other_actions_than_are_executed_are_told_of(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs.offline(config(data), tmp_path / "run", progress_bar=False)
+    options = ["--episodes", "1", "--json", "--options.max-episode-steps", "4", "--candidates", "2"]
+    for more, told in (([], False), (["--n-action-steps", "2"], True)):
+        capsys.readouterr()
+        assert main(["evaluate", str(tmp_path / "run"), *options, *more]) == 0
+        assert ("the critics judge 4 actions of a chunk, and 2 are executed" in capsys.readouterr().err) == told
+
+
 def test_by_default_it_is_the_papers_behaviour_policy() -> None:
     usual = OfflineConfig("data")
     assert usual.policy == DiffusionConfig(num_train_timesteps=5, schedule="vp", denoiser=LNResNetConfig())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dprl.errors import ConfigError
-from dprl.observations import Camera
+from dprl.observations import Camera, map_parts
 from dprl.policy import ChunkCritic, CriticConfig, Features, InferenceConfig, Policy, RecedingHorizon, Scorer, best_of
 from dprl.seeding import torch_generator
 from tests.policy.small import FEATURES, KINDS, VIT, small_policy
@@ -32,6 +32,26 @@ def with_scorer(kind: str = "diffusion", scorer: object | None = None) -> Policy
     policy = small_policy(kind)
     policy.scorer = FirstNumber() if scorer is None else scorer
     return policy
+
+
+def test_images_are_encoded_once_for_all_candidates() -> None:
+    features = Features(3, 2, (Camera("top", 24, 24),))
+    policy = small_policy("diffusion", features, vision=VIT)
+    policy.scorer = ChunkCritic(policy, CriticConfig(hidden_size=8))
+    obs = policy.blank_observation(2)
+    obs = {name: torch.randint(0, 255, part.shape).to(part.dtype) for name, part in obs.items()}
+    rows: list[int] = []
+    for encoder in (policy.encoder, policy.scorer.encoder):
+        encoder.register_forward_pre_hook(lambda _, inputs: rows.append(len(next(iter(inputs[0].values())))))
+    several = policy.sample(obs, candidates=5, generator=torch_generator(0))
+    assert rows == [4, 4], "two observations of two steps each"
+    noise = torch.randn(policy.n_draws(), 10, 3, 2)
+    chosen = policy.sample(obs, candidates=5, noise=noise)
+    every = map_parts(lambda part: part.repeat_interleave(5, 0), obs)
+    chunks = policy.sample(every, noise=noise)
+    best = policy.scorer.score(every, chunks).view(2, 5).argmax(1)
+    torch.testing.assert_close(chosen, chunks.view(2, 5, 3, 2)[torch.arange(2), best], atol=1e-5, rtol=1e-5)
+    assert several.shape == (2, 3, 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

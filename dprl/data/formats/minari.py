@@ -47,11 +47,11 @@ from dprl.data.source import (
 )
 from dprl.errors import CheckpointError, DatasetError
 from dprl.observations import IMAGES, STATE, camera_name
-from dprl.spec import EnvSpec, FloatArray
+from dprl.spec import EnvSpec, FloatArray, RewardKind
 
 DATA_FILE = Path("data") / "main_data.hdf5"
 METADATA_FILE = Path("data") / "metadata.json"
-ENV_ID_KEY, REWARDS_KEY = "dprl_env_id", "dprl_rewards_from"
+ENV_ID_KEY, REWARDS_KEY, KIND_KEY = "dprl_env_id", "dprl_rewards_from", "dprl_reward_kind"
 MINARI_IMAGE = 32  # pixels: Minari takes images of at least this height and width for encoded files
 ENCODED_STARTS = (b"\x89PNG", b"\xff\xd8")
 PARTS = ("observations", "actions", "rewards", "terminations", "truncations")
@@ -91,6 +91,9 @@ class Minari(HDF5Source):
         self.rewards_from: RewardsFrom = metadata.get(REWARDS_KEY, "data")
         if self.rewards_from not in get_args(RewardsFrom):
             raise DatasetError(f"'{self.path / METADATA_FILE}': {REWARDS_KEY} is {self.rewards_from!r}")
+        self.reward_kind = metadata.get(KIND_KEY)
+        if self.reward_kind not in (None, *get_args(RewardKind)):
+            raise DatasetError(f"'{self.path / METADATA_FILE}': {KIND_KEY} is {self.reward_kind!r}")
 
     @staticmethod
     def detects(path: Path) -> bool:
@@ -263,6 +266,7 @@ class Described:
     action_high: tuple[float, ...]
     description: str
     rewards_from: RewardsFrom
+    reward_kind: RewardKind | None = None
 
 
 def save_dataset(data: Episodes, path: str | Path, spec: EnvSpec, *, description: str = "") -> None:
@@ -277,7 +281,14 @@ def save_dataset(data: Episodes, path: str | Path, spec: EnvSpec, *, description
     if here != there:
         raise DatasetError(f"the images are of the cameras {here}, but {spec.id} has {there}")
     described = Described(
-        spec.id, spec.observation_size, dict(there), spec.action_low, spec.action_high, description, data.rewards_from
+        spec.id,
+        spec.observation_size,
+        dict(there),
+        spec.action_low,
+        spec.action_high,
+        description,
+        data.rewards_from,
+        data.reward_kind,
     )
     folder = Path(path)
     checkpoint.publish(folder, lambda temporary: write(temporary, folder.name, data.episodes(), described))
@@ -301,6 +312,7 @@ def write(folder: Path, name: str, episodes: Iterable[Episode], described: Descr
         "description": described.description,
         ENV_ID_KEY: described.env_id,
         REWARDS_KEY: described.rewards_from,
+        KIND_KEY: described.reward_kind,
         "observation_space": json.dumps(_observation_space(described)),
         "action_space": json.dumps(_box(list(described.action_low), list(described.action_high))),
         "minari_version": "0.5.3",
