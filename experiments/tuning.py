@@ -122,6 +122,7 @@ class Tried:
     """Of a decision for one environment."""
     distance: float
     disagreement: float | None
+    gain: float | None
     """See `Departure`."""
 
     @property
@@ -237,7 +238,7 @@ def _tried(
 ) -> Tried:
     control = _control(config, policy, tried)
     result = runs.played(control, spec, config.episodes, seed, config.pool, config.workers, on_progress=lambda _: None)
-    left = Departure(0.0, 1.0)
+    left = Departure(0.0, 1.0, 0.0)
     if control.guide is not None:
         left = departure(policy, obs, control.guide, config.inference, scorer=control.scorer, seed=config.seed)
     half = None if result.return_ci95 is None else (result.return_ci95[1] - result.return_ci95[0]) / 2
@@ -250,20 +251,29 @@ def _tried(
         latency_ms=result.policy_latency_ms_p50,
         distance=left.distance,
         disagreement=left.disagreement,
+        gain=left.gain,
     )
 
 
 def _write(config: TuneConfig, tried: list[Tried], best: Tried, spec: EnvSpec, out: Path) -> None:
     """Write table and figure."""
     measure, digits = ("success", 2) if spec.has_success else ("return", 0)
-    columns = ["candidates", "skip_last", "scale", f"{measure} (95 %)", "ms per decision", "distance", "disagreement"]
+    columns = [
+        "candidates",
+        "skip_last",
+        "scale",
+        f"{measure} (95 %)",
+        "ms per decision",
+        "distance",
+        "disagreement",
+        "gain",
+    ]
     rows = []
     for t in tried:
         low, high = t.interval
         score = f"{t.score:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
-        disagreement = "" if t.disagreement is None else f"{t.disagreement:.2f}"
-        rows.append([str(t.candidates), str(t.skip_last), f"{t.scale:g}", score, f"{t.latency_ms:.2f}",
-                     f"{t.distance:.2f}", disagreement])  # fmt: skip
+        away = ["" if value is None else f"{value:.2f}" for value in (t.distance, t.disagreement, t.gain)]
+        rows.append([str(t.candidates), str(t.skip_last), f"{t.scale:g}", score, f"{t.latency_ms:.2f}", *away])
     with (out / "tuning.csv").open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([columns, *rows])
     lines = [
@@ -303,8 +313,12 @@ def _draw(tried: list[Tried], measure: str, file: Path) -> None:
         costs.plot([plain.latency_ms], [plain.score], "*", color=f"C{i}", ms=11)
         if candidates == min(t.candidates for t in tried):
             away.plot(x, [t.distance for t in own], "o-", color=f"C{i}", ms=4, label=f"distance, last {gate} skipped")
-            if all(t.disagreement is not None for t in own):
-                away.plot(x, [t.disagreement for t in own], "s:", color=f"C{i}", ms=4, label="critics' disagreement")
+            for name, style, label in (
+                ("disagreement", "s:", "critics' disagreement"),
+                ("gain", "^--", "gain by critic"),
+            ):
+                if all(getattr(t, name) is not None for t in own):
+                    away.plot(x, [getattr(t, name) for t in own], style, color=f"C{i}", ms=4, label=label)
     for axis, label, name in (
         (scores, "scale (dashed: not guided)", measure),
         (costs, "milliseconds per decision (star: not guided)", measure),
@@ -323,6 +337,7 @@ def _draw(tried: list[Tried], measure: str, file: Path) -> None:
 NOTE = (
     "{episodes} episodes each, the same for all; gradient {gradient}, scaling {scaling}. Distance: of guided chunks "
     "from those of the same noise, over that of the policy's own from each other. Disagreement: of the critic's "
-    "networks about guided chunks, over that about the policy's own. The best of many is somewhat worse on others."
+    "networks about guided chunks, over that about the policy's own. Gain: of the critic's value, over its differences "
+    "among the policy's own. The best of many is somewhat worse on others."
 )
 """What the table's columns mean."""

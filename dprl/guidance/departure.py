@@ -31,7 +31,7 @@ class Ensemble(Protocol):
 
 @dataclass(frozen=True)
 class Departure:
-    """Of guided chunks from those that the policy draws of the same noise."""
+    """Of guided chunks from those that the policy draws of the same noise, and what it brings by the critic's word."""
 
     distance: float
     """Their root mean square distance, over that of the policy's own samples from each other (NaN where those are all
@@ -39,6 +39,8 @@ class Departure:
     disagreement: float | None
     """How much more the critic's networks differ about guided chunks than about the policy's own; None without an
     ensemble."""
+    gain: float | None = None
+    """How much more the critic takes guided chunks to be worth, over how much it takes the policy's own to differ."""
 
     @property
     def warning(self) -> str | None:
@@ -82,11 +84,18 @@ def departure(
     spread = (normalize(plain) - normalize(other)).pow(2).mean().sqrt()
     distance = (normalize(guided) - normalize(plain)).pow(2).mean().sqrt() / spread
     judges = next((e for e in (_climbed(guide), scorer, policy.scorer) if isinstance(e, Ensemble)), None)
-    disagreement: float | None = None
-    if judges is not None:
-        among, before = (judges.each(obs, chunks).std(0, correction=0).mean() for chunks in (guided, plain))
-        disagreement = float(among / before) if before > 0 else None
-    return Departure(float(distance) if spread > 0 else float("nan"), disagreement)
+    away = float(distance) if spread > 0 else float("nan")
+    if judges is None:
+        return Departure(away, None)
+    after, before, others = (judges.each(obs, chunks) for chunks in (guided, plain, other))
+    doubt, doubt_before = (said.std(0, correction=0).mean() for said in (after, before))
+    differing = (before.mean(0) - others.mean(0)).pow(2).mean().sqrt()
+    rise = after.mean() - before.mean()
+    return Departure(
+        away,
+        float(doubt / doubt_before) if doubt_before > 0 else None,
+        float(rise / differing) if differing > 0 else None,
+    )
 
 
 def _climbed(guide: Guide) -> object:

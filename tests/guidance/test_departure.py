@@ -63,3 +63,11 @@ def test_a_policy_whose_samples_are_all_the_same_has_no_distance() -> None:
 )
 def test_what_is_told(found: Departure, said: bool) -> None:
     assert (found.warning is not None) == said
+
+
+def test_the_gain_is_what_the_critic_says() -> None:
+    policy = small_policy("diffusion", prediction_type="sample", clip_sample=None)
+    policy.scorer = ChunkCritic(policy, CriticConfig(hidden_size=32))
+    up, down = (departure(policy, OBS, ValueGuide(policy.scorer, s, scaling="normalized")).gain for s in (0.3, -0.3))
+    assert up > 0 > down
+    assert departure(policy, OBS, ValueGuide(policy.scorer, 0.0)).gain == 0
