@@ -33,15 +33,16 @@ from dprl.config import validate
 from dprl.data import Episodes
 from dprl.data.loader import ChunkBatches
 from dprl.errors import check, check_count
-from dprl.observations import TensorObservation, batch_size, map_parts, take
+from dprl.observations import TensorObservation, batch_size, map_parts, repeated, take
 from dprl.policy import DiffusionPolicy, Policy, Scorer
+from dprl.policy.candidates import checked_scores
 from dprl.policy.chunk_value import ChunkValue, ChunkValueConfig
 from dprl.seeding import seeded_init, torch_generator
 from dprl.training import Agent, LoopConfig, train
 from dprl.training.learner import Learner
 
-AT_ONCE = 1_024
-"""Observations whose chunks are drawn together."""
+AT_ONCE = 16_384
+"""Chunks that are drawn together; of what has images, a sixteenth."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ class Energy(Agent[Tensor]):
         cut = data.chunks(config.n_obs_steps, config.horizon, pad_after=config.horizon - 1)
         picks = torch.randperm(len(cut), generator=generator, device=device)[: self.config.observations]
         batches, parts = ChunkBatches(data, cut, device), []
-        for rows in picks.split(AT_ONCE):
+        at_once = AT_ONCE // (16 if self.policy.features.cameras else 1)
+        for rows in picks.split(max(1, at_once // self.config.samples)):
             (chunks,) = batches.read(rows[None])
             parts.append(self._drawn(chunks.obs, generator))
             if on_progress is not None:
@@ -147,9 +149,9 @@ class Energy(Agent[Tensor]):
     def _drawn(self, obs: TensorObservation, generator: torch.Generator) -> _Support:
         """The policy's chunks at observations, and what they are worth."""
         m, n = self.config.samples, batch_size(obs)
-        every = map_parts(lambda part: part.repeat_interleave(m, dim=0), obs)
+        every = repeated(obs, m)
         actions = self.policy.sample(every, generator=generator)
-        worth = self.config.inverse_temperature * self.teacher.score(every, actions)
+        worth = self.config.inverse_temperature * checked_scores(self.teacher.score(every, actions), actions)
         return _Support(obs, self.policy.action_normalizer.normalize(actions).unflatten(0, (n, m)), worth.view(n, m))
 
     def collect(self) -> Tensor:

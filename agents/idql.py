@@ -88,7 +88,8 @@ def _as_learned(config: IDQLConfig, scorer: ChunkCritic, terms: ValueTerms) -> I
     config = _with(config, {name: getattr(terms, name) for name in names})
     usual = IDQLConfig()
     kept = [f"critic.{n} {v}" for n, v in shape.items() if v != getattr(usual.critic, n)]
-    kept += [f"{n} {getattr(terms, n)}" for n in names if getattr(terms, n) not in (getattr(usual, n), True)]
+    kept += [f"{n} {getattr(terms, n)}" for n in ("gamma", "return_range") if getattr(terms, n) != getattr(usual, n)]
+    kept += [] if terms.bootstrap_truncated else ["bootstrap_truncated False"]
     if kept:
         log.warning("note: the critics go on as they were learned: %s", ", ".join(kept))
     return config

@@ -166,6 +166,9 @@ class OnlineIDQL(Agent[Rollout]):
         whole = policy.n_action_steps == policy.config.horizon
         check(config.actor == "frozen" or whole, "actor", config.actor,
               "must be frozen: only what was executed can be cloned, and this policy plans further")  # fmt: skip
+        told = policy.config.command
+        check(config.actor == "frozen" or told is None, "actor", config.actor,
+              f"must be frozen: nobody says what {told} would be commanded online")  # fmt: skip
         self.pool = as_pool(env, seed)
         require_fit(policy, self.pool.spec)
         at_once = self.pool.n_envs * config.n_steps

@@ -45,7 +45,7 @@ from dprl.spec import FloatArray
 from dprl.training import Agent, LoopConfig, train
 from dprl.training.learner import Learner
 
-VALIDATION_CHUNKS = 4_096
+VALIDATION_CHUNKS, VALIDATED_AT_ONCE = 4_096, 256
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,10 @@ class OutcomeConfig:
             check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be from 0 to 1")
         for name in ("ema_decay", "validation_share"):
             check(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be at least 0 and below 1")
+        number = self.critic.worth == "number"
+        check(number, "critic.worth", self.critic.worth, "must be left out: it follows from what is learned")
+        noised = self.critic.noised or self.clean_share == OutcomeConfig.clean_share
+        check(noised, "clean_share", self.clean_share, "must be left out where nothing is noised")
         fits = self.of == "return" or self.termination_penalty == 0
         check(fits, "termination_penalty", self.termination_penalty, "is of returns: leave it out for success")
 
@@ -225,8 +229,8 @@ class Outcome(Agent[Tensor]):
         n = min(len(held.outcomes), VALIDATION_CHUNKS)
         generator = torch_generator(self.seed, "validation", device=self.policy.device)
         picks = torch.randperm(len(held.outcomes), generator=generator, device=self.policy.device)[:n]
-        (chunks,) = held.batches.read(picks[None])
-        said = self.average.score(chunks.obs, chunks.actions)
+        parts = [next(iter(held.batches.read(rows[None]))) for rows in picks.split(VALIDATED_AT_ONCE)]
+        said = torch.cat([self.average.score(part.obs, part.actions) for part in parts])
         said = said.exp() if self.config.of == "success" else said
         return {"validation/explained_variance": explained_variance(said, held.outcomes[picks])}
 

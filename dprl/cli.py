@@ -350,7 +350,6 @@ def evaluate(
     check_evaluation(loaded, spec, episodes, seed)
     if loaded.features.env_id not in (None, spec.id):
         print(f"note: the policy learned in {loaded.features.env_id}, not in {spec.id}", file=sys.stderr)
-    sys.path.append(os.getcwd())  # where a function of the user's is looked for
     guide, scorer = steering(guidance, loaded)
     control = RecedingHorizon(loaded, inference, guide=guide, scorer=scorer)
     if n_action_steps is not None:
@@ -395,7 +394,6 @@ def _tell(left: Departure) -> None:
 @app.command(name="tune-guidance")
 def tune_guidance(config: Annotated[tuning.TuneConfig, Flat], *, out: TuneOut, quiet: Quiet = False) -> None:
     """Try scales, gates and candidates of a guide, on start states of their own. Interrupted, it goes on."""
-    sys.path.append(os.getcwd())  # where a function of the user's is looked for
     best = tuning.tune(config, out, progress_bar=not quiet)
     print((out / "tuning.md").read_text(encoding="utf-8"))
     _tell(Departure(best.distance, best.disagreement))
@@ -418,6 +416,8 @@ def doctor() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 0, 2 for a user's error, 128 + n after signal n."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where a function of the user's is looked for
     try:
         app.cli(
             prog="dprl",

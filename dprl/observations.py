@@ -7,7 +7,7 @@ channels) uint8. The leading axes are the same for every part. A plain array mea
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,12 +62,23 @@ def map_parts(function: Callable[..., Any], first: Any, *others: Any) -> Any:
     return function(first, *others)
 
 
-class Repeated(dict[str, Tensor]):
-    """Named parts in which each row comes `times` times in turn: whoever encodes them may do so once for each."""
+class Repeated(Mapping[str, Tensor]):
+    """Named parts in which each row comes `times` times in turn: whoever encodes them may do so once for each.
+
+    A part is made when it is asked for.
+    """
 
     def __init__(self, source: Mapping[str, Tensor], times: int) -> None:
-        super().__init__({name: part.repeat_interleave(times, dim=0) for name, part in source.items()})
         self.source, self.times = source, times
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.source[name].repeat_interleave(self.times, dim=0)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.source)
+
+    def __len__(self) -> int:
+        return len(self.source)
 
 
 def repeated(observation: TensorObservation, times: int) -> TensorObservation:
@@ -93,6 +104,8 @@ def put(observation: Any, rows: Any, values: Any) -> None:
 
 def batch_size(observation: Any) -> int:
     """Length of the leading axis."""
+    if isinstance(observation, Repeated):
+        return observation.times * batch_size(observation.source)
     part = next(iter(observation.values())) if isinstance(observation, Mapping) else observation
     return len(part)
 

@@ -40,7 +40,7 @@ CLEAR = f"{__name__}:clear"
 def clear(obs: Tensor, actions: Tensor) -> Tensor:
     """How far planned paths keep from the pillar: (B, 1, 2), (B, H, 2) -> (B,)."""
     path = obs[:, -1:] + avoid.SPEED * actions.cumsum(1)
-    distance: Tensor = (path - PILLAR).norm(dim=-1)
+    distance: Tensor = (path - PILLAR.to(path)).norm(dim=-1)
     return distance.clamp(max=RADIUS + MARGIN).sum(1)
 
 

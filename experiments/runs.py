@@ -379,14 +379,15 @@ class FinetuneConfig:
     @property
     def acting(self) -> InferenceConfig:
         """How the policy is evaluated."""
-        if self.agent == "dppo" or self.inference.candidates is not None:
+        if self.agent == "dppo":
             return self.inference
-        many, asked = self.idql.candidates > 1, self.inference.temperature
+        asked, idql = self.inference, self.idql
+        n = idql.candidates if asked.candidates is None else asked.candidates
         return replace(
-            self.inference,
-            candidates=self.idql.candidates,
-            selection=self.idql.chosen_by if many else None,
-            temperature=self.idql.temperature if asked == 1 else asked,
+            asked,
+            candidates=n,
+            selection=asked.selection or (idql.chosen_by if n > 1 else None),
+            temperature=idql.temperature if asked.temperature == 1 else asked.temperature,
         )
 
 
@@ -428,6 +429,8 @@ class CriticTrainingConfig:
         for name, default in (("outcome", OutcomeConfig()), ("energy", EnergyConfig())):
             idle = name == self.agent or getattr(self, name) == default
             check(idle, "agent", self.agent, f"must be {name} for the settings of {name}")
+        read = not self.memory_map or self.outcome.num_workers != 0
+        check(read, "outcome.num_workers", 0, "must be at least 1 with memory_map: workers read what is on disk")
         judges = self.scorer is None or self.agent == "energy"
         check(judges, "scorer", self.scorer, "is for the agent energy: outcomes are learned from the data alone")
 

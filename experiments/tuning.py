@@ -26,6 +26,7 @@ from dprl.guidance.spec import GuidanceConfig, steering
 from dprl.guidance.value import Gradient, Scaling
 from dprl.observations import TensorObservation
 from dprl.policy import InferenceConfig, Policy, RecedingHorizon
+from dprl.policy.candidates import Selection
 from dprl.rollout.evaluation import Z95, check_evaluation, wilson
 from dprl.seeding import derive_seed
 from dprl.spec import EnvOptions, EnvSpec, resolve
@@ -59,6 +60,8 @@ class TuneConfig:
     """Times at each denoising step."""
     scorer: str | None = None
     """What chooses among candidates, named as the guide is. Default: the policy's own critics."""
+    selection: Selection = "argmax"
+    """How it chooses, see `dprl evaluate --help`."""
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     """How the policy acts; candidates are tried."""
     episodes: int = 100
@@ -191,13 +194,14 @@ def evaluation_options(config: TuneConfig, best: Combination) -> str:
     if best.candidates > 1:
         parts += [f"--candidates {best.candidates}"]
         parts += [] if config.scorer is None else [f"--scorer {config.scorer}"]
+        parts += [] if config.selection == "argmax" else [f"--selection {config.selection}"]
     return " ".join(parts)
 
 
 def _begun(config: TuneConfig, out: Path) -> dict[Combination, Tried]:
     """What was tried in `out` before, which may be nothing; the folder is there afterwards."""
     file, settings = out / SETTINGS_FILE, to_json(config)
-    wider = ("scales", "skip_last", "candidates", "pool", "workers", "device")  # no result depends on them
+    wider = ("scales", "skip_last", "candidates", "pool", "workers")  # no result depends on them
     if not file.exists():
         RunFolder.require_free(out)
         out.mkdir(parents=True, exist_ok=True)
@@ -229,7 +233,8 @@ def _control(config: TuneConfig, policy: Policy, tried: Combination) -> Receding
             scorer=config.scorer,
         )
     guide, scorer = steering(guided, policy)
-    inference = replace(config.inference, candidates=tried.candidates)
+    n = tried.candidates
+    inference = replace(config.inference, candidates=n, selection=config.selection if n > 1 else None)
     return RecedingHorizon(policy, inference, guide=guide, scorer=scorer)
 
 

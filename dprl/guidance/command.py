@@ -13,6 +13,7 @@ Shapes: B samples, O observation steps, D observation size, C numbers of a comma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -35,6 +36,11 @@ class CommandGuide:
     function of observations (B, O, D), or named parts, that returns a command for each (B, C)."""
     scale: float = 1.2
     """w."""
+
+    def __post_init__(self) -> None:
+        numbers = () if callable(self.command) else torch.tensor(self.command).reshape(-1).tolist()
+        for name, values in (("scale", (self.scale,)), ("command", numbers)):
+            check(all(map(math.isfinite, values)), name, getattr(self, name), "must be finite")
 
     def shift(self, step: DenoisingStep) -> DenoisingStep:
         """See `Guide.shift`.

@@ -88,7 +88,8 @@ def departure(
     if judges is None:
         return Departure(away, None)
     after, before, others = (judges.each(obs, chunks) for chunks in (guided, plain, other))
-    doubt, doubt_before = (said.std(0, correction=0).mean() for said in (after, before))
+    # about differences: what a network adds to all chunks of an observation alike chooses nothing
+    doubt, doubt_before = ((said - others).std(0, correction=0).mean() for said in (after, before))
     differing = (before.mean(0) - others.mean(0)).pow(2).mean().sqrt()
     rise = after.mean() - before.mean()
     return Departure(

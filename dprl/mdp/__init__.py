@@ -27,6 +27,9 @@ def mdp_of(
     Raises:
         ConfigError: it has no density to tune, or not so many steps.
     """
+    told = policy.config.command if isinstance(policy, DiffusionPolicy) else None
+    check(told is None, "policy", f"told its {told}", "must be one without a command: what it does when told would not "
+          "be tuned, and no longer be what it was")  # fmt: skip
     if isinstance(policy, DiffusionPolicy) and exact:
         check(tuned_steps == 1, "tuned_steps", tuned_steps, "must be 1: with the exact likelihood a chunk is one step")
         return ExactMDP(policy, exploration, solver)

@@ -6,6 +6,7 @@ A action size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,8 +39,15 @@ class CommandedDenoiser(Denoiser):
 
     def prepare(self, time: Tensor, condition: Tensor) -> Tensor:
         """See `Denoiser.prepare`."""
+        return self.inner.prepare(time, self._whole(condition))
+
+    def prepare_steps(self, timesteps: Tensor, condition: Tensor) -> Iterator[Tensor]:
+        """See `Denoiser.prepare_steps`."""
+        return self.inner.prepare_steps(timesteps, self._whole(condition))
+
+    def _whole(self, condition: Tensor) -> Tensor:
         plain = condition.shape[-1] == self._feature_size
-        return self.inner.prepare(time, pad(condition, (0, self._more)) if plain else condition)
+        return pad(condition, (0, self._more)) if plain else condition
 
     def denoise(self, noisy_actions: Tensor, prepared: Tensor) -> Tensor:
         """See `Denoiser.denoise`."""

@@ -438,9 +438,7 @@ class Policy(nn.Module, ABC):
             ConfigError: parts, shapes or types that do not fit, or a state that is not finite.
         """
         if isinstance(obs, Repeated):
-            source = self.checked(obs.source)
-            assert isinstance(source, Mapping)
-            return obs if source is obs.source else repeated(source, obs.times)
+            return repeated(self.checked(obs.source), obs.times)
         parts = dict(obs) if isinstance(obs, Mapping) else {STATE: obs}
         shapes = self.part_shapes()
         self._require_parts(parts, shapes)

@@ -79,14 +79,19 @@ def best_of(
 def _scores(scorer: Scorer, obs: TensorObservation, chunks: Tensor, selection: Selection) -> Tensor:
     """What the choice is made by: (B·N,)."""
     if selection != "implicit":
-        return _finite(torch.as_tensor(scorer.score(obs, chunks)), chunks)
+        return checked_scores(scorer.score(obs, chunks), chunks)
     if not isinstance(scorer, ChunkCritic):
         raise ConfigError(f"selection = 'implicit': {type(scorer).__name__} has no value objective; use argmax")
-    return scorer.config.objective.weight(_finite(scorer.advantage(obs, chunks), chunks))
+    return scorer.config.objective.weight(checked_scores(scorer.advantage(obs, chunks), chunks))
 
 
-def _finite(scores: Tensor, chunks: Tensor) -> Tensor:
-    """Check that there is a finite score for every chunk."""
+def checked_scores(scores: Tensor, chunks: Tensor) -> Tensor:
+    """Return what a scorer said of chunks (B, H, A), where they are.
+
+    Raises:
+        ConfigError: there is no finite score for every chunk.
+    """
+    scores = torch.as_tensor(scores)
     shape = tuple(scores.shape)
     check(shape == (len(chunks),), "scorer", shape, f"must return one score for each of {len(chunks)} chunks")
     check(bool(scores.isfinite().all()), "scorer", "not finite", "must return finite scores")

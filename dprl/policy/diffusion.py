@@ -30,7 +30,7 @@ from dprl.diffusion import (
     solver_steps,
 )
 from dprl.diffusion.solvers import SolverName, Spacing
-from dprl.errors import CheckpointError, check, check_count, did_you_mean
+from dprl.errors import CheckpointError, DatasetError, check, check_count, did_you_mean
 from dprl.guidance import Guide, Told, guided
 from dprl.networks import (
     DENOISERS,
@@ -77,8 +77,12 @@ class DiffusionConfig(PolicyConfig, ScheduleConfig):
         ScheduleConfig.__post_init__(self)
         if self.clip_sample is not None:
             validate(self, above={"clip_sample": 0})
-        for name in ("command_dropout", "command_gamma"):
-            check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be from 0 to 1")
+        dropout = self.command_dropout
+        check(0 < dropout < 1, "command_dropout", dropout, "must be between 0 and 1: it learns with and without")
+        check(0 <= self.command_gamma <= 1, "command_gamma", self.command_gamma, "must be from 0 to 1")
+        for name, told in (("command_dropout", (None,)), ("command_gamma", (None, "goal"))):
+            value, idle = getattr(self, name), self.command in told
+            check(not idle or value == getattr(DiffusionConfig, name), name, value, "needs a command that has it")
         solver_steps(self.noise, self.sampling)
 
     @property
@@ -175,6 +179,8 @@ class DiffusionPolicy(Policy):
             self.command_normalizer.load_state_dict(self.observation_normalizer.state_dict())
         elif self.config.command == "return":
             returns = torch.as_tensor(self._outcomes(data))
+            if returns.min() == returns.max():
+                raise DatasetError(f"every return of the data is {float(returns[0]):g}: there is nothing to command")
             self.command_normalizer.fit(torch.stack([returns.amin(0), returns.amax(0)]))
 
     def _outcomes(self, data: Episodes) -> FloatArray:
@@ -387,7 +393,8 @@ class DiffusionPolicy(Policy):
         guide: Guide | None = None,
     ) -> Tensor:
         clip, schedule, timesteps = self.config.clip_sample, self.schedule, [step.timestep for step in steps]
-        known = self.prepare_steps(timesteps, *self.conditions(obs, timesteps))
+        conditions = self.conditions(obs, timesteps)
+        known = self.prepare_steps(timesteps, *conditions)
         unnormalize = self.action_normalizer.unnormalize
 
         def predict(noisy: Tensor, timestep: int, prepared: Tensor, clip: float | None) -> Tensor:
@@ -402,13 +409,12 @@ class DiffusionPolicy(Policy):
             prepared = next(known)
             return lambda noisy: predict(noisy, timestep, prepared, None)
 
-        told = None if self.config.command is None else self._told(obs, timesteps)
+        told = None if self.config.command is None else self._told(*conditions)
         advance = guided(guide, steps, schedule, network, obs=obs, to_actions=unnormalize, clip=clip, told=told)
         return unnormalize(solve_guided(steps, advance, x, draws, temperature))
 
-    def _told(self, obs: TensorObservation, timesteps: list[int]) -> Callable[[int], Told]:
-        """The network at a timestep as `DenoisingStep.told`."""
-        tuned, base = self.conditions(obs, timesteps)
+    def _told(self, tuned: Tensor, base: Tensor) -> Callable[[int], Told]:
+        """The network at a timestep as `DenoisingStep.told`, of what `conditions` returned."""
 
         def at(timestep: int) -> Told:
             denoiser = self.denoiser_at(timestep)
@@ -417,8 +423,9 @@ class DiffusionPolicy(Policy):
 
             def predict(noisy: Tensor, command: Tensor) -> Tensor:
                 size, what = self.command_size, self.config.command
-                fits = command.shape[-1] == size
-                check(fits, "command", tuple(command.shape), f"must have {size} numbers: the policy is told its {what}")
+                fits = tuple(command.shape) in ((size,), (len(noisy), size))
+                one = f"must be {size} number{'s' * (size > 1)}, or as many for each observation"
+                check(fits, "command", tuple(command.shape), f"{one}: the policy is told its {what}")
                 told = self.command_normalizer.normalize(self._in_units(command)).expand(len(noisy), -1)
                 prediction = denoiser(noisy, time, commanded(condition, told))
                 return self.schedule.predict_clean(noisy, prediction, timestep, None)

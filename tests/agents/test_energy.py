@@ -119,6 +119,12 @@ def test_a_policy_without_critics_needs_a_scorer() -> None:
         Energy(two_modes())
 
 
+def test_scores_that_are_none_are_refused() -> None:
+    for wrong in (lambda obs, a: a[:, 0], lambda obs, a: a[:, 0, 0] * torch.nan):
+        with pytest.raises(ConfigError, match="scorer = "):
+            Energy(two_modes(), Reward(wrong)).fit(nothing_seen(8), 1)
+
+
 @pytest.mark.parametrize("changes", [{"noised": False}, {"worth": "log_probability"}])
 def test_networks_that_cannot_be_an_energys_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=f"critic.{next(iter(changes))}"):

@@ -161,6 +161,10 @@ def test_other_policies_and_settings_are_refused() -> None:
             OutcomeConfig(**changes)
     with pytest.raises(ConfigError, match="termination_penalty"):
         OutcomeConfig("success", termination_penalty=1.0)
+    with pytest.raises(ConfigError, match=r"critic\.worth"):
+        OutcomeConfig(critic=ChunkValueConfig(worth="log_probability"))
+    with pytest.raises(ConfigError, match="clean_share"):
+        OutcomeConfig(critic=ChunkValueConfig(noised=False), clean_share=0.5)
 
 
 def test_what_is_explained_is_of_held_out_episodes() -> None:

@@ -120,5 +120,7 @@ def test_what_cannot_be_is_refused_before_a_run_is_made(data: Path, policy: Path
 def test_settings_of_what_is_not_learned_are_refused() -> None:
     with pytest.raises(ConfigError, match="must be energy for the settings of energy"):
         CriticTrainingConfig("data", "policy", energy=ENERGY)
+    with pytest.raises(ConfigError, match="must be at least 1 with memory_map"):
+        CriticTrainingConfig("data", "policy", memory_map=True, outcome=replace(OUTCOME, num_workers=0))
     with pytest.raises(ConfigError, match="outcomes are learned from the data alone"):
         CriticTrainingConfig("data", "policy", scorer="a:b")

@@ -11,10 +11,11 @@ from torch import Tensor
 from dprl.agents import BC, BCConfig
 from dprl.data import Episodes
 from dprl.data.transitions import returns_to_go
-from dprl.diffusion import Level
+from dprl.diffusion import Level, SolverConfig
 from dprl.errors import ConfigError, DatasetError
 from dprl.guidance import CommandGuide, DenoisingStep, Guides, Reward, ValueGuide
 from dprl.guidance.spec import GuidanceConfig, steering
+from dprl.mdp import ExplorationConfig, mdp_of
 from dprl.networks import DENOISERS, MLPConfig, commanded
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Policy
 from dprl.seeding import numpy_generator, torch_generator
@@ -121,13 +122,13 @@ def test_it_does_what_it_is_told(tmp_path: Path) -> None:
 
 
 def test_dropout_keeps_commands_from_the_network() -> None:
-    """With a dropout of 1 the loss is that of being told nothing."""
+    """Where it is dropped the loss is that of being told nothing."""
     data = random_episodes()
     obs, actions = torch.as_tensor(data.observations[:6]).view(3, 2, 3), torch.as_tensor(data.actions[:9]).view(3, 3, 2)
-    policy, command = small_policy("diffusion", command="return", command_dropout=1.0), torch.ones(3, 1)
+    policy, command = small_policy("diffusion", command="return", command_dropout=0.9999), torch.ones(3, 1)
     losses = [policy.loss(obs, actions, generator=torch_generator(0, "t"), command=c) for c in (command, -command)]
     torch.testing.assert_close(losses[0], losses[1])
-    policy = small_policy("diffusion", command="return", command_dropout=0.0)
+    policy = small_policy("diffusion", command="return", command_dropout=1e-4)
     told = [policy.loss(obs, actions, generator=torch_generator(0, "t"), command=c) for c in (command, -command)]
     assert told[0] != told[1]
 
@@ -136,7 +137,9 @@ def test_what_cannot_be_told_is_refused() -> None:
     plain, told = small_policy("diffusion"), small_policy("diffusion", command="goal")
     with pytest.raises(ConfigError, match="the policy was trained without"):
         sampled(plain, CommandGuide(0.9))
-    with pytest.raises(ConfigError, match="must have 3 numbers: the policy is told its goal"):
+    with pytest.raises(
+        ConfigError, match="must be 3 numbers, or as many for each observation: the policy is told its goal"
+    ):
         sampled(told, CommandGuide(0.9))
     for policy, config, complaint in (
         (plain, GuidanceConfig(command=(0.9,)), "the policy was trained without"),
@@ -144,6 +147,19 @@ def test_what_cannot_be_told_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=complaint):
             steering(config, policy)
+    for wrong in (lambda obs: torch.zeros(()), lambda obs: torch.zeros(2, 3)):
+        with pytest.raises(ConfigError, match="must be 3 numbers, or as many for each observation"):
+            sampled(told, CommandGuide(wrong))
+    for command, scale in ((float("nan"), 1.0), (0.5, float("inf")), ((0.1, float("nan"), 0.2), 1.0)):
+        with pytest.raises(ConfigError, match="must be finite"):
+            CommandGuide(command, scale)
+    for changes in ({"command_dropout": 0.5}, {"command": "goal", "command_gamma": 0.5}):
+        with pytest.raises(ConfigError, match="needs a command that has it"):
+            DiffusionConfig(**changes)
+    with pytest.raises(DatasetError, match="every return of the data is 0: there is nothing to command"):
+        DiffusionPolicy.for_dataset(random_episodes(), DiffusionConfig(command="return"))
+    with pytest.raises(ConfigError, match="must be one without a command"):
+        mdp_of(told, 1, ExplorationConfig(), SolverConfig())
     with pytest.raises(ConfigError, match="needs a command"):
         GuidanceConfig(command_scale=2.0)
     with pytest.raises(ConfigError, match="command_dropout"):

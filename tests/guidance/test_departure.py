@@ -30,6 +30,22 @@ def test_a_guide_that_does_nothing_leads_nowhere() -> None:
     assert (found.distance, found.disagreement, found.warning) == (0.0, 1.0, None)
 
 
+def test_what_networks_add_to_all_chunks_alike_is_no_disagreement() -> None:
+    """As an energy's networks do, each of which is known up to a constant of the observation."""
+    policy, guide = small_policy("diffusion", prediction_type="sample"), None
+
+    class Apart(Two):
+        def each(self, obs: Tensor, actions: Tensor) -> Tensor:
+            return super().each(obs, actions) + torch.tensor([[50.0], [-50.0]])
+
+    found = []
+    for value in (Two(), Apart()):
+        guide = ValueGuide(value, 1.0, scaling="normalized")
+        found.append(departure(policy, OBS, guide).disagreement)
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert found[0] > 1.1
+
+
 def test_a_stronger_guide_leads_farther() -> None:
     policy = small_policy("diffusion", prediction_type="sample", clip_sample=None)
     found = [departure(policy, OBS, ValueGuide(Two(), s, scaling="normalized")) for s in (0.1, 1.0, 20.0)]

@@ -48,7 +48,8 @@ def small_policy(kind: str, features: Features = FEATURES, seed: int = 1, **chan
     size, actions = features.observation_size, features.action_size
     policy.observation_normalizer.fit(torch.stack([-torch.ones(size), 2 + torch.arange(size)]))
     policy.action_normalizer.fit(torch.stack([-0.5 * torch.ones(actions), 1 + torch.arange(actions)]))
-    policy.fit_actions(random_episodes(features), seed)
+    data = random_episodes(features)
+    policy.fit_actions(replace(data, rewards=data.actions[:, 0].copy()), seed)
     return policy
 
 
