@@ -76,7 +76,7 @@ class Recipe:
     """Where policies are evaluated. Default: where the data are from."""
     policy: DiffusionConfig = MLP_BEHAVIOUR
     temperature: float = 1.0
-    """At which policies draw that are no Gaussians."""
+    """At which clones draw, IDQL's too; Diffusion-QL draws at 1, as in its paper."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,8 @@ def cells_of(tasks: dict[str, Recipe], config: StudyConfig) -> list[Cell]:
             gaussian = replace(cloned, policy=_gaussian(recipe.policy))
 
             def look(name: str, inference: InferenceConfig, recipe: Recipe = recipe) -> Look:
-                drawn = inference if inference == MEAN else replace(inference, temperature=recipe.temperature)
+                own = inference in (MEAN, DRAWN)
+                drawn = inference if own else replace(inference, temperature=recipe.temperature)
                 return Look(name, drawn, episodes=config.episodes, env=recipe.env)
 
             every = tuple(look(str(n), InferenceConfig(candidates=n)) for n in CANDIDATES)
@@ -252,7 +253,7 @@ def on_mujoco(envs: Sequence[str], config: StudyConfig, *, progress_bar: bool = 
             f"of the expert, {expert.return_mean:,.0f} (the best of {minutes_for(config):g} minutes of PPO); the "
             f"medium one's is {medium.return_mean:,.0f}, and medium-replay is of {len(before)} policies up to it. "
             + ("Decisions are single actions" if sizes[name].policy.horizon == 1 else CHUNKS[:-1])
-            + f"; diffusion policies draw at temperature {sizes[name].temperature:g}."
+            + f"; clones draw at temperature {sizes[name].temperature:g}, Diffusion-QL at 1."
         )
     size = sizes[envs[0]]
     notes.append(
