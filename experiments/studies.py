@@ -502,12 +502,18 @@ def write_table(
     outcomes: Sequence[Outcome] = (),
 ) -> Path:
     """Write ``name.md`` (with `notes`, ``name.png``, and how `outcomes` were made), ``name.csv``; return the former."""
-    out = config.out
+    return write_files(config.out, name, title, columns, rows, [*notes, "", provenance(name, config, outcomes)])
+
+
+def write_files(
+    out: Path, name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]
+) -> Path:
+    """Write ``name.md``, with ``name.png`` and `notes`, and ``name.csv`` into `out`; return the former."""
     with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream).writerows([columns, *rows])
     lines = [f"# {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    lines += ["", f"![{title}]({name}.png)", "", *notes, "", provenance(name, config, outcomes), ""]
+    lines += ["", f"![{title}]({name}.png)", "", *notes, ""]
     file = out / f"{name}.md"
     file.write_text("\n".join(lines), encoding="utf-8")
     return file

@@ -7,7 +7,6 @@ OUT/tuning.md, .csv, .png
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from dprl import checkpoint
 from dprl.config import from_json, to_json, validate
 from dprl.errors import CheckpointError, ConfigError, check
 from dprl.experiments import plots, runs
+from dprl.experiments.studies import write_files
 from dprl.guidance.departure import Departure, departure
 from dprl.guidance.spec import GuidanceConfig, steering
 from dprl.guidance.value import Gradient, Scaling
@@ -279,23 +279,10 @@ def _write(config: TuneConfig, tried: list[Tried], best: Tried, spec: EnvSpec, o
         score = f"{t.score:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
         away = ["" if value is None else f"{value:.2f}" for value in (t.distance, t.disagreement, t.gain)]
         rows.append([str(t.candidates), str(t.skip_last), f"{t.scale:g}", score, f"{t.latency_ms:.2f}", *away])
-    with (out / "tuning.csv").open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows([columns, *rows])
-    lines = [
-        f"# Guidance of {spec.id} by {config.guide}",
-        "",
-        "| " + " | ".join(columns) + " |",
-        "|---" * len(columns) + "|",
-    ]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    lines += [
-        "",
-        "![tuning](tuning.png)",
-        "",
-        NOTE.format(episodes=config.episodes, scaling=config.scaling, gradient=config.gradient),
-    ]
-    lines += ["", f"Best here: `dprl evaluate {config.policy} {evaluation_options(config, best.combination)}`", ""]
-    (out / "tuning.md").write_text("\n".join(lines), encoding="utf-8")
+    note = NOTE.format(episodes=config.episodes, scaling=config.scaling, gradient=config.gradient)
+    command = f"Best here: `dprl evaluate {config.policy} {evaluation_options(config, best.combination)}`"
+    title = f"Guidance of {spec.id} by {config.guide}"
+    write_files(out, "tuning", title, columns, rows, [note, "", command])
     _draw(tried, measure, out / "tuning.png")
 
 

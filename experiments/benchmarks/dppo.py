@@ -32,7 +32,7 @@ from dprl.agents import DPPO, DPPOConfig
 from dprl.config import validate
 from dprl.cores import available_cores
 from dprl.errors import check
-from dprl.experiments.benchmarks import check_reference, command
+from dprl.experiments.benchmarks import check_reference, command, seconds
 from dprl.experiments.runs import check_device
 from dprl.networks import MLPConfig
 from dprl.networks.mlp import Activation, DenoisingMLP
@@ -301,7 +301,7 @@ class Reference:
 def multiplying_rate(device: str, size: int, rows: int) -> float:
     """Return the floating point operations per second of (rows, size) @ (size, size)."""
     a, b = torch.randn(rows, size, device=device), torch.randn(size, size, device=device)
-    best = min(_seconds(lambda: a @ b, device) for _ in range(10))
+    best = min(seconds(lambda: a @ b, device) for _ in range(10))
     return 2 * rows * size * size / best
 
 
@@ -313,16 +313,6 @@ def products(network: nn.Module, *, training: bool) -> int:
     layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
     numbers = [layer.in_features * layer.out_features for layer in layers]
     return 2 * (3 * sum(numbers) - numbers[0] if training else sum(numbers))
-
-
-def _seconds(action: Action, device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    action()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 # ------------------------------------------------------------------------------------------------------ measurement
@@ -478,9 +468,9 @@ def figures(config: DPPOBenchmark) -> list[Figure]:
                 own = [replace(figure, what=name, ours_s=[]) for name, _ in zip(names, ours, strict=False)]
                 for _ in range(config.repeats):
                     for way, action in zip(own, ours, strict=True):
-                        way.ours_s.append(_seconds(action, config.device))
+                        way.ours_s.append(seconds(action, config.device))
                     if theirs is not None:
-                        figure.theirs_s.append(_seconds(theirs, config.device))
+                        figure.theirs_s.append(seconds(theirs, config.device))
                     bar.advance(1)
             found += own  # which share what the authors' code took
     return found

@@ -10,7 +10,6 @@ less that of an unguided one. Medians of repeated measurements, in turn in the s
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dprl.config import validate
-from dprl.experiments.benchmarks import command
+from dprl.experiments.benchmarks import command, seconds
 from dprl.experiments.runs import check_device
 from dprl.guidance import ValueGuide
 from dprl.guidance.value import Gradient
@@ -117,7 +116,7 @@ def measure(config: GuidanceBenchmark, denoiser: str, gradient: Gradient, batch:
         actions.append(forwards(policy, obs, config.steps))
     for action in actions:
         action()
-    times = np.array([[_seconds(action, device) for action in actions] for _ in range(config.repeats)])
+    times = np.array([[seconds(action, device) for action in actions] for _ in range(config.repeats)])
     bare = times[:, 2] - (times[:, 3] if gradient == "through" else 0)
     ratio = float(np.median((times[:, 1] - times[:, 0]) / bare))
     unguided, guided = 1000 * np.median(times[:, 0]), 1000 * np.median(times[:, 1])
@@ -163,16 +162,6 @@ def _denoised(policy: DiffusionPolicy, obs: Tensor) -> tuple[Tensor, Tensor]:
     return torch.randn(chunk, device=obs.device), policy.base.prepare(
         policy.base.embed(timestep), policy.condition(obs)
     )
-
-
-def _seconds(action: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    action()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

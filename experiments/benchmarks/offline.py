@@ -11,7 +11,6 @@ optimisers, targets, averages or data.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from dprl.agents import IDQL, BCConfig, DiffusionQL, DiffusionQLConfig, IDQLConf
 from dprl.config import validate
 from dprl.cores import available_cores
 from dprl.data import Episodes
-from dprl.experiments.benchmarks import command
+from dprl.experiments.benchmarks import command, seconds
 from dprl.experiments.runs import BEHAVIOUR, check_device
 from dprl.policy import DiffusionPolicy
 from dprl.training.progress import ProgressBar
@@ -96,15 +95,15 @@ def measure(config: OfflineBenchmark) -> list[Figure]:
     with ProgressBar("measure", config.repeats + 1) as bar:
         times = []
         for _ in range(config.repeats + 1):  # the first compiles
-            times.append([_seconds(action, config.device) for action in actions])
+            times.append([seconds(action, config.device) for action in actions])
             bar.advance(1)
-    seconds = np.array(times[1:])
+    taken = np.array(times[1:])
     return [
         Figure(
             way,
-            config.steps / float(np.median(seconds[:, 1 + 2 * i])),
-            float(np.median(seconds[:, 0] / seconds[:, 1 + 2 * i])),
-            float(np.median(seconds[:, 2 + 2 * i] / seconds[:, 1 + 2 * i])),
+            config.steps / float(np.median(taken[:, 1 + 2 * i])),
+            float(np.median(taken[:, 0] / taken[:, 1 + 2 * i])),
+            float(np.median(taken[:, 2 + 2 * i] / taken[:, 1 + 2 * i])),
         )
         for i, way in enumerate(agents)
     ]
@@ -179,14 +178,6 @@ def load(agent: IDQL) -> None:
     picks = agent.collect()
     for _ in zip(agent.actor.read(picks.chunks), agent.decisions.read(picks.decisions), strict=True):
         pass
-
-
-def _seconds(action: Callable[[], object], device: str) -> float:
-    start = time.perf_counter()
-    action()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

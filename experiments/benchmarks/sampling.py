@@ -9,8 +9,6 @@ repeated, interleaved measurements.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from dprl.config import validate
 from dprl.diffusion import SolverConfig, solver_steps
 from dprl.diffusion.solvers import SolverName
 from dprl.errors import check
-from dprl.experiments.benchmarks import command
+from dprl.experiments.benchmarks import command, seconds
 from dprl.experiments.runs import check_device
 from dprl.networks import DenoiserConfig, MLPConfig, TransformerConfig, UNetConfig
 from dprl.policy import DiffusionConfig, DiffusionPolicy, Features
@@ -133,20 +131,10 @@ def measure(config: SamplingBenchmark, denoiser: str, solver: SolverName, batch:
 
     sample()
     forward()
-    pairs = [(_seconds(sample, device), _seconds(forward, device)) for _ in range(config.repeats)]
+    pairs = [(seconds(sample, device), seconds(forward, device)) for _ in range(config.repeats)]
     sampled, bare = (float(np.median(column)) for column in zip(*pairs, strict=True))
     ratio = float(np.median([a / b for a, b in pairs]))
     return Figure(denoiser, solver, batch, 1000 * sampled, 1000 * bare / n, ratio - 1)
-
-
-def _seconds(action: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    action()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":
