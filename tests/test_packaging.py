@@ -94,7 +94,14 @@ def test_import_dprl_is_light(tmp_path):
     assert result.stdout.split() == []
 
 
-@pytest.mark.parametrize("command", ["--help", "doctor", "list envs", "evaluate policy --env Avoid-v0 --episodes 2"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "doctor",
+        "evaluate policy --env Avoid-v0 --episodes 2",
+        *(pytest.param(c, marks=pytest.mark.full) for c in ("--help", "list envs")),
+    ],
+)
 def test_the_core_alone_can_be_used(command, tmp_path):
     """Without any optional package."""
     absent = f"sys.modules.update(dict.fromkeys({[name for name in OPTIONAL if name != 'tyro']}))"

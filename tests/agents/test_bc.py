@@ -62,8 +62,8 @@ def make_agent(config: BCConfig, policy_config: DiffusionConfig = SMALL, total_s
     "changes",
     [
         {},
-        {"prediction_type": "sample"},
-        {"prediction_type": "v_prediction"},
+        pytest.param({"prediction_type": "sample"}, marks=pytest.mark.full),
+        pytest.param({"prediction_type": "v_prediction"}, marks=pytest.mark.full),
         {"schedule": "rectified_flow", "prediction_type": "velocity"},
     ],
     ids=lambda changes: changes.get("prediction_type", "epsilon"),

@@ -323,6 +323,7 @@ def iterations(dppo: DPPO, n: int) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in found]
 
 
+@pytest.mark.full
 def test_what_compiles_later_is_the_same_until_then_and_close_after_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,7 +85,7 @@ DETERMINISTIC = {
 
 
 @given(st.sampled_from(sorted(DETERMINISTIC)), st.data(), st.integers(0, 2**31))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_a_deterministic_solver_stays_on_its_ray(solver: str, data: st.DataObject, seed: int) -> None:
     """With a perfect x̂_0, signal x_0 + noise ε becomes the next level's signal x_0 + noise ε, and at last x_0."""
     name, prediction = data.draw(st.sampled_from(DETERMINISTIC[solver]))

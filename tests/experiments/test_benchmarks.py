@@ -66,6 +66,7 @@ def test_offline(tmp_path, monkeypatch, capsys):
     assert "Diffusion-QL, chain" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_rollout(tmp_path, capsys):
     pytest.importorskip("envpool")
     file = tmp_path / "figures.json"

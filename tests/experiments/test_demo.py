@@ -45,6 +45,7 @@ def test_smoke_demo_leaves_everything(
     assert main(["demo", "smoke", "--out", str(out), "--quiet"]) == 2, "nothing is overwritten"
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not envpool.available(), reason="EnvPool is not installed")
 def test_an_interrupted_demo_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -60,7 +60,7 @@ def test_few_actions_are_kept_of_many(folder: Path, monkeypatch: pytest.MonkeyPa
 
 def test_actions_that_alternate_are_not_sampled_in_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = toy_episodes()
-    every = Episodes.concatenate([data] * 200)
+    every = Episodes.concatenate([data] * 20)
     every.actions[:, 0] = np.arange(len(every.actions)) % 2
     save_dataset(every, folder.parent / "alternating", SPEC)
     monkeypatch.setattr("dprl.data.summary.SAMPLED", len(every.actions) // 2)
@@ -82,15 +82,16 @@ def test_numbers_that_are_all_the_same_enormous_one(folder: Path) -> None:
     inspection.draw(summary, folder.parent / "same.png")
 
 
-def test_every_number_of_an_action_is_shown(summary: Summary, tmp_path: Path) -> None:
+def test_every_number_of_an_action_is_shown(summary: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspection, "MOST_PANELS", 3)
     wide = replace(
         summary,
-        action_size=30,
-        action_limits=np.zeros((2, 30), np.float32),
-        action_mean=np.zeros(30, np.float32),
-        actions=np.zeros((9, 30), np.float32),
+        action_size=5,
+        action_limits=np.zeros((2, 5), np.float32),
+        action_mean=np.zeros(5, np.float32),
+        actions=np.zeros((9, 5), np.float32),
     )
-    assert "action 29 0 0 0" in text(wide)
+    assert "action 4 0 0 0" in text(wide)
     inspection.draw(wide, tmp_path / "wide.png")
     assert (tmp_path / "wide.png").is_file()
 

@@ -147,6 +147,7 @@ def test_evaluations_need_an_environment_that_fits(data: Path, seen: Path, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.full
 def test_evaluations_beside_fine_tuning_change_nothing_else(data: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     cloned = runs.pretrain(config_of("diffusion", data, steps=1), tmp_path / "cloned", progress_bar=False)

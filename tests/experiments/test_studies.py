@@ -222,7 +222,7 @@ def test_an_interrupted_study_says_how_to_go_on(tmp_path: Path, monkeypatch: pyt
     assert caught.value.exit_code == 143
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_a_cell_that_fails_does_not_end_the_study(jobs: int, tmp_path: Path) -> None:
     diverging = cell("diverging")
     bc = replace(diverging.pretrain.bc, learning_rate=1e30)

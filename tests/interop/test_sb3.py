@@ -38,6 +38,7 @@ def test_steps_are_the_batched_environments(chunk):
     assert ended > 4
 
 
+@pytest.mark.full
 def test_ppo_learns_on_it():
     """The reacher, whose reward is dense here, from far below to near its best."""
     from dataclasses import replace

@@ -49,6 +49,7 @@ def test_it_evaluates_the_policy_as_it_was(num_workers, cluster, tmp_path):
     assert_nothing_is_left()
 
 
+@pytest.mark.full
 def test_closing_ends_an_evaluation_under_way(cluster, tmp_path):
     plant(tmp_path, Fault("hang", env_seeds(SEED, 1, 30, purpose="evaluation")[0], 0, 0))
     start = time.monotonic()

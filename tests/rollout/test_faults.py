@@ -85,6 +85,8 @@ def planted(folder: Path) -> int:
     return len(list(folder.iterdir()))
 
 
+# what both pools do in the same way is tried on Ray, whose workers take seconds to start, in the long suite
+ALIKE = [pytest.param(on_ray, marks=pytest.mark.full), in_process]
 REPEATS = [pytest.param(i, marks=pytest.mark.full) if i else i for i in range(20)]
 # what a worker reports takes one way, whichever it is; in one process each is tried
 KINDS = [pytest.param(kind, marks=pytest.mark.full) if kind != "kill" else kind for kind in FAULTS]
@@ -149,6 +151,7 @@ def test_environments_that_were_given_stop_at_the_first_fault_and_keep_their_sta
         pool.collect(actor, 1)
 
 
+@pytest.mark.full
 def test_what_cannot_be_replayed_is_left_out_and_counted(cluster, actor, undisturbed, tmp_path):
     plant(tmp_path, Fault("raise", SEEDS[5], 1, 0))
     with on_ray(faulty_spec(tmp_path, replayable=False), num_workers=4) as pool:
@@ -159,6 +162,7 @@ def test_what_cannot_be_replayed_is_left_out_and_counted(cluster, actor, undistu
     np.testing.assert_array_equal(after.rewards[:, :4], undisturbed[1].rewards[:, :4])
 
 
+@pytest.mark.full
 def test_losing_every_worker_is_an_error_where_nothing_can_be_replayed(cluster, actor, tmp_path):
     plant(tmp_path, Fault("raise", SEEDS[5], 1, 0))
     pool = on_ray(faulty_spec(tmp_path, replayable=False), num_workers=1)
@@ -189,6 +193,7 @@ def test_a_worker_killed_between_collections_changes_nothing(cluster, actor, und
         assert_same([first, pool.collect(actor, DECISIONS)], undisturbed)
 
 
+@pytest.mark.full
 def test_the_environments_processes_end_with_their_worker(cluster, tmp_path):
     """Though it was killed, and could not end them."""
     spec = resolve("Pendulum-v1", EnvOptions(vectorization="async", max_episode_steps=5))
@@ -203,6 +208,7 @@ def test_the_environments_processes_end_with_their_worker(cluster, tmp_path):
         assert alive == []
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_a_policy_that_acts_elsewhere_survives_a_fault(num_workers, cluster, tmp_path):
     """Its chunks since the last state that is known are replayed."""
@@ -243,6 +249,7 @@ def test_no_worker_left_is_an_error(cluster, actor, tmp_path):
             pool.collect(actor, 1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("replayable", [True, False])
 def test_a_mistake_of_the_policys_is_not_tried_again(replayable, cluster, actor, tmp_path):
     class Mistaken:
@@ -269,7 +276,7 @@ def test_a_mistake_of_the_policys_is_not_tried_again(replayable, cluster, actor,
         np.testing.assert_array_equal(pool.state().episodes, before.episodes + (not replayable) + ended)
 
 
-@pytest.mark.parametrize("make", [on_ray, in_process])
+@pytest.mark.parametrize("make", ALIKE)
 def test_a_closed_pool_says_so(make, cluster, actor, tmp_path):
     with make(faulty_spec(tmp_path)) as pool:
         pool.reset()
@@ -283,7 +290,7 @@ def test_a_closed_pool_says_so(make, cluster, actor, tmp_path):
             call()
 
 
-@pytest.mark.parametrize("make", [on_ray, in_process])
+@pytest.mark.parametrize("make", ALIKE)
 def test_a_fault_while_it_is_restored_is_mended(make, cluster, actor, tmp_path):
     with in_process(faulty_spec(tmp_path)) as pool:
         pool.collect(actor, 3)
@@ -295,7 +302,7 @@ def test_a_fault_while_it_is_restored_is_mended(make, cluster, actor, tmp_path):
         assert_same([pool.collect(actor, 5)], [expected])
 
 
-@pytest.mark.parametrize("make", [on_ray, in_process])
+@pytest.mark.parametrize("make", ALIKE)
 def test_whatever_was_before_it_is_restored(make, cluster, actor, tmp_path):
     """Episodes that were played, or a failure that was not mended."""
     with in_process(faulty_spec(tmp_path)) as pool:
@@ -312,7 +319,7 @@ def test_whatever_was_before_it_is_restored(make, cluster, actor, tmp_path):
         assert_same([pool.collect(actor, 5)], [expected])
 
 
-@pytest.mark.parametrize("make", [on_ray, in_process])
+@pytest.mark.parametrize("make", ALIKE)
 def test_where_nothing_can_be_replayed_the_next_episodes_begin(make, cluster, actor, tmp_path):
     spec = faulty_spec(tmp_path, replayable=False)
     with make(spec) as pool:
@@ -359,6 +366,7 @@ def test_a_policy_that_acts_elsewhere_goes_on_in_new_episodes(cluster, tmp_path)
         pool.step_chunk(actions)
 
 
+@pytest.mark.full
 def test_a_worker_whose_failure_was_not_forgiven_is_waited_for(cluster, actor, undisturbed, tmp_path):
     """By the next call, whose failure it is not."""
     with on_ray(faulty_spec(tmp_path), max_failures=0) as pool:
@@ -368,6 +376,7 @@ def test_a_worker_whose_failure_was_not_forgiven_is_waited_for(cluster, actor, u
         assert_same([pool.collect(actor, DECISIONS)], undisturbed[:1])
 
 
+@pytest.mark.full
 def test_threads_collect_one_after_the_other(cluster, actor, undisturbed, tmp_path):
     with on_ray(faulty_spec(tmp_path)) as pool, ThreadPoolExecutor(2) as threads:
         rollouts = list(threads.map(lambda _: pool.collect(actor, DECISIONS), range(2)))
@@ -375,6 +384,7 @@ def test_threads_collect_one_after_the_other(cluster, actor, undisturbed, tmp_pa
     assert_same(rollouts, undisturbed)
 
 
+@pytest.mark.full
 def test_what_is_restored_beside_a_collection_is_not_lost(cluster, actor, undisturbed, tmp_path):
     """It waits for its turn."""
     with on_ray(faulty_spec(tmp_path)) as pool, ThreadPoolExecutor(1) as thread:
@@ -438,6 +448,7 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.full
 def test_a_pool_whose_ray_has_ended_starts_none(cluster, actor, tmp_path, monkeypatch):
     """As `ray.kill` and `ray.put` would."""
     killed: list[object] = []
@@ -450,6 +461,7 @@ def test_a_pool_whose_ray_has_ended_starts_none(cluster, actor, tmp_path, monkey
     assert killed == []
 
 
+@pytest.mark.full
 def test_why_a_worker_cannot_start_is_said(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr("dprl.rollout.ray_pool.surroundings.Surroundings.here", lambda spec: Unusable())
     with pytest.raises(ConfigError, match=r"num_workers = 1: one could not start: .*no such module here"):
@@ -476,7 +488,7 @@ def five_steps(index: int) -> EnvState:
     return EnvState(np.zeros(N_ENVS, np.int64), lengths, np.zeros((5, 1), np.float32))
 
 
-@pytest.mark.parametrize("make", [on_ray, in_process])
+@pytest.mark.parametrize("make", ALIKE)
 def test_an_episode_that_ends_in_its_replay_is_an_error_that_leaves_all_as_it_was(
     make, cluster, actor, undisturbed, tmp_path
 ):
@@ -525,6 +537,7 @@ def test_an_action_that_is_not_finite_is_named_and_costs_nothing(make, cluster, 
         assert pool.step_chunk(actions).n_steps.tolist() == [2] * N_ENVS
 
 
+@pytest.mark.full
 def test_threads_take_turns(cluster, actor, tmp_path):
     with on_ray(faulty_spec(tmp_path)) as pool, ThreadPoolExecutor(1) as thread:
         expected = evaluate(actor.policy, pool.spec, 60, 1)
@@ -534,6 +547,7 @@ def test_threads_take_turns(cluster, actor, tmp_path):
             assert evaluation.result().metrics() == expected.metrics()
 
 
+@pytest.mark.full
 def test_what_an_interrupt_ends_is_no_failure(cluster, actor, tmp_path, monkeypatch):
     """Its calls are ended; that their workers are restarted is nobody's fault."""
     monkeypatch.setattr("dprl.rollout.ray_pool.workers.ABANDONED_TIMEOUT_S", 0.5)
@@ -666,7 +680,10 @@ def test_nothing_is_left_of_a_ray_that_the_pool_started():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("error", [None, KeyboardInterrupt, EnvFaultError])
+ERRORS = [KeyboardInterrupt, *(pytest.param(error, marks=pytest.mark.full) for error in (None, EnvFaultError))]
+
+
+@pytest.mark.parametrize("error", ERRORS)
 def test_nothing_is_left_after_close(error, cluster, actor, tmp_path):
     try:
         with on_ray(faulty_spec(tmp_path)) as pool:
@@ -682,7 +699,7 @@ def test_nothing_is_left_after_close(error, cluster, actor, tmp_path):
     assert_nothing_is_left()
 
 
-@pytest.mark.parametrize("make", [on_ray, in_process])
+@pytest.mark.parametrize("make", ALIKE)
 def test_a_fault_while_another_is_mended_counts_and_loses_nothing(make, cluster, actor, undisturbed, tmp_path):
     """The second one waits in the actions that are replayed to get back to where the collection began."""
     first, second = Fault("nan", SEEDS[4], 0, 3), Fault("nan", SEEDS[5], 0, 1, times=2)
@@ -733,12 +750,14 @@ def test_an_evaluation_survives_a_fault(make, cluster, actor, tmp_path):
     assert replace(result, policy_latency_ms_p50=0.0) == replace(expected, policy_latency_ms_p50=0.0)
 
 
+@pytest.mark.full
 def test_an_evaluation_names_the_environment_as_the_pool_counts_it(cluster, actor, tmp_path):
     plant(tmp_path, evaluation_fault(1, 30, "nan", times=9))
     with on_ray(faulty_spec(tmp_path), max_failures=1) as pool, pytest.raises(WorkerError, match="environment 30, "):
         pool.evaluate(actor.policy, 60, 1)
 
 
+@pytest.mark.full
 def test_a_worker_given_up_in_an_evaluation_is_made_up_for(cluster, actor, undisturbed, tmp_path):
     with on_ray(faulty_spec(tmp_path)) as pool:
         first = pool.collect(actor, DECISIONS)
@@ -748,7 +767,7 @@ def test_a_worker_given_up_in_an_evaluation_is_made_up_for(cluster, actor, undis
         assert_same([first, pool.collect(actor, DECISIONS)], undisturbed)
 
 
-@pytest.mark.parametrize("make", [on_ray, in_process])
+@pytest.mark.parametrize("make", ALIKE)
 def test_no_decisions_are_refused(make, cluster, actor, tmp_path):
     with make(faulty_spec(tmp_path)) as pool:
         with pytest.raises(ConfigError, match="n_steps = 0"):

@@ -296,20 +296,20 @@ def test_an_evaluation_leaves_the_environments_where_they_are(reference, spec, a
         assert_same(pool.collect(actor, DECISIONS), reference.second)
 
 
-@pytest.mark.parametrize("episodes", [3, pytest.param(60, marks=pytest.mark.full)])
-def test_ray_evaluates_as_one_process_does(episodes, ray, spec, actor):
+@pytest.mark.full
+@pytest.mark.parametrize(("episodes", "num_workers"), [(3, 1), (3, 4), (60, 1), (60, 4)])
+def test_ray_evaluates_as_one_process_does(episodes, num_workers, ray, spec, actor):
     """Whatever the number of workers, and without touching the pool's own environments."""
     from dprl.rollout.ray_pool import RayPool
 
     expected = evaluate(actor.policy, spec, episodes, seed=11)
-    for num_workers in (1, 4):
-        with RayPool(spec, N_ENVS, num_workers=num_workers, seed=SEED, slice_size=SLICE) as pool:
-            before = pool.collect(actor, 1), pool.state()
-            progress: list[int] = []
-            result = pool.evaluate(actor.policy, episodes, 11, on_progress=progress.append)
-            assert replace(result, policy_latency_ms_p50=0.0) == replace(expected, policy_latency_ms_p50=0.0)
-            assert sum(progress) == episodes
-            assert_same_state(pool.state(), before[1])
+    with RayPool(spec, N_ENVS, num_workers=num_workers, seed=SEED, slice_size=SLICE) as pool:
+        before = pool.collect(actor, 1), pool.state()
+        progress: list[int] = []
+        result = pool.evaluate(actor.policy, episodes, 11, on_progress=progress.append)
+        assert replace(result, policy_latency_ms_p50=0.0) == replace(expected, policy_latency_ms_p50=0.0)
+        assert sum(progress) == episodes
+        assert_same_state(pool.state(), before[1])
 
 
 def test_ray_guides_and_chooses_as_one_process_does(ray, spec, actor):
@@ -333,6 +333,7 @@ def test_restore_in_process_goes_on_exactly(reference, spec, actor):
         assert_same(pool.collect(actor, DECISIONS), reference.second)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("make", ["in process", "on Ray"])
 def test_a_used_pool_can_be_restored(make, ray, spec, actor, reference):
     """To what was before, and to the beginning; EnvPool's environments cannot go back."""
@@ -399,7 +400,7 @@ def test_a_policy_that_does_not_explore_is_no_actor(spec, actor):
         pool.collect(actor.policy, 1)
 
 
-@pytest.mark.parametrize("num_workers", [*(pytest.param(n, marks=pytest.mark.full) for n in (1, 2)), 4])
+@pytest.mark.parametrize("num_workers", [2, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 4))])
 def test_ray_gives_the_same_rollouts(reference, on_ray, num_workers):
     collected = on_ray(num_workers)
     assert_same(collected.first, reference.first)
@@ -407,8 +408,9 @@ def test_ray_gives_the_same_rollouts(reference, on_ray, num_workers):
     assert_same_state(collected.state, reference.state)
 
 
+@pytest.mark.full
 def test_rollouts_from_ray_may_be_changed_like_those_in_process(reference, on_ray):
-    for collected in (reference, on_ray(1), on_ray(4)):
+    for collected in (reference, on_ray(1), on_ray(2)):
         frozen = [f.name for f in ARRAYS if not getattr(collected.first, f.name).flags.writeable]
         assert frozen == []
 
@@ -417,10 +419,10 @@ def test_restore_with_another_number_of_workers_goes_on_exactly(reference, on_ra
     from dprl.rollout.ray_pool import RayPool
 
     with in_process(spec) as pool:
-        pool.restore(on_ray(4).state)
+        pool.restore(on_ray(2).state)
         assert_same(pool.collect(actor, DECISIONS), reference.second)
-    with RayPool(spec, N_ENVS, num_workers=2, seed=SEED, slice_size=SLICE) as pool:
-        pool.restore(on_ray(4).state)
+    with RayPool(spec, N_ENVS, num_workers=1, seed=SEED, slice_size=SLICE) as pool:
+        pool.restore(on_ray(2).state)
         assert_same(pool.collect(actor, DECISIONS), reference.second)
 
 
@@ -467,7 +469,7 @@ def test_pool_can_follow_another_at_once(ray, spec):
 
 
 def test_close_leaves_no_actors(ray, on_ray):
-    on_ray(1)
+    on_ray(2)
     deadline = time.monotonic() + 20  # Ray counts what has ended a moment later
     while ray.available_resources().get("CPU", 0) < 8 and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -499,7 +501,10 @@ def random_actor(spec: EnvSpec, horizon: int = HORIZON, executed: int = EXECUTED
     return DenoisingMDP(DiffusionPolicy(features, config), 2, ExplorationConfig())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+QUICK = "gymnasium, a process each"
+
+
+@pytest.mark.parametrize("backend", [b if b == QUICK else pytest.param(b, marks=pytest.mark.full) for b in BACKENDS])
 def test_ray_gives_the_same_on_every_backend(backend, ray):
     """With half the workers' slices elsewhere; the collections go over the ends of episodes."""
     from dprl.rollout.ray_pool import RayPool
@@ -513,7 +518,7 @@ def test_ray_gives_the_same_on_every_backend(backend, ray):
     assert_same_state(collected.state, expected.state)
 
 
-@pytest.mark.parametrize("plan", [(5, 1), (3, 2), (6, 6)])
+@pytest.mark.parametrize("plan", [(3, 2), *(pytest.param(plan, marks=pytest.mark.full) for plan in ((5, 1), (6, 6)))])
 def test_a_share_does_not_depend_on_what_else_a_pool_has(plan):
     """To the bit. The strides of the noise decide how torch rounds: one collection in thirty differed by them."""
     actor, spec = random_actor(reach_spec(), *plan), reach_spec()

@@ -30,10 +30,9 @@ def due_now(state: EnvState, rng: np.random.Generator) -> Fault:
     return Fault(kind, SEEDS[index], int(state.episodes[index]), int(state.lengths[index]))
 
 
+@pytest.mark.full
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(
-    ("seconds", "rate"), [(6, 0.2), pytest.param(600, 0.01, marks=pytest.mark.full)], ids=["short", "10 minutes"]
-)
+@pytest.mark.parametrize(("seconds", "rate"), [(6, 0.2), (600, 0.01)], ids=["short", "10 minutes"])
 def test_soak(seconds, rate, tmp_path, capsys):
     """Faults of all kinds in `rate` of the calls on workers."""
     start_ray(num_cpus=4)

@@ -90,11 +90,11 @@ def assert_same_checkpoint(a: Path, b: Path) -> None:
         assert (a / name).read_text() == (b / name).read_text()
 
 
-ALIKE = [pytest.param(kind, marks=pytest.mark.full) for kind in ("pretrain", "offline")]
-"""What trains on data, as `online` does beside its environment."""
+ALIKE = [pytest.param(kind, marks=pytest.mark.full) for kind in ("pretrain", "offline", "online")]
+"""What trains on data, too; the agents' own tests stop and resume them without a process each."""
 
 
-@pytest.mark.parametrize("kind", [*ALIKE, "online", "finetune"])
+@pytest.mark.parametrize("kind", [*ALIKE, "finetune"])
 def test_killed_and_resumed_equals_uninterrupted(kind: str, inputs: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(command(kind, inputs, whole)) == 0
@@ -172,6 +172,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(inputs: Path, tmp_
     assert_same_checkpoint(killed / "checkpoints" / "last", whole / "checkpoints" / "last")
 
 
+@pytest.mark.full
 def test_a_run_that_another_process_trains_is_left_alone(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Self
 
-from dprl.errors import check
+from dprl.errors import check, check_count
 from dprl.guidance import Guide
 from dprl.policy import InferenceConfig, Policy, RecedingHorizon, Scorer
 from dprl.rollout.evaluation import Evaluation, Outcome, check_evaluation, play, seats, summary
@@ -41,8 +41,9 @@ class RayEvaluator:
             runtime_env: Ray's, of a cluster. Default: one that carries this checkout's code to its nodes.
 
         Raises:
-            ConfigError: Ray has too few CPUs.
+            ConfigError: no workers, or more than Ray has CPUs for.
         """
+        check_count("num_workers", num_workers)
         self.spec = spec_of(env, options)
         builder_of(self.spec)
         self._options = WorkerOptions() if workers is None else workers
