@@ -41,7 +41,7 @@ from dprl.data.source import (
 )
 from dprl.errors import DatasetError, MissingDependencyError
 from dprl.observations import IMAGES, STATE, camera_name
-from dprl.spec import FloatArray
+from dprl.spec import FloatArray, IntArray
 
 INFO = Path("meta") / "info.json"
 OBSERVATION = "observation."
@@ -49,6 +49,7 @@ VERSIONS = ("v2.0", "v2.1", "v3.0")
 VISUAL = ("image", "video")
 TEXT = ("string", "str", "language", "object")
 SAME_RATE = 0.01
+ROWS_AT_ONCE = 16_384
 """How near, relatively, a video's frames per second are to what was said."""
 EPISODE = "episode_index"
 OUTCOMES = ("next.reward", "next.success", "next.done")
@@ -201,8 +202,9 @@ class LeRobot(Source):
     def _rows(self, place: _Place) -> dict[str, Any]:
         """The columns that are needed of one episode's rows."""
         with damage_named(f"'{place.table}'", self.format):
-            table = self._tables.around(place.table, place.index, {"action", "frame_index", *self._parts, *OUTCOMES})
-        rows = np.flatnonzero(np.asarray(table[EPISODE]) == place.index)
+            wanted = {"action", "frame_index", *self._parts, *OUTCOMES}
+            table, episodes = self._tables.around(place.table, place.index, wanted)
+        rows = np.flatnonzero(episodes == place.index)
         if len(rows) != place.length or (np.diff(rows) != 1).any():
             found = f"{len(rows)} rows, but {place.length} in meta"
             raise DatasetError(f"'{place.table}': episode {place.index} has {found}, or they are not in turn")
@@ -218,12 +220,19 @@ class _Tables:
         self._opened: Any = None
         self._groups: list[int] | None = None
         self._table: Any = None
+        self._episodes: Any = None
 
-    def around(self, file: Path, episode: int, wanted: set[str]) -> Any:
-        """Read the columns `wanted`, those that there are, of the row groups that an episode may lie in."""
+    def around(self, file: Path, episode: int, wanted: set[str]) -> tuple[Any, IntArray]:
+        """Read the columns `wanted`, those that there are, of the row groups that an episode may lie in.
+
+        Returns them, and of which episode each row is.
+        """
         if file != self._file:
             self.close()
-            self._opened, self._file = require_parquet().ParquetFile(file), file
+            self._opened, self._file = (
+                require_pyarrow().parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20),
+                file,
+            )
         here = self._opened.schema_arrow.names
         if EPISODE not in here:
             raise DatasetError(f"'{file}': the column {EPISODE} is missing")
@@ -231,8 +240,13 @@ class _Tables:
         if groups != self._groups:
             columns = [name for name in here if name in wanted or name == EPISODE]
             self._groups, self._table = groups, None  # let go of the others first
-            self._table = self._opened.read_row_groups(groups, columns=columns)
-        return self._table
+            # in parts: all of a row group at once takes four times its own memory
+            parts = self._opened.iter_batches(ROWS_AT_ONCE, groups, columns, use_threads=False)
+            schema = self._opened.schema_arrow
+            some = require_pyarrow().schema([schema.field(name) for name in columns])
+            self._table = require_pyarrow().Table.from_batches(parts, some)
+            self._episodes = np.asarray(self._table[EPISODE])
+        return self._table, self._episodes
 
     def _groups_with(self, episode: int) -> list[int]:
         about, schema = self._opened.metadata, self._opened.schema
@@ -244,7 +258,7 @@ class _Tables:
         """Let go of the file."""
         if self._opened is not None:
             self._opened.close()
-        self._file = self._opened = self._groups = self._table = None
+        self._file = self._opened = self._groups = self._table = self._episodes = None
 
 
 def _camera(name: str) -> str:
@@ -285,7 +299,7 @@ def _places_of_v3(path: Path, info: dict[str, Any], videos: list[str]) -> list[_
     """Many episodes in one file."""
     found = []
     for table in sorted((path / "meta" / "episodes").rglob("*.parquet")):
-        opened = require_parquet().ParquetFile(table)
+        opened = require_pyarrow().parquet.ParquetFile(table)
         starts = ("episode_index", "length", "data/", "videos/")  # there are also statistics of every feature
         kept = [name for name in opened.schema_arrow.names if name.startswith(starts)]
         for row in opened.read(columns=kept).to_pylist():
@@ -384,13 +398,13 @@ def require_compute() -> Any:
     return compute
 
 
-def require_parquet() -> Any:
-    """Return pyarrow's parquet module, or raise MissingDependencyError."""
+def require_pyarrow() -> Any:
+    """Return pyarrow with its parquet module, or raise MissingDependencyError."""
     try:
-        from pyarrow import parquet
+        import pyarrow.parquet
     except ImportError as error:
         raise MissingDependencyError("pyarrow", "data", "reading a LeRobotDataset") from error
-    return parquet
+    return pyarrow
 
 
 def require_ffmpeg() -> Any:
