@@ -204,6 +204,7 @@ def test_same_seed_same_parameters() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.full
 def test_critic_of_an_endless_world_that_is_cut_every_8_steps() -> None:
     """Reward 1 for ever, truncated every 8 steps: V = 1 / (1 - γ) only if a truncated step bootstraps."""
     gamma = 0.9

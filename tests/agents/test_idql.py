@@ -108,7 +108,8 @@ def chain(n: int = 400) -> Episodes:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("n_action_steps", [pytest.param(1, marks=pytest.mark.full), 2])
+@pytest.mark.full
+@pytest.mark.parametrize("n_action_steps", [1, 2])
 def test_values_are_those_of_what_follows(n_action_steps: int) -> None:
     """An episode that was cut goes on elsewhere: its end is worth what others earn from there."""
     gamma, data = 0.5, chain()

@@ -127,6 +127,7 @@ def test_imitation_and_q_are_logged_apart() -> None:
     assert without["diffusion-ql/policy_q_mean"] == with_q["diffusion-ql/policy_q_mean"]
 
 
+@pytest.mark.full
 def test_iql_weighs_what_a_gaussian_clones() -> None:
     """By exp(2 A): the mean of a Gaussian, moved by twice its variance."""
     data = slope()

@@ -151,6 +151,7 @@ def test_an_environment_that_fails_to_reset_is_named():
     env.close()
 
 
+@pytest.mark.full
 def test_processes_that_have_died_do_not_hinder_closing(caplog):
     env = vec_env.from_vec_env(hopper_in_processes(2), max_episode_steps=LIMIT)
     env.reset()

@@ -231,6 +231,7 @@ def test_a_policy_that_acts_elsewhere_survives_a_fault(num_workers, cluster, tmp
         np.testing.assert_array_equal(pool.state().actions, other.state().actions)
 
 
+@pytest.mark.full
 def test_a_worker_that_does_not_come_back_is_replaced_by_the_others(cluster, actor, undisturbed, tmp_path, monkeypatch):
     with on_ray(faulty_spec(tmp_path), num_workers=2) as pool:
         first = pool.collect(actor, DECISIONS)
@@ -739,7 +740,7 @@ def evaluation_fault(seed: int, environment: int, kind: str, times: int = 1) -> 
     return Fault(kind, its_seed, 0, 0, times)
 
 
-@pytest.mark.parametrize("make", [on_ray, in_process])
+@pytest.mark.parametrize("make", ALIKE)
 def test_an_evaluation_survives_a_fault(make, cluster, actor, tmp_path):
     spec = faulty_spec(tmp_path)
     expected = evaluate(actor.policy, spec, 60, seed=1)
