@@ -4,6 +4,8 @@ if __name__ != "dprl.agents":
     raise ImportError("import this package as 'dprl.agents', not as 'agents'")
 
 from dprl.agents.bc import BC, BCConfig
+from dprl.agents.decision_diffuser import DecisionDiffuser
+from dprl.agents.diffuser import Diffuser, DiffuserConfig
 from dprl.agents.diffusion_ql import DiffusionQL, DiffusionQLConfig
 from dprl.agents.dppo import DPPO
 from dprl.agents.dppo_config import DPPOConfig
@@ -20,6 +22,9 @@ __all__ = [
     "IQL",
     "BCConfig",
     "DPPOConfig",
+    "DecisionDiffuser",
+    "Diffuser",
+    "DiffuserConfig",
     "DiffusionQL",
     "DiffusionQLConfig",
     "Energy",

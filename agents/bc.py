@@ -23,6 +23,7 @@ from dprl.errors import DatasetError, check
 from dprl.networks import polyak_update, weight_decay_groups
 from dprl.policy import DiffusionPolicy, InferenceConfig, Policy, masked_mean
 from dprl.seeding import seeded_init, torch_generator
+from dprl.spec import FloatArray
 from dprl.training import Agent, LoopConfig, train
 from dprl.training.precision import check_precision, computing
 
@@ -129,6 +130,7 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
     def set_data(self, data: Episodes, total_steps: int) -> None:
         """Take `data` to learn from; `total_steps` shapes the learning rate's decay."""
         require_like(self.policy, data)
+        data = self.policy.chunks_of(data)
         held_out: Episodes | None = None
         if self.config.validation_share:
             data, held_out = data.split(self.config.validation_share, self.seed)
@@ -229,8 +231,9 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
         for batch in held_out.read(picks[: n - n % 64].view(-1, min(64, n)) if n >= 64 else picks[None]):
             losses.append(self.policy.loss(batch.obs, batch.actions, valid=batch.valid, generator=generator))
             drawn = self.policy.draw(batch.obs, InferenceConfig(), generator)
-            normalize = self.policy.action_normalizer.normalize
-            errors.append(masked_mean((normalize(drawn) - normalize(batch.actions)) ** 2, batch.valid))
+            normalize = self.policy.chunk_normalizer.normalize
+            error = self.policy.act(normalize(drawn) - normalize(batch.actions)) ** 2
+            errors.append(masked_mean(error, batch.valid))
         return {
             "validation/loss": float(torch.stack(losses).mean()),
             "validation/action_mse": float(torch.stack(errors).mean()),
@@ -240,9 +243,18 @@ class BC(Agent[Tensor], Generic[AnyPolicy]):
         config, pad_after = self.policy.config, self.config.pad_after
         pad_after = config.horizon - 1 if pad_after is None else pad_after
         chunks = data.chunks(config.n_obs_steps, config.horizon, pad_after=pad_after)
-        commands = self.policy.commands(data) if isinstance(self.policy, DiffusionPolicy) else None
         workers = self.config.num_workers
-        return ChunkBatches(data, chunks, self.policy.device, num_workers=workers, commands=commands)
+        return ChunkBatches(data, chunks, self.policy.device, num_workers=workers, commands=self.commands(data))
+
+    def commands(self, data: Episodes) -> FloatArray | None:
+        """Return what the policy is told of each step's chunk (S, C), if it is told anything."""
+        return self.policy.commands(data) if isinstance(self.policy, DiffusionPolicy) else None
+
+
+def require_action_chunks(policy: Policy) -> None:
+    """Raise ConfigError where the policy's chunks are of more than actions, which critics of actions cannot judge."""
+    fits = policy.chunk_size == policy.features.action_size
+    check(fits, "policy", policy.name, "must draw actions: plans are learned by diffuser and decision-diffuser")
 
 
 def require_like(policy: Policy, data: Episodes) -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from dprl import checkpoint
-from dprl.agents.bc import require_like
+from dprl.agents.bc import require_action_chunks, require_like
 from dprl.config import validate
 from dprl.data import Episodes
 from dprl.data.loader import ChunkBatches
@@ -98,6 +98,7 @@ class Energy(Agent[Tensor]):
         """
         check(isinstance(policy, DiffusionPolicy), "policy", policy.name, "must be a diffusion policy or flow")
         assert isinstance(policy, DiffusionPolicy)
+        require_action_chunks(policy)
         scorer = scorer or policy.scorer
         check(scorer is not None, "scorer", None, "must be given: the policy has no critics")
         assert scorer is not None

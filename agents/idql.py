@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dprl import checkpoint
-from dprl.agents.bc import BC, BCConfig
+from dprl.agents.bc import BC, BCConfig, require_action_chunks
 from dprl.config import validate
 from dprl.data import Episodes
 from dprl.data.loader import Batch, DecisionBatch, DecisionBatches
@@ -145,6 +145,7 @@ class IDQL(Agent[Picks]):
         Raises:
             ConfigError: settings at odds, also with those that the policy's critics were learned with.
         """
+        require_action_chunks(policy)
         self.policy, self.config = policy, config or IDQLConfig()
         had = policy.scorer if isinstance(policy.scorer, ChunkCritic) else None
         terms = None if had is None else had.terms

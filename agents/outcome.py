@@ -31,6 +31,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dprl import checkpoint
 from dprl.agents.bc import require_like
+from dprl.agents.prospects import prospects
 from dprl.config import validate
 from dprl.data import Episodes
 from dprl.data.loader import Batch, ChunkBatches
@@ -105,20 +106,30 @@ class Outcome(Agent[Tensor]):
     policy: DiffusionPolicy
     config: OutcomeConfig
 
-    def __init__(self, policy: Policy, config: OutcomeConfig | None = None, *, seed: int = 0) -> None:
+    def __init__(
+        self, policy: Policy, config: OutcomeConfig | None = None, *, critics: Policy | None = None, seed: int = 0
+    ) -> None:
         """Prepare to learn.
 
         Args:
             policy: whose chunks are judged; its `scorer` becomes what is learned.
             config: the numbers.
+            critics: a policy whose critics say what follows a chunk, see `prospects`. Default: what followed in the
+                data.
             seed: of the networks, the held-out episodes, minibatches and noise.
 
         Raises:
-            ConfigError: a policy that does not denoise.
+            ConfigError: a policy that does not denoise, or settings that critics leave no use for.
         """
         check(isinstance(policy, DiffusionPolicy), "policy", policy.name, "must be a diffusion policy or flow")
         assert isinstance(policy, DiffusionPolicy)
         self.policy, self.config, self.seed, self.timesteps = policy, config or OutcomeConfig(), seed, 0
+        self._critics = critics
+        for name in ("of", "gamma", "termination_penalty") if critics is not None else ():
+            own, usual = getattr(self.config, name), getattr(OutcomeConfig, name)
+            check(own == usual, name, own, "must be left out: critics have their own")
+        drawn = policy.denoised_size == policy.chunk_size or not self.config.critic.noised
+        check(drawn, "critic.noised", True, "must be False: the policy denoises a part of its chunks only")
         with seeded_init(seed, "outcome"):
             networks = self.config.networks
             self.critic, self.average = (ChunkValue.of(policy, networks).to(policy.device) for _ in range(2))
@@ -159,6 +170,8 @@ class Outcome(Agent[Tensor]):
 
     def _outcomes(self, data: Episodes) -> FloatArray:
         """What every step led to: (S,)."""
+        if self._critics is not None:
+            return prospects(data, self.policy.config.horizon, self._critics)
         if self.config.of == "return":
             return returns_to_go(data, self.config.gamma, self.config.termination_penalty)
         if not data.success_known:
@@ -168,7 +181,7 @@ class Outcome(Agent[Tensor]):
     def _chunks(self, data: Episodes, outcomes: FloatArray) -> _Chunks:
         config, device = self.policy.config, self.policy.device
         cut = data.chunks(config.n_obs_steps, config.horizon, pad_after=config.horizon - 1)
-        batches = ChunkBatches(data, cut, device, num_workers=self.config.num_workers)
+        batches = ChunkBatches(self.policy.chunks_of(data), cut, device, num_workers=self.config.num_workers)
         return _Chunks(batches, torch.as_tensor(outcomes[cut.action_rows[:, 0]], device=device))
 
     def collect(self) -> Tensor:
@@ -195,7 +208,7 @@ class Outcome(Agent[Tensor]):
         """Take one gradient step on chunks and their outcomes (B,); return the loss."""
         policy, critic, generator = self.policy, self.critic, self._generator
         self._learner.set_rate(1 - self.timesteps / self._total_steps)
-        clean, levels = policy.action_normalizer.normalize(chunks.actions), self._levels(len(outcomes))
+        clean, levels = policy.chunk_normalizer.normalize(chunks.actions), self._levels(len(outcomes))
         noisy = critic.noised(policy.schedule, clean, levels, generator)
         seen = critic.see(chunks.obs, generator if policy.features.cameras else None)
         said = critic(seen, noisy, levels)

@@ -38,6 +38,7 @@ from dprl.policy import (
     GMMConfig,
     InferenceConfig,
     LSTMGMMConfig,
+    PlannerConfig,
     Policy,
     RecedingHorizon,
     find_policy,
@@ -254,7 +255,8 @@ def pretrain(config: Annotated[runs.PretrainConfig, Flat], *, out: Out, quiet: Q
     features = Policy.from_pretrained(out).features
     env = features.env_id or "ENV"
     then = f"evaluate {out} --env {env}"
-    if isinstance(config.policy, DiffusionConfig | GaussianConfig | GMMConfig | LSTMGMMConfig):
+    tuned = isinstance(config.policy, DiffusionConfig | GaussianConfig | GMMConfig | LSTMGMMConfig)
+    if tuned and not isinstance(config.policy, PlannerConfig):
         there = config.policy.num_train_timesteps if isinstance(config.policy, DiffusionConfig) else 1
         steps = "" if there >= DPPOConfig().tuned_steps else f" --dppo.tuned-steps {there}"
         then = f"finetune {out} --env {env}{steps} --out runs/finetune"
@@ -263,12 +265,13 @@ def pretrain(config: Annotated[runs.PretrainConfig, Flat], *, out: Out, quiet: Q
 
 @app.command
 def offline(config: Annotated[runs.OfflineConfig, Flat], *, out: Out, quiet: Quiet = False) -> None:
-    """Learn from rewards in a data set, without a simulator: IDQL, IQL or Diffusion-QL."""
+    """Learn from rewards in a data set, without a simulator: IDQL, IQL, Diffusion-QL, or planners."""
     runs.offline(config, out, progress_bar=not quiet)
     learned_in = Policy.from_pretrained(out).features.env_id
     env = config.env or ("ENV" if learned_in is None else None)
     where = f" --env {env}" if env else ""
-    print(f"The policy and its critics are in {out}. Next: dprl evaluate {out}{where}{_how(config.acting)}")
+    how = _how(config.acting) + _how(config.steering)
+    print(f"The policy and its critics are in {out}. Next: dprl evaluate {out}{where}{how}")
 
 
 @app.command(name="train-critic")
@@ -283,11 +286,12 @@ def train_critic(config: Annotated[runs.CriticTrainingConfig, Flat], *, out: Out
     )
 
 
-def _how(acting: InferenceConfig) -> str:
+def _how(acting: InferenceConfig | GuidanceConfig) -> str:
     """The options that let a policy act so."""
-    usual = InferenceConfig()
+    usual = type(acting)()
     asked = {name: value for name, value in vars(acting).items() if value not in (getattr(usual, name), "argmax")}
-    return "".join(f" --{name.replace('_', '-')} {value}" for name, value in asked.items())
+    said = {name: " ".join(map(str, v)) if isinstance(v, tuple) else v for name, v in asked.items()}
+    return "".join(f" --{name.replace('_', '-')} {value}" for name, value in said.items())
 
 
 @app.command

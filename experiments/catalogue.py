@@ -107,6 +107,10 @@ STUDIES = {
         f"offline-{name}": (f"dprl.experiments.offline:on_{name}", f"offline-mujoco on {name} alone; --paper too")
         for name in GYM
     },
+    "planners": (
+        "dprl.experiments.planners:run",
+        "Diffuser and Decision Diffuser beside IDQL, whose critics they ask, in offline-stitch's mazes",
+    ),
     "obstacle": ("dprl.experiments.obstacle:run", "a reward of one's own steers a clone round a pillar it never saw"),
     "score-field": ("dprl.experiments.score_field:run", "what a denoiser learns of a 2-D distribution, drawn"),
 }

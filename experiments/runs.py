@@ -24,6 +24,9 @@ from dprl.agents import (
     IDQL,
     IQL,
     BCConfig,
+    DecisionDiffuser,
+    Diffuser,
+    DiffuserConfig,
     DiffusionQL,
     DiffusionQLConfig,
     DPPOConfig,
@@ -44,7 +47,7 @@ from dprl.envs.collect import collect_episodes
 from dprl.envs.experts import make_expert
 from dprl.errors import CheckpointError, ConfigError, DatasetError, check
 from dprl.experiments import plots
-from dprl.guidance.spec import scorer_named
+from dprl.guidance.spec import GuidanceConfig, scorer_named, steering
 from dprl.log import read_metrics, require_wandb
 from dprl.mdp import mdp_of
 from dprl.networks import LNResNetConfig, TransformerConfig, UNetConfig
@@ -60,6 +63,7 @@ from dprl.policy import (
     InferenceConfig,
     LSTMGMMConfig,
     MSEConfig,
+    PlannerConfig,
     Policy,
     RecedingHorizon,
     find_policy,
@@ -163,6 +167,8 @@ class CollectConfig:
 
 BEHAVIOUR = DiffusionConfig(num_train_timesteps=5, schedule="vp", denoiser=LNResNetConfig())
 """IDQL's behaviour policy."""
+STATE_PLANNER = PlannerConfig(denoised="states", command="return")
+"""Decision Diffuser's."""
 
 # The command line's names for the policies. What is chosen inside one of them (its network) is chosen by its name.
 PolicyChoice = (
@@ -180,6 +186,8 @@ PolicyChoice = (
         policy_name("flow", default=FLOW),
     ]
     | Annotated[AvoidSubcommands[DiffusionConfig], policy_name("ln-resnet", default=BEHAVIOUR)]
+    | Annotated[AvoidSubcommands[PlannerConfig], policy_name("planner", default=PlannerConfig())]
+    | Annotated[AvoidSubcommands[PlannerConfig], policy_name("state-planner", default=STATE_PLANNER)]
     | Annotated[MSEConfig, policy_name("mse")]
     | Annotated[GaussianConfig, policy_name("gaussian")]
     | Annotated[GMMConfig, policy_name("gmm")]
@@ -241,8 +249,27 @@ ACTING = {
     "idql": InferenceConfig(candidates=64),
     "iql": InferenceConfig(temperature=0.0),
     "diffusion-ql": InferenceConfig(candidates=50, selection="softmax"),
+    "diffuser": InferenceConfig(candidates=16),
+    "decision-diffuser": InferenceConfig(),
 }
 """How the policies of offline learning act, unless they are asked for otherwise."""
+STEERED = {
+    "diffuser": GuidanceConfig(guide="critic", gradient="noisy"),
+    "decision-diffuser": GuidanceConfig(command=(1.0,)),
+}
+"""What those that plan are steered by."""
+PLANNERS = {"diffuser": PlannerConfig(), "decision-diffuser": STATE_PLANNER}
+"""Their policies, unless others are asked for."""
+
+
+SETTINGS = {
+    "idql": "idql",
+    "iql": "idql",
+    "diffusion-ql": "diffusion_ql",
+    "diffuser": "diffuser",
+    "decision-diffuser": "decision_diffuser",
+}
+"""Agent -> the field of its numbers."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +279,8 @@ class OfflineConfig:
     data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
     """File or folder of the data set."""
     policy: PolicyChoice = BEHAVIOUR
-    """Which behaviour policy is cloned: IDQL's `ln-resnet` (default), or another; see `dprl pretrain --help`."""
+    """Which behaviour policy is cloned: IDQL's `ln-resnet` (default), or another; see `dprl pretrain --help`. Of
+    diffuser by default `planner`, of decision-diffuser `state-planner`."""
     steps: int = 20_000
     """Gradient steps."""
     episodes: int | None = None
@@ -263,12 +291,18 @@ class OfflineConfig:
     """Parts of the observation that make up the state, in this order, and cameras. Default: the format's own."""
     memory_map: bool | None = None
     """Leave the data on disk, where `bc.num_workers` read them. Default: if they would fill a third of the memory."""
-    agent: Literal["idql", "iql", "diffusion-ql"] = "idql"
-    """What learns: `idql`; `iql`, whose critics weigh what a policy with a density clones, such as `gaussian`; or
-    `diffusion-ql`, where a diffusion policy also follows the critics' gradient."""
+    agent: Literal["idql", "iql", "diffusion-ql", "diffuser", "decision-diffuser"] = "idql"
+    """What learns: `idql`; `iql`, whose critics weigh what a policy with a density clones, such as `gaussian`;
+    `diffusion-ql`, where a diffusion policy also follows the critics' gradient; or what plans states and actions:
+    `diffuser`, steered by what plans earn, and `decision-diffuser`, told what they shall."""
+    critics: str | None = None
+    """For those that plan: the folder of a run or policy with critics that say what follows a plan. Default: what
+    followed in the data."""
     idql: IDQLConfig = field(default_factory=IDQLConfig)
     """Of idql and iql."""
     diffusion_ql: DiffusionQLConfig = field(default_factory=DiffusionQLConfig)
+    diffuser: DiffuserConfig = field(default_factory=DiffuserConfig)
+    decision_diffuser: BCConfig = field(default_factory=BCConfig)
     checkpoint_every: int = 10
     """Iterations (of the agent's `bc.steps_per_iteration` gradient steps) between checkpoints."""
     env: str | None = None
@@ -277,8 +311,9 @@ class OfflineConfig:
     """Iterations between evaluations; 0 never evaluates."""
     eval_episodes: int = 50
     inference: InferenceConfig = field(default_factory=InferenceConfig)
-    """How the policy acts in these evaluations. Without `candidates`, idql's takes the best of 64 and diffusion-ql's
-    draws one of 50 by softmax of Q. iql's acts by its mean, at temperature 0, and so where it is asked for 1."""
+    """How the policy acts in these evaluations. Without `candidates`, idql's takes the best of 64, diffuser's of 16,
+    and diffusion-ql's draws one of 50 by softmax of Q. iql's acts by its mean, at temperature 0, and so where it is
+    asked for 1."""
     seed: int = 0
     device: str = "cpu"
     wandb: str | None = None
@@ -287,10 +322,19 @@ class OfflineConfig:
     def __post_init__(self) -> None:
         counts = ("steps", "episodes", "checkpoint_every", "eval_episodes")
         validate(self, at_least={**dict.fromkeys(counts, 1), "eval_every": 0, "seed": 0})
-        ours = "diffusion_ql" if self.agent == "diffusion-ql" else "idql"
-        for field_, default in (("idql", IDQLConfig()), ("diffusion_ql", DiffusionQLConfig())):
+        ours = self.settings
+        for field_, default in (
+            ("idql", IDQLConfig()),
+            ("diffusion_ql", DiffusionQLConfig()),
+            ("diffuser", DiffuserConfig()),
+            ("decision_diffuser", BCConfig()),
+        ):
             idle = field_ == ours or getattr(self, field_) == default
             check(idle, "agent", self.agent, f"must be another for the settings of {field_}: its own are of {ours}")
+        if self.agent in PLANNERS and self.policy == BEHAVIOUR:
+            object.__setattr__(self, "policy", PLANNERS[self.agent])
+        plans = self.agent in STEERED
+        check(plans or self.critics is None, "critics", self.critics, f"are for {' and '.join(STEERED)}")
         read = not self.memory_map or self.bc.num_workers != 0
         check(read, f"{ours}.bc.num_workers", 0, "must be at least 1 with memory_map: workers read what is on disk")
 
@@ -306,14 +350,20 @@ class OfflineConfig:
         return replace(asked, temperature=usual.temperature)
 
     @property
-    def learning(self) -> IDQLConfig:
-        """The agent's numbers."""
-        return self.diffusion_ql if self.agent == "diffusion-ql" else self.idql
+    def steering(self) -> GuidanceConfig:
+        """What steers the policy when it is evaluated."""
+        return STEERED.get(self.agent, GuidanceConfig())
+
+    @property
+    def settings(self) -> str:
+        """The field of the agent's numbers."""
+        return SETTINGS[self.agent]
 
     @property
     def bc(self) -> BCConfig:
-        """Of the behaviour policy."""
-        return self.learning.bc
+        """Of what is cloned."""
+        settings = getattr(self, self.settings)
+        return settings if isinstance(settings, BCConfig) else cast("BCConfig", settings.bc)
 
 
 @dataclass(frozen=True)
@@ -522,6 +572,8 @@ def pretrain(config: PretrainConfig, out: Path, *, progress_bar: bool = True) ->
 
 def offline(config: OfflineConfig, out: Path, *, progress_bar: bool = True) -> RunFolder:
     """Train a policy and its critics on a data set in the new run folder `out`."""
+    if config.critics is not None:
+        config = replace(config, critics=str(Path(config.critics).resolve()))
     return _on_data(config, "offline", out, progress_bar=progress_bar)
 
 
@@ -555,10 +607,11 @@ def finetune(config: FinetuneConfig, out: Path, *, progress_bar: bool = True) ->
     return run
 
 
-def resume(path: Path, *, data: Path | None = None, progress_bar: bool = True) -> RunFolder:
+def resume(path: Path, *, data: Path | None = None, critics: str | None = None, progress_bar: bool = True) -> RunFolder:
     """Continue an interrupted run from its newest checkpoint, or from its start, as if it had never stopped.
 
-    A complete run stays as it is. `data` is where a training's data are now, if they were moved.
+    A complete run stays as it is. `data` is where a training's data are now, if they were moved, and `critics` where
+    those of a planner are.
 
     Raises:
         CheckpointError: there is no run, or it is damaged.
@@ -571,6 +624,8 @@ def resume(path: Path, *, data: Path | None = None, progress_bar: bool = True) -
         started = run.last is not None
         if not isinstance(config, FinetuneConfig):
             config = replace(config, data=str(data)) if data else config
+            if critics is not None and isinstance(config, OfflineConfig):
+                config = replace(config, critics=critics)
             _train_on_data(config, run, _prepared(config, progress_bar), resume=started, progress_bar=progress_bar)
             return run
         prepared = _prepare_finetune(config, run.last or find_policy(Path(config.policy)))
@@ -586,7 +641,8 @@ def run_or_resume(
     """Do what `config` says in `out`, or go on with the run that is there."""
     if (out / RUN_FILE).exists():
         data = None if isinstance(config, FinetuneConfig) else Path(config.data)
-        return resume(out, data=data, progress_bar=progress_bar)
+        critics = config.critics if isinstance(config, OfflineConfig) else None
+        return resume(out, data=data, critics=critics, progress_bar=progress_bar)
     if isinstance(config, PretrainConfig):
         return pretrain(config, out, progress_bar=progress_bar)
     if isinstance(config, OfflineConfig):
@@ -618,11 +674,14 @@ def last_timesteps(run: RunFolder) -> int:
     return int(rows[-1]["timesteps"])
 
 
+OnData = BC[Policy] | IDQL | Diffuser | DecisionDiffuser | Outcome | Energy
+
+
 @dataclass(frozen=True)
 class _Training:
     """What training on a data set starts from."""
 
-    agent: BC[Policy] | IDQL | Outcome | Energy
+    agent: OnData
     """With its data."""
     score: Evaluate | None = None
     """Evaluates the policy, if it is at all."""
@@ -677,7 +736,7 @@ def _prepare_critic(config: CriticTrainingConfig, progress_bar: bool) -> _Traini
 def _prepare_training(config: PretrainConfig | OfflineConfig) -> _Training:
     data = _load(config)
     kind = next(kind for kind in Policy.kinds.values() if kind.config_class is type(config.policy))
-    agent: BC[Policy] | IDQL
+    agent: BC[Policy] | IDQL | Diffuser | DecisionDiffuser
     with _named(config.data):
         if isinstance(config, PretrainConfig):
             data = data.best(config.best)
@@ -701,7 +760,12 @@ def _prepare_training(config: PretrainConfig | OfflineConfig) -> _Training:
     return _Training(agent, score if config.eval_every else None, config.eval_every)
 
 
-def _offline_agent(policy: Policy, config: OfflineConfig) -> IDQL:
+def _offline_agent(policy: Policy, config: OfflineConfig) -> IDQL | Diffuser | DecisionDiffuser:
+    critics = None if config.critics is None else Policy.from_pretrained(config.critics, device=config.device)
+    if config.agent == "diffuser":
+        return Diffuser(policy, config.diffuser, critics=critics, seed=config.seed)
+    if config.agent == "decision-diffuser":
+        return DecisionDiffuser(policy, config.decision_diffuser, critics=critics, seed=config.seed)
     if config.agent == "diffusion-ql":
         return DiffusionQL(policy, config.diffusion_ql, seed=config.seed)
     return (IQL if config.agent == "iql" else IDQL)(policy, config.idql, seed=config.seed)
@@ -855,7 +919,8 @@ def _selection(config: PretrainConfig | OfflineConfig | FinetuneConfig) -> int:
 
 
 def _score(policy: Policy, spec: EnvSpec, config: PretrainConfig | OfflineConfig) -> Evaluation:
-    return evaluate(policy, spec, config.eval_episodes, _selection(config), inference=config.acting)
+    guide = steering(config.steering, policy).guide if isinstance(config, OfflineConfig) else None
+    return evaluate(policy, spec, config.eval_episodes, _selection(config), inference=config.acting, guide=guide)
 
 
 def _pool(config: FinetuneConfig, spec: EnvSpec, *, shown: bool) -> RolloutPool:

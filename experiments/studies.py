@@ -61,7 +61,7 @@ HELD_OUT = 2_000_000
 MAX_SCALE = 1_000
 STUDY_FILE = "study.json"
 FORMAT_VERSION = 1
-PLACES = {"pretrain": ("data",), "offline": ("data",), "finetune": ("policy", "data")}
+PLACES = {"pretrain": ("data",), "offline": ("data", "critics"), "finetune": ("policy", "data")}
 """Of each stage the fields that say where something lies, on which no result depends. The last of a cell's is run."""
 REMEDY = "Remove it, and the same command makes it again"
 
@@ -93,8 +93,8 @@ class Cell:
     pretrain: PretrainConfig
     looks: tuple[Look, ...] = (Look("default"),)
     base: str | None = None
-    """The cell whose policy is fine-tuned, if this is a fine-tuning; it is run before. `collect` and `pretrain` are its
-    own."""
+    """The cell whose policy is fine-tuned, or whose critics say what follows a plan; it is run before. Of a fine-tuning
+    `collect` and `pretrain` are its own."""
     finetune: FinetuneConfig | None = None
     """How; its `policy` is filled in, and with idql its `data`."""
     more: tuple[CollectConfig, ...] = ()
@@ -182,6 +182,8 @@ def run_cells(cells: Sequence[Cell], config: StudyConfig, *, progress_bar: bool 
     """
     cells = require_ready_for(cells, config)
     todo = [cell for cell in cells if not is_done(cell, config)]
+    asked = {cell.base for cell in todo}
+    todo += [cell for cell in cells if cell.name in asked and cell not in todo and not _is_trained(cell, config)]
     for collect, more in dict.fromkeys((cell.collect, cell.more) for cell in todo):
         folder = _data_folder(config, collect, more)
         if not folder.exists():
@@ -251,10 +253,13 @@ def _scaled(cell: Cell, config: StudyConfig) -> Cell:
         own = cell.pretrain
         offline = replace(cell.offline, data=data, policy=own.policy, steps=steps, seed=own.seed)
         cell = replace(cell, offline=offline)
-    if cell.finetune is None or cell.base is None:
+    if cell.base is None:
         return cell
-    timesteps = max(1, round(cell.finetune.total_timesteps * config.scale))
     policy = str((config.out / "runs" / cell.base).resolve())
+    if cell.finetune is None:
+        assert cell.offline is not None
+        return replace(cell, offline=replace(cell.offline, critics=policy))
+    timesteps = max(1, round(cell.finetune.total_timesteps * config.scale))
     finetune = replace(cell.finetune, policy=policy, total_timesteps=timesteps)
     return replace(cell, finetune=finetune if finetune.agent == "dppo" else replace(finetune, data=data))
 
@@ -313,6 +318,11 @@ def is_done(cell: Cell, config: StudyConfig) -> bool:
     kept = [_paths_file(config, cell, look.name) for look in cell.looks if look.keep_paths]
     kept += [] if cell.finetune is None else [curve_file(config, cell.name)]
     return all(file.exists() for file in (_result_file(config, cell), *kept))
+
+
+def _is_trained(cell: Cell, config: StudyConfig) -> bool:
+    """Whether a cell's policy is there, which its result does not hold."""
+    return (policy_folder(config, cell) / "checkpoints" / "last").exists()
 
 
 def _outcomes(cell: Cell, config: StudyConfig) -> list[Outcome]:

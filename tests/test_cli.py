@@ -416,7 +416,17 @@ def test_every_policy_can_be_chosen_by_name(folder, monkeypatch, tmp_path, name)
 
 
 def test_all_kinds_have_a_name_on_the_command_line():
-    assert set(KINDS.values()) == set(Policy.kinds)
+    assert {*KINDS.values(), "planner"} == set(Policy.kinds)
+
+
+@pytest.mark.parametrize(("name", "denoised"), [("planner", "rows"), ("state-planner", "states")])
+def test_planners_can_be_cloned(folder, monkeypatch, tmp_path, name, denoised):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(plots, "training_curves", lambda run: None)
+    chunks = "--policy.horizon 4 --policy.n-action-steps 2 --policy.command none"
+    assert run(f"pretrain data --out {tmp_path / 'run'} --quiet --steps 1 --bc.batch-size 4 {name} {chunks}") == 0
+    policy = Policy.from_pretrained(tmp_path / "run")
+    assert (policy.name, policy.config.denoised) == ("planner", denoised)
 
 
 def test_without_a_name_the_policy_is_diffusion_with_an_mlp(folder, monkeypatch, tmp_path):

@@ -80,7 +80,7 @@ def departure(
         return policy.draw(obs, how, torch_generator(seed, "departure", name), guide=guide)
 
     plain, other, guided = drawn("one"), drawn("other"), drawn("one", guide)
-    normalize = policy.action_normalizer.normalize
+    normalize = policy.chunk_normalizer.normalize
     spread = (normalize(plain) - normalize(other)).pow(2).mean().sqrt()
     distance = (normalize(guided) - normalize(plain)).pow(2).mean().sqrt() / spread
     judges = next((e for e in (_climbed(guide), scorer, policy.scorer) if isinstance(e, Ensemble)), None)

@@ -25,8 +25,8 @@ class GuidanceConfig:
 
     guide: str | None = None
     """What denoising is steered by: `critic` (the policy's own), the folder of a run or policy with critics, or a
-    function of yours as `module:function`, which takes observations (B, O, D) and actions (B, H, A) and returns (B,)
-    differentiable numbers. Default: nothing."""
+    function of yours as `module:function`, which takes observations (B, O, D) and actions (B, H, A), of a planner rows
+    of action and state (B, H, A + D), and returns (B,) differentiable numbers. Default: nothing."""
     scale: float | None = None
     """How strongly, in units of the value's gradient; 0 does nothing. Default: 1."""
     gradient: Gradient | None = None
@@ -126,9 +126,11 @@ def _critics_in(folder: Path, policy: Policy, field: str, *, noisy: bool) -> Chu
     ]
     if isinstance(critics, ChunkValue):
         alike.append(("horizon", other.config.horizon, policy.config.horizon))
+        alike.append(("numbers in a row of a chunk", other.chunk_size, policy.chunk_size))
     if noisy and isinstance(other, DiffusionPolicy) and isinstance(policy, DiffusionPolicy):
-        bounds = [torch.stack([p.action_normalizer.low, p.action_normalizer.high]).tolist() for p in (other, policy)]
-        alike += [("noise", other.config.noise, policy.config.noise), ("range of actions", bounds[0], bounds[1])]
+        alike.append(("noise", other.config.noise, policy.config.noise))
+        alike.append(("numbers denoised in a row", other.denoised_size, policy.denoised_size))
+        alike.append(("range of chunks", _range(other), _range(policy)))
     for name, theirs, ours in alike:
         check(theirs == ours, field, str(folder), f"its critics are of {name} {theirs}, the policy's are {ours}")
     if isinstance(critics, ChunkCritic):
@@ -136,6 +138,13 @@ def _critics_in(folder: Path, policy: Policy, field: str, *, noisy: bool) -> Chu
         check(enough, field, str(folder), f"its critics are of {critics.n_action_steps} actions, the policy has "
               f"{policy.config.horizon}")  # fmt: skip
     return critics
+
+
+def _range(policy: Policy) -> list[list[float]]:
+    """The least and the largest of each number in a row of a chunk, in the environment's units."""
+    ends = torch.tensor([[-1.0], [1.0]], device=policy.device).expand(2, policy.chunk_size)
+    found: list[list[float]] = policy.chunk_normalizer.unnormalize(ends).tolist()
+    return found
 
 
 MAKERS = "'dprl offline' and 'dprl train-critic' make policies with critics"

@@ -42,8 +42,9 @@ class DenoisingStep:
     """Clean actions in normalised units -> in the environment's."""
     told: Told | None = None
     """The network that is told what shall come of the chunk; None of a policy that cannot be."""
-    clip: float | None = None
-    """Predicted clean actions are clamped to ± this."""
+    allowed: Callable[[Tensor], Tensor] = lambda clean: clean
+    """Clean actions in normalised units -> those, of the same shape, that are allowed: clamped, and with what is known
+    of them put in place."""
     moved: Tensor | None = None
     """x̂_0 (B, H, A), where a guide moved it."""
     remembered: dict[Any, Any] = field(default_factory=dict)
@@ -52,11 +53,11 @@ class DenoisingStep:
     @cached_property
     def clean(self) -> Tensor:
         """x̂_0 (B, H, A), as the network predicts it or as guides moved it."""
-        return self._clamped(self.predict(self.noisy)) if self.moved is None else self.moved
+        return self.allowed(self.predict(self.noisy)) if self.moved is None else self.moved
 
     def with_clean(self, clean: Tensor) -> DenoisingStep:
-        """Return the step with another x̂_0, clamped."""
-        return replace(self, moved=self._clamped(clean))
+        """Return the step with another x̂_0, as far as it is allowed."""
+        return replace(self, moved=self.allowed(clean))
 
     def with_noisy(self, noisy: Tensor) -> DenoisingStep:
         """Return the step with another x_t, from which the network predicts anew.
@@ -74,9 +75,6 @@ class DenoisingStep:
             self.remembered[see] = see(self.obs)
         found: Seen = self.remembered[see]
         return found
-
-    def _clamped(self, clean: Tensor) -> Tensor:
-        return clean if self.clip is None else clean.clamp(-self.clip, self.clip)
 
 
 @runtime_checkable
@@ -109,7 +107,7 @@ def guided(
     *,
     obs: TensorObservation,
     to_actions: Callable[[Tensor], Tensor],
-    clip: float | None,
+    allowed: Callable[[Tensor], Tensor],
     told: Callable[[int], Told] | None = None,
 ) -> Advance:
     """Return what `solve_guided` advances by.
@@ -121,7 +119,7 @@ def guided(
         network: timesteps, each once and in order -> `DenoisingStep.predict` at them.
         obs: see `DenoisingStep`, as the rest.
         to_actions: ...
-        clip: ...
+        allowed: ...
         told: timesteps -> `DenoisingStep.told` at them, if the policy can be told anything.
     """
     timesteps = [step.timestep for step in steps]
@@ -139,7 +137,7 @@ def guided(
             network(timesteps[i]),
             to_actions,
             None if told is None else told(timesteps[i]),
-            clip,
+            allowed,
             remembered=remembered,
         )
         step = guide.shift(step)

@@ -3,6 +3,7 @@
 from dprl.networks.commanded import CommandedDenoiser, commanded
 from dprl.networks.denoiser import Denoiser
 from dprl.networks.denoisers import DENOISERS, DenoiserConfig, build_denoiser
+from dprl.networks.given import GivenState, with_state
 from dprl.networks.ln_resnet import DenoisingLNResNet, LNResNetConfig
 from dprl.networks.mlp import DenoisingMLP, MLPConfig, ResidualMLP, ValueNet
 from dprl.networks.optim import weight_decay_groups
@@ -20,6 +21,7 @@ __all__ = [
     "DenoisingLNResNet",
     "DenoisingMLP",
     "DenoisingTransformer",
+    "GivenState",
     "ImageEncoder",
     "LNResNetConfig",
     "MLPConfig",
@@ -32,4 +34,5 @@ __all__ = [
     "commanded",
     "polyak_update",
     "weight_decay_groups",
+    "with_state",
 ]

@@ -19,6 +19,7 @@ from dprl.policy.explicit import (
 )
 from dprl.policy.implicit import IBCConfig, IBCPolicy
 from dprl.policy.normalize import MinMaxNormalizer
+from dprl.policy.planner import Planner, PlannerConfig
 
 __all__ = [
     "CONFIG_FILE",
@@ -48,6 +49,8 @@ __all__ = [
     "Memory",
     "MinMaxNormalizer",
     "NoisyChunkValue",
+    "Planner",
+    "PlannerConfig",
     "Policy",
     "PolicyConfig",
     "PredictState",

@@ -26,7 +26,7 @@ from dprl.policy.candidates import Scorer
 from dprl.policy.chunk_value import ChunkValue
 from dprl.policy.control import InferenceConfig, PredictState, RecedingHorizon
 from dprl.policy.critic import ChunkCritic
-from dprl.policy.normalize import MinMaxNormalizer
+from dprl.policy.normalize import MinMaxNormalizer, Normalizer
 from dprl.seeding import draw_normal, seeded_init
 
 if TYPE_CHECKING:
@@ -195,6 +195,24 @@ class Policy(nn.Module, ABC):
         return cast("Self", super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     @property
+    def chunk_size(self) -> int:
+        """Numbers in each row of a chunk: A, of an action, unless the policy plans more than that."""
+        return self.features.action_size
+
+    @property
+    def chunk_normalizer(self) -> Normalizer:
+        """Of the rows of chunks."""
+        return self.action_normalizer
+
+    def chunks_of(self, data: Episodes) -> Episodes:
+        """Return `data` with what chunks are made of in place of the actions."""
+        return data
+
+    def act(self, chunks: Tensor) -> Tensor:
+        """Return the actions of chunks (B, H, `chunk_size`): (B, H, A)."""
+        return chunks
+
+    @property
     def n_action_steps(self) -> int:
         """E, how many actions of a chunk are executed."""
         return self.config.horizon if self.config.n_action_steps is None else self.config.n_action_steps
@@ -256,16 +274,16 @@ class Policy(nn.Module, ABC):
         Raises:
             ConfigError: shapes that do not fit, which might broadcast.
         """
-        n, horizon, size = batch_size(obs), self.config.horizon, self.features.action_size
+        n, horizon, size = batch_size(obs), self.config.horizon, self.chunk_size
         self.check_shapes(obs)
         for name, tensor, expected in (("actions", actions, (n, horizon, size)), ("valid", valid, (n, horizon))):
             fits = tensor is None or tuple(tensor.shape) == expected
             check(fits, name, tuple(() if tensor is None else tensor.shape), f"must have the shape {expected}")
         if valid is None:
-            return self.action_normalizer.normalize(actions)
+            return self.chunk_normalizer.normalize(actions)
         steps = torch.arange(horizon, device=actions.device)
         last = torch.where(valid.bool(), steps, -1).cummax(1).values[..., None].expand_as(actions)
-        clean = self.action_normalizer.normalize(actions.gather(1, last.clamp(min=0)))
+        clean = self.chunk_normalizer.normalize(actions.gather(1, last.clamp(min=0)))
         return torch.where(last >= 0, clean, 0.0)
 
     def check_shapes(self, obs: TensorObservation) -> None:

@@ -67,10 +67,10 @@ class ChunkValue(nn.Module):
     def __init__(self, policy: Policy, config: ChunkValueConfig) -> None:
         """Make networks; `ChunkValue.of` makes those that know noise."""
         super().__init__()
-        self.config, self._condition, self._normalize = config, policy.condition, policy.action_normalizer.normalize
+        self.config, self._condition, self._normalize = config, policy.condition, policy.chunk_normalizer.normalize
         self.encoder = copy.deepcopy(policy.encoder)
         seen = policy.config.n_obs_steps * policy.feature_size
-        chunk = policy.config.horizon * policy.features.action_size
+        chunk = policy.config.horizon * policy.chunk_size
         self.time = SinusoidalEmbedding(config.time_size)
         self.net = EnsembleMLP(
             config.n_networks,

@@ -152,7 +152,7 @@ class RecedingHorizon:
         """Return the memory of `n` environments whose episodes begin."""
         horizon, device = self.policy.config.horizon, self.policy.device
         plans = 1 if self.inference.temporal_ensembling is None else horizon
-        shape = (n, plans, horizon, self.policy.features.action_size)
+        shape = (n, plans, horizon, self.policy.chunk_size)
         return Memory(torch.zeros(shape, device=device), torch.zeros(n, dtype=torch.long, device=device))
 
     def nothing(self, n: int) -> tuple[Tensor, Tensor, Memory]:
@@ -178,8 +178,8 @@ class RecedingHorizon:
         plans = torch.cat([chunk[:, None], memory.plans[:, :-1]], dim=1)
         memory = Memory(plans, (memory.n_plans + 1).clamp(max=plans.shape[1]))
         if self.inference.temporal_ensembling is None:
-            return chunk[:, : self.n_action_steps], memory
-        return self._ensemble(memory, self.inference.temporal_ensembling)[:, None], memory
+            return self.policy.act(chunk)[:, : self.n_action_steps], memory
+        return self.policy.act(self._ensemble(memory, self.inference.temporal_ensembling)[:, None]), memory
 
     def _chunks(
         self, obs: TensorObservation, memory: Memory, generator: torch.Generator | None, *, deterministic: bool

@@ -86,6 +86,7 @@ class ChunkCritic(nn.Module):
         super().__init__()
         features, size = policy.features, policy.config.n_obs_steps * policy.feature_size
         self.config, self.n_action_steps = config, n_action_steps or policy.n_action_steps
+        self._action_size = features.action_size
         self._condition, self._normalize = policy.condition, policy.action_normalizer.normalize
         self.encoder = copy.deepcopy(policy.encoder)
 
@@ -103,8 +104,11 @@ class ChunkCritic(nn.Module):
         return condition.flatten(1)
 
     def q(self, seen: Tensor, actions: Tensor) -> Tensor:
-        """Every network's Q: (B, O·F) of `see`, chunks (B, E or more, A) in the environment's units -> (n, B)."""
-        chunk = self._normalize(actions[:, : self.n_action_steps]).flatten(1)
+        """Every network's Q: (B, O·F) of `see`, chunks (B, E or more, A) in the environment's units -> (n, B).
+
+        Of plans, whose rows begin with the actions, it is that of their actions.
+        """
+        chunk = self._normalize(actions[:, : self.n_action_steps, : self._action_size]).flatten(1)
         value: Tensor = self.q_net(torch.cat([seen, chunk], dim=1))
         return value
 

@@ -109,15 +109,18 @@ class DiffusionPolicy(Policy):
         told = config.command is not None
         check(not told or self.command_size > 0, "command", config.command, "must be return: there are images alone")
         width = feature_size + (self.command_size + 1 if told else 0)
-        self.base: Denoiser = build_denoiser(
-            config.denoiser, config.horizon, self.features.action_size, config.n_obs_steps, width
-        )
+        self.base = self._network(width)
         if told:
             self.base = CommandedDenoiser(self.base, feature_size, self.command_size)
             self.command_normalizer = MinMaxNormalizer(self.command_size)
         self.tuned: Denoiser | None = None
         self.tuned_encoder: ImageEncoder | None = None
         self.tuned_below = 0
+
+    def _network(self, width: int) -> Denoiser:
+        """Make the denoiser for a condition of `width` numbers."""
+        config = self.config
+        return build_denoiser(config.denoiser, config.horizon, self.denoised_size, config.n_obs_steps, width)
 
     @classmethod
     def for_dataset(
@@ -178,10 +181,17 @@ class DiffusionPolicy(Policy):
         if self.config.command == "goal":
             self.command_normalizer.load_state_dict(self.observation_normalizer.state_dict())
         elif self.config.command == "return":
-            returns = torch.as_tensor(self._outcomes(data))
-            if returns.min() == returns.max():
-                raise DatasetError(f"every return of the data is {float(returns[0]):g}: there is nothing to command")
-            self.command_normalizer.fit(torch.stack([returns.amin(0), returns.amax(0)]))
+            self.fit_commands(self._outcomes(data))
+
+    def fit_commands(self, outcomes: FloatArray) -> None:
+        """Let commands be shares of the range of `outcomes` (S, 1).
+
+        Raises:
+            DatasetError: they are all the same.
+        """
+        if outcomes.min() == outcomes.max():
+            raise DatasetError(f"every return of the data is {outcomes.flat[0]:g}: there is nothing to command")
+        self.command_normalizer.fit(torch.as_tensor(np.stack([outcomes.min(0), outcomes.max(0)])))
 
     def _outcomes(self, data: Episodes) -> FloatArray:
         """What came of every step, in units of the data: (S, C)."""
@@ -189,16 +199,20 @@ class DiffusionPolicy(Policy):
             return returns_to_go(data, self.config.command_gamma)[:, None]
         return data.final_observations.repeat(data.lengths, axis=0)
 
-    def commands(self, data: Episodes) -> FloatArray:
+    def commands(self, data: Episodes, outcomes: FloatArray | None = None) -> FloatArray:
         """Return what every step of the data would have been commanded: (S, C), or (S, 0) of a policy without.
+
+        Args:
+            data: ...
+            outcomes: (S, C) what came of every step. Default: what came in the data.
 
         Raises:
             DatasetError: returns are needed, and the data have no rewards.
         """
         if self.config.command is None:
             return np.zeros((int(data.ends[-1]), 0), np.float32)
-        outcomes = torch.as_tensor(self._outcomes(data), device=self.device)
-        return np.asarray(self.command_normalizer.normalize(outcomes).cpu())
+        came = torch.as_tensor(self._outcomes(data) if outcomes is None else outcomes, device=self.device)
+        return np.asarray(self.command_normalizer.normalize(came).cpu())
 
     def loss(
         self,
@@ -216,13 +230,13 @@ class DiffusionPolicy(Policy):
         timesteps = torch.randint(
             self.config.num_train_timesteps, (len(actions),), device=actions.device, generator=generator
         )
-        noise = draw_normal(actions.shape, generator, actions.device)
-        clean = self.targets(obs, actions, valid)
+        noise = draw_normal((len(actions), *self._chunk_shape), generator, actions.device)
+        clean = self._part(self.targets(obs, actions, valid))
         condition = self.condition(obs, generator if self.training else None)
         if command is not None:
             draws = draw_uniform((len(command),), generator, command.device)
             condition = commanded(condition, command, draws >= self.config.command_dropout)
-        return denoising_loss(self.base, self.schedule, clean, condition, timesteps, noise, valid)
+        return denoising_loss(self.base, self.schedule, clean, condition, timesteps, noise, valid, self._weights())
 
     @torch.no_grad()
     def sample(
@@ -330,12 +344,10 @@ class DiffusionPolicy(Policy):
         timesteps = torch.randint(
             config.num_train_timesteps, (len(actions),), device=actions.device, generator=generator
         )
-        noise = draw_normal(actions.shape, generator, actions.device)
-        noisy = schedule.add_noise(self.targets(obs, actions, None), noise, timesteps)
+        noise = draw_normal((len(actions), *self._chunk_shape), generator, actions.device)
+        noisy = schedule.add_noise(self._part(self.targets(obs, actions, None)), noise, timesteps)
         prediction = self.base(noisy, timesteps, self.condition(obs))
-        return self.action_normalizer.unnormalize(
-            schedule.predict_clean(noisy, prediction, timesteps, config.clip_sample)
-        )
+        return self._whole(schedule.predict_clean(noisy, prediction, timesteps, config.clip_sample))
 
     def n_draws(self, solver: SolverConfig | None = None) -> int:
         """Return how many normal draws one sample takes."""
@@ -380,7 +392,7 @@ class DiffusionPolicy(Policy):
         x = draws[0]
         if plan is not None:
             level = self.schedule.timesteps[steps[0].timestep].expand(n)
-            x = self.schedule.add_noise(self.action_normalizer.normalize(plan), x, level)
+            x = self.schedule.add_noise(self._part(self.chunk_normalizer.normalize(plan)), x, level)
         return self._denoise(obs, steps, x, draws[1:], inference.temperature, guide)
 
     def _denoise(
@@ -395,25 +407,29 @@ class DiffusionPolicy(Policy):
         clip, schedule, timesteps = self.config.clip_sample, self.schedule, [step.timestep for step in steps]
         conditions = self.conditions(obs, timesteps)
         known = self.prepare_steps(timesteps, *conditions)
-        unnormalize = self.action_normalizer.unnormalize
+        given = self._given(obs)
 
         def predict(noisy: Tensor, timestep: int, prepared: Tensor, clip: float | None) -> Tensor:
             prediction = self.denoiser_at(timestep).denoise(noisy, prepared)
-            return schedule.predict_clean(noisy, prediction, timestep, clip)
+            return given(schedule.predict_clean(noisy, prediction, timestep, clip))
 
         if guide is None:
             clean = solve(steps, lambda noisy, t: predict(noisy, t, next(known), clip), x, draws, temperature)
-            return unnormalize(clean)
+            return self._whole(clean)
+
+        def allowed(clean: Tensor) -> Tensor:
+            return given(clean if clip is None else clean.clamp(-clip, clip))
 
         def network(timestep: int) -> Callable[[Tensor], Tensor]:
             prepared = next(known)
             return lambda noisy: predict(noisy, timestep, prepared, None)
 
-        told = None if self.config.command is None else self._told(*conditions)
-        advance = guided(guide, steps, schedule, network, obs=obs, to_actions=unnormalize, clip=clip, told=told)
-        return unnormalize(solve_guided(steps, advance, x, draws, temperature))
+        told = None if self.config.command is None else self._told(*conditions, given)
+        whole = self._whole
+        advance = guided(guide, steps, schedule, network, obs=obs, to_actions=whole, allowed=allowed, told=told)
+        return whole(solve_guided(steps, advance, x, draws, temperature))
 
-    def _told(self, tuned: Tensor, base: Tensor) -> Callable[[int], Told]:
+    def _told(self, tuned: Tensor, base: Tensor, given: Callable[[Tensor], Tensor]) -> Callable[[int], Told]:
         """The network at a timestep as `DenoisingStep.told`, of what `conditions` returned."""
 
         def at(timestep: int) -> Told:
@@ -428,7 +444,7 @@ class DiffusionPolicy(Policy):
                 check(fits, "command", tuple(command.shape), f"{one}: the policy is told its {what}")
                 told = self.command_normalizer.normalize(self._in_units(command)).expand(len(noisy), -1)
                 prediction = denoiser(noisy, time, commanded(condition, told))
-                return self.schedule.predict_clean(noisy, prediction, timestep, None)
+                return given(self.schedule.predict_clean(noisy, prediction, timestep, None))
 
             return predict
 
@@ -469,8 +485,29 @@ class DiffusionPolicy(Policy):
         return _resolved(self.schedule.config, self.config.sampling, solver)
 
     @property
+    def denoised_size(self) -> int:
+        """Numbers in each row of what is denoised: all of a chunk's, unless some follow from others."""
+        return self.chunk_size
+
+    def _part(self, chunks: Tensor) -> Tensor:
+        """What is denoised of normalised chunks: (B, H, `chunk_size`) -> (B, H, `denoised_size`)."""
+        return chunks
+
+    def _whole(self, clean: Tensor) -> Tensor:
+        """Chunks in the environment's units of what was denoised: (B, H, `denoised_size`) -> (B, H, `chunk_size`)."""
+        return self.chunk_normalizer.unnormalize(clean)
+
+    def _given(self, obs: TensorObservation) -> Callable[[Tensor], Tensor]:
+        """What puts in place what is known of clean chunks: (B, H, `denoised_size`) -> the same."""
+        return lambda clean: clean
+
+    def _weights(self) -> Tensor | None:
+        """How much the error of each number counts in the loss: (H, `denoised_size`). Default: all alike."""
+        return None
+
+    @property
     def _chunk_shape(self) -> tuple[int, int]:
-        return self.config.horizon, self.features.action_size
+        return self.config.horizon, self.denoised_size
 
     def _about(self) -> dict[str, Any]:
         return super()._about() | {"tuned_below": self.tuned_below}
@@ -505,8 +542,12 @@ def denoising_loss(
     timesteps: Tensor,
     noise: Tensor,
     valid: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared error of the prediction: normalised actions (B, H, A), conditions (B, O, F), timesteps (B,)."""
+    """Mean squared error of the prediction: normalised actions (B, H, A), conditions (B, O, F), timesteps (B,).
+
+    `weights` (H, A) say how much the error of each number counts.
+    """
     noisy = schedule.add_noise(clean, noise, timesteps)
     error = (denoiser(noisy, timesteps, condition) - schedule.target(clean, noise, timesteps)) ** 2
-    return masked_mean(error, valid)
+    return masked_mean(error if weights is None else error * weights, valid)

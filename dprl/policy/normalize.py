@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 CONSTANT = 1e-4
 """A smaller range is jitter, not information (as in Diffusion Policy's code)."""
+
+
+class Normalizer(Protocol):
+    """Between units and what networks see."""
+
+    def normalize(self, values: Tensor) -> Tensor:
+        """(..., size) -> (..., size)."""
+        ...
+
+    def unnormalize(self, values: Tensor) -> Tensor:
+        """The inverse of `normalize`."""
+        ...
 
 
 class MinMaxNormalizer(nn.Module):

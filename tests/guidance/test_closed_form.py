@@ -144,7 +144,9 @@ def run_with(guide_of: Callable[[ScheduleConfig], Guide]) -> plain.Run:
             return lambda x: schedule.predict_clean(x, network(x, t), t, clip=None)
 
         obs, guide = torch.zeros(all_draws.shape[1], 1, 1), guide_of(config)
-        advance = guided(guide, steps, schedule, network_at, obs=obs, to_actions=lambda clean: clean, clip=None)
+        advance = guided(
+            guide, steps, schedule, network_at, obs=obs, to_actions=lambda clean: clean, allowed=lambda clean: clean
+        )
         return solve_guided(steps, advance, all_draws[0], all_draws[1:])[:, 0]
 
     return run

@@ -132,7 +132,7 @@ def test_the_network_is_taken_once_where_it_is_differentiated() -> None:
 
 
 def test_every_substep_is_clamped_and_what_is_clamped_comes_back() -> None:
-    high = a_step(predict=lambda x: 30 * x, clip=1.0)  # x̂_0 = 3, clamped to 1
+    high = a_step(predict=lambda x: 30 * x, allowed=lambda x: x.clamp(-1, 1))  # x̂_0 = 3, clamped to 1
     assert high.clean.equal(torch.ones(4, 3, 2))
     assert ValueGuide(Near(9.0), 5.0, "through").shift(high).clean.equal(torch.ones(4, 3, 2))
     back = ValueGuide(Near(0.5), 0.1 / 30, "through", "constant").shift(high).clean

@@ -16,7 +16,7 @@ from dprl.seeding import torch_generator
 
 FEATURES = Features(3, 2)
 CAMERA = Camera("top", 24, 24)
-KINDS = list(Policy.kinds)
+KINDS = [kind for kind in Policy.kinds if kind != "planner"]  # whose chunks are of more than actions
 CHUNKS = {"horizon": 3, "n_action_steps": 2, "n_obs_steps": 2}
 SIZES = {
     "hidden_size": 8,
@@ -29,6 +29,7 @@ SIZES = {
     "langevin_steps": 3,
     "num_train_timesteps": 4,
     "denoiser": MLPConfig(hidden_size=8, time_size=4),
+    "inverse_size": 8,
 }
 VIT = VisionConfig(vit=ViTConfig(embedding_size=8, n_heads=2, spatial_size=6), shift_pixels=2)
 RESNET = VisionConfig("resnet", resnet=ResNetConfig(n_keypoints=4, max_stride=8, base_channels=16), shift_pixels=2)

@@ -1,0 +1,239 @@
+"""Diffuser and Decision Diffuser: plans of a point on a line, whose data wander."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dprl.agents import (
+    IDQL,
+    BCConfig,
+    DecisionDiffuser,
+    Diffuser,
+    DiffuserConfig,
+    IDQLConfig,
+    OutcomeConfig,
+)
+from dprl.agents.prospects import prospects
+from dprl.data import Episodes
+from dprl.data.transitions import returns_to_go
+from dprl.errors import ConfigError, DatasetError
+from dprl.guidance import CommandGuide, DiffuserGuide, ValueGuide
+from dprl.networks import MLPConfig
+from dprl.policy import (
+    ChunkCritic,
+    ChunkValueConfig,
+    CriticConfig,
+    DiffusionConfig,
+    DiffusionPolicy,
+    Planner,
+    PlannerConfig,
+    Policy,
+)
+from dprl.policy.critic import ValueTerms
+from dprl.seeding import numpy_generator, torch_generator
+from tests.policy.small import random_episodes
+
+H = 4
+PLANS = PlannerConfig(horizon=H, n_action_steps=2, num_train_timesteps=10, denoiser=MLPConfig(hidden_size=64))
+STATES = replace(PLANS, denoised="states", inverse_size=32, command="return")
+BC = BCConfig(batch_size=128, learning_rate=3e-3, final_learning_rate=3e-4, ema_decay=0.98)
+VALUE = OutcomeConfig(critic=ChunkValueConfig(64, 2, n_networks=1), batch_size=128, learning_rate=3e-3, ema_decay=0.98)
+
+
+def walks(n: int = 600, length: int = 6) -> Episodes:
+    """From 0, each step of an episode to the same side; what is earned at its end is how far to the right that is."""
+    rng = numpy_generator(0, "walks")
+    side = rng.choice([-1.0, 1.0], n)[:, None]
+    actions = (side + 0.1 * rng.standard_normal((n, length))).astype(np.float32)
+    states = np.concatenate([np.zeros((n, 1), np.float32), np.cumsum(actions, 1)], axis=1).astype(np.float32)
+    rewards = np.zeros((n, length), np.float32)
+    rewards[:, -1] = states[:, -1]
+    whole, no = np.ones(n, np.bool_), np.zeros(n, np.bool_)
+    return Episodes(
+        states[:, :-1].reshape(-1, 1), actions.reshape(-1, 1), rewards.reshape(-1), states[:, -1:],
+        length * np.arange(1, n + 1), whole, no, np.arange(n),
+    )  # fmt: skip
+
+
+def share_to_the_right(plans: Tensor) -> float:
+    return float((plans[:, 0, 0] > 0).float().mean())
+
+
+START = torch.zeros(1_000, 1, 1)
+
+
+def test_diffuser_plans_what_earns_most() -> None:
+    data = walks()
+    policy = Planner.for_dataset(data, PLANS)
+    Diffuser(policy, DiffuserConfig(BC, VALUE)).fit(data, 500)
+    plain = policy.sample(START, generator=torch_generator(0))
+    assert 0.35 < share_to_the_right(plain) < 0.65, "both ways are kept"
+    assert ((plain[:, 0, 0] > 0) == (plain[:, 1:, 1].mean(1) > 0)).float().mean() > 0.95, "actions lead to the states"
+    best = policy.sample(START, generator=torch_generator(0), candidates=16)
+    assert share_to_the_right(best) > 0.99
+    for guide in (DiffuserGuide(policy.scorer, 1.0), ValueGuide(policy.scorer, 1.0, "noisy", "score")):
+        steered = policy.sample(START, generator=torch_generator(0), guide=guide)
+        assert share_to_the_right(steered) > share_to_the_right(plain) + 0.2
+
+
+def test_decision_diffuser_plans_what_it_is_told() -> None:
+    data = walks()
+    policy = Planner.for_dataset(data, STATES)
+    DecisionDiffuser(policy, BC).fit(data, 600)
+    shares = {}
+    for told in (0.0, 1.0):
+        plans = policy.sample(START, generator=torch_generator(0), guide=CommandGuide(told, 1.5))
+        shares[told] = share_to_the_right(plans)
+        led = (plans[:, 1:, 1] - plans[:, :-1, 1] - plans[:, :-1, 0]).abs()
+        assert led.mean() < 0.25, "actions lead from state to state"
+    assert shares[0.0] < 0.1
+    assert shares[1.0] > 0.9
+    assert 0.3 < share_to_the_right(policy.sample(START, generator=torch_generator(0))) < 0.7
+
+
+# ---------------------------------------------------------------------------------------------------- what plans earn
+
+
+class Known(ChunkCritic):
+    """V(s) = 10 s of one number, whatever the networks are."""
+
+    def v(self, seen: Tensor) -> Tensor:
+        return 10 * seen[:, 0]
+
+
+def critics(gamma: float = 0.5, scale: float = 2.0, bootstrap: bool = True) -> Policy:
+    policy = DiffusionPolicy.for_dataset(walks(4), DiffusionConfig(num_train_timesteps=2, horizon=1))
+    policy.observation_normalizer.fit(torch.tensor([[-1.0], [1.0]]))  # so that what is seen is the state
+    known = Known(policy, CriticConfig())
+    known.terms = ValueTerms(gamma, scale, bootstrap)
+    policy.scorer = known
+    return policy
+
+
+def cut_walk(terminated: bool) -> Episodes:
+    """One episode of three steps from 0 to 3."""
+    states = np.arange(3, dtype=np.float32)[:, None]
+    no = np.zeros(1, np.bool_)
+    rewards = np.array([1, 2, 4], np.float32)
+    end = np.array([[3.0]], np.float32)
+    return Episodes(states, np.ones((3, 1), np.float32), rewards, end, np.array([3]), no | terminated, no, np.arange(1))
+
+
+def test_prospects_are_rewards_ahead_and_what_critics_say_of_where_they_end() -> None:
+    """γ = 1/2, rewards doubled, V(s) = 10 s."""
+    ahead = prospects(cut_walk(terminated=True), 2, critics())
+    assert ahead.tolist() == [2 * (1 + 1) + 0.25 * 20, 2 * (2 + 2), 2 * 4]
+    ahead = prospects(cut_walk(terminated=False), 2, critics())
+    assert ahead.tolist() == [2 * (1 + 1) + 0.25 * 20, 2 * (2 + 2) + 0.25 * 30, 2 * 4 + 0.5 * 30]
+    ahead = prospects(cut_walk(terminated=False), 2, critics(bootstrap=False))
+    assert ahead.tolist() == [2 * (1 + 1) + 0.25 * 20, 2 * (2 + 2), 2 * 4]
+
+
+@pytest.mark.filterwarnings("ignore:.*of the rewards are in decisions that are left out")
+def test_where_nobody_knows_what_followed_the_present_state_counts() -> None:
+    data = replace(cut_walk(terminated=False), final_known=np.zeros(1, np.bool_))
+    assert prospects(data, 2, critics()).tolist() == [2 * (1 + 1) + 0.25 * 20, 10.0, 20.0]
+
+
+def test_as_far_as_the_data_go_they_are_the_returns() -> None:
+    data = walks(20)
+    ahead = prospects(data, 50, critics(gamma=0.9, scale=1.0))
+    np.testing.assert_allclose(ahead, returns_to_go(data, 0.9), rtol=1e-5, atol=1e-6)
+
+
+def test_critics_that_cannot_say_are_refused() -> None:
+    bare = DiffusionPolicy.for_dataset(walks(4), DiffusionConfig(num_train_timesteps=2))
+    with pytest.raises(ConfigError, match="critics: the policy has none that were learned"):
+        prospects(walks(4), 2, bare)
+    with pytest.raises(ConfigError, match="critics: they are of observations"):
+        prospects(random_episodes(), 2, critics())
+    with pytest.raises(DatasetError, match="neither rewards nor success"):
+        prospects(replace(walks(4), rewards_from="none"), 2, critics())
+    policy = Planner.for_dataset(walks(4), PLANS)
+    for changes in ({"gamma": 0.5}, {"termination_penalty": 1.0}):
+        with pytest.raises(ConfigError, match="must be left out: critics have their own"):
+            Diffuser(policy, DiffuserConfig(value=OutcomeConfig(**changes)), critics=critics())
+
+
+def test_plans_are_told_apart_by_what_critics_say() -> None:
+    """Where the data's own returns say the opposite."""
+    data = walks(200)
+    data = replace(data, rewards=-data.rewards, terminated=~data.terminated)
+    says = critics(gamma=1.0, scale=1e-6)
+    policy = Planner.for_dataset(data, PLANS)
+    Diffuser(policy, DiffuserConfig(BC, VALUE), critics=says).fit(data, 200)
+    assert share_to_the_right(policy.sample(START, generator=torch_generator(0), candidates=16)) > 0.95
+    told = Planner.for_dataset(data, STATES)
+    agent = DecisionDiffuser(told, BC, critics=says)
+    agent.fit(data, 2)
+    expected = prospects(data, H - 1, says)
+    commands = agent.commands(data)[:, 0]
+    np.testing.assert_allclose(
+        commands, 2 * (expected - expected.min()) / (expected.max() - expected.min()) - 1, atol=1e-5
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- to resume
+
+
+def agents(kind: str) -> Diffuser | DecisionDiffuser:
+    if kind == "diffuser":
+        return Diffuser(Planner.for_dataset(walks(20), PLANS), DiffuserConfig(BC, VALUE), seed=3)
+    return DecisionDiffuser(Planner.for_dataset(walks(20), STATES), BC, seed=3)
+
+
+@pytest.mark.parametrize("kind", ["diffuser", "decision-diffuser"])
+def test_resumed_equals_uninterrupted(kind: str, tmp_path: Path) -> None:
+    data, small = walks(20), []
+    whole, stopped = agents(kind), agents(kind)
+    for agent in (whole, stopped):
+        agent.set_data(data, 200)
+        small.append(agent.update(agent.collect()))
+    assert {k: v for k, v in small[0].items() if "time" not in k} == {
+        k: v for k, v in small[1].items() if "time" not in k
+    }
+    stopped.save(tmp_path / "saved")
+    resumed = agents(kind)
+    resumed.set_data(data, 200)
+    resumed.load_state(tmp_path / "saved")
+    assert resumed.timesteps == 100
+    for agent in (whole, resumed):
+        agent.update(agent.collect())
+    ours, theirs = whole.policy.state_dict(), resumed.policy.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    if kind == "diffuser":
+        ours, theirs = whole.policy.scorer.state_dict(), resumed.policy.scorer.state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_other_policies_and_settings_are_refused() -> None:
+    data = walks(4)
+    plain = DiffusionPolicy.for_dataset(data, DiffusionConfig(num_train_timesteps=2))
+    for make in (Diffuser, DecisionDiffuser):
+        with pytest.raises(ConfigError, match="must be a planner that denoises"):
+            make(plain)
+    with pytest.raises(ConfigError, match="must be a planner that denoises rows"):
+        Diffuser(Planner.for_dataset(data, STATES))
+    with pytest.raises(ConfigError, match="must be a planner that denoises states"):
+        DecisionDiffuser(Planner.for_dataset(data, PLANS))
+    with pytest.raises(ConfigError, match=r"policy\.command = None: must be return"):
+        DecisionDiffuser(Planner.for_dataset(data, replace(STATES, command=None)))
+    with pytest.raises(ConfigError, match=r"value\.of = 'success'"):
+        DiffuserConfig(value=OutcomeConfig("success"))
+    with pytest.raises(ConfigError, match=r"value\.validation_share = 0\.3"):
+        DiffuserConfig(value=OutcomeConfig(validation_share=0.3))
+    with pytest.raises(ConfigError, match="steps = 0"):
+        Diffuser(Planner.for_dataset(data, PLANS)).fit(data, 0)
+
+
+def test_it_learns_with_critics_of_idql() -> None:
+    data = walks(20)
+    judge = DiffusionPolicy.for_dataset(data, DiffusionConfig(num_train_timesteps=2, horizon=1))
+    IDQL(judge, IDQLConfig()).fit(data, 2)
+    policy = Planner.for_dataset(data, PLANS)
+    Diffuser(policy, DiffuserConfig(BC, VALUE), critics=judge).fit(data, 2)
+    assert policy.scorer is not judge.scorer

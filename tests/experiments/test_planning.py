@@ -1,0 +1,147 @@
+"""`dprl offline --agent diffuser` and `decision-diffuser`: runs, and how they are evaluated."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dprl.agents import BCConfig, DiffuserConfig, IDQLConfig, OutcomeConfig
+from dprl.cli import main
+from dprl.errors import ConfigError
+from dprl.experiments import plots, runs
+from dprl.experiments.runs import CollectConfig, OfflineConfig
+from dprl.guidance.spec import GuidanceConfig
+from dprl.log import read_metrics
+from dprl.networks import MLPConfig
+from dprl.policy import (
+    ChunkValue,
+    ChunkValueConfig,
+    CriticConfig,
+    DiffusionConfig,
+    InferenceConfig,
+    PlannerConfig,
+    Policy,
+)
+
+SMALL = PlannerConfig(horizon=4, n_action_steps=2, num_train_timesteps=3, denoiser=MLPConfig(hidden_size=8))
+BC = BCConfig(batch_size=8, steps_per_iteration=2)
+DIFFUSER = DiffuserConfig(BC, OutcomeConfig(critic=ChunkValueConfig(hidden_size=8, n_layers=1), batch_size=8))
+AGENTS = {
+    "diffuser": {"policy": SMALL, "diffuser": DIFFUSER},
+    "decision-diffuser": {
+        "policy": replace(SMALL, denoised="states", command="return", inverse_size=8),
+        "decision_diffuser": BC,
+    },
+}
+MAZE = "PointMaze-Halves-Pieces-v0"
+
+
+@pytest.fixture(autouse=True)
+def _no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "training_curves", lambda run: None)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("planning") / "data"
+    runs.collect(CollectConfig(MAZE, episodes=12, noise=0.3), folder, progress_bar=False)
+    return folder
+
+
+def config(data: Path, agent: str, **changes: object) -> OfflineConfig:
+    return OfflineConfig(str(data), agent=agent, **({"steps": 6} | AGENTS[agent] | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def critics(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("critics") / "run"
+    policy = DiffusionConfig(num_train_timesteps=2, denoiser=MLPConfig(hidden_size=8))
+    idql = IDQLConfig(BC, critic=CriticConfig(hidden_size=8), batch_size=8)
+    runs.offline(OfflineConfig(str(data), policy, steps=2, idql=idql), folder, progress_bar=False)
+    return folder
+
+
+@pytest.mark.parametrize("agent", AGENTS)
+@pytest.mark.parametrize("judged", [False, True], ids=["by the data", "by critics"])
+def test_a_run_is_resumed_exactly_and_evaluated_as_it_acts(
+    agent: str, judged: bool, data: Path, critics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(data, agent, critics=str(critics) if judged else None, eval_every=2, eval_episodes=2)
+    whole = runs.offline(settings, tmp_path / "whole", progress_bar=False)
+    rows = read_metrics(whole.path)
+    assert [row["timesteps"] for row in rows] == [0, 2, 4, 6]
+    assert "eval/success_rate" in rows[-1]
+    with monkeypatch.context() as stopped:
+        stopped.setattr("dprl.agents.bc.BC.metrics", _stop_in_the_second())
+        with pytest.raises(KeyboardInterrupt):
+            runs.offline(replace(settings, checkpoint_every=1), tmp_path / "part", progress_bar=False)
+    runs.resume(tmp_path / "part", progress_bar=False)
+    ours, theirs = (Policy.from_pretrained(tmp_path / name / "checkpoints" / "last") for name in ("whole", "part"))
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
+    assert isinstance(ours.scorer, ChunkValue) == (agent == "diffuser")
+
+
+def _stop_in_the_second():
+    from dprl.agents import BC as Cloning
+
+    usual, seen = Cloning.metrics, []
+
+    def metrics(self, losses):
+        seen.append(losses)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return usual(self, losses)
+
+    return metrics
+
+
+@pytest.mark.parametrize(
+    ("agent", "policy", "steering"),
+    [
+        ("diffuser", "planner", " --candidates 16 --guide critic --gradient noisy"),
+        ("decision-diffuser", "state-planner", " --command 1.0"),
+    ],
+)
+def test_the_command_says_how_the_policy_is_evaluated(
+    agent: str, policy: str, steering: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "run")
+    small = ["--policy.horizon", "4", "--policy.n-action-steps", "2", "--policy.num-train-timesteps", "2"]
+    assert main(["offline", str(data), "--agent", agent, "--steps", "2", "--out", out, "--quiet", policy, *small]) == 0
+    told = capsys.readouterr().out
+    assert steering in told
+    command = re.search(r"dprl (evaluate .*)", told)
+    assert command is not None
+    options = ["--env", "PointMaze-Halves-v0", "--episodes", "2", "--options.max-episode-steps", "8"]
+    assert main([*command[1].split(), *options]) == 0
+    assert "PointMaze-Halves-v0" in capsys.readouterr().out
+
+
+def test_how_they_act() -> None:
+    assert config(Path("data"), "diffuser").acting == InferenceConfig(candidates=16)
+    assert config(Path("data"), "diffuser").steering.gradient == "noisy"
+    assert config(Path("data"), "decision-diffuser").acting == InferenceConfig()
+    assert config(Path("data"), "decision-diffuser").steering.command == (1.0,)
+    assert OfflineConfig("data").steering == GuidanceConfig()
+
+
+@pytest.mark.parametrize(
+    ("agent", "changes", "message"),
+    [
+        ("diffuser", {"policy": DiffusionConfig()}, "must be a planner that denoises rows"),
+        ("decision-diffuser", {"policy": SMALL}, "must be a planner that denoises states"),
+        ("diffuser", {"critics": "nowhere"}, "nowhere"),
+        ("diffuser", {"decision_diffuser": BCConfig(batch_size=3)}, "must be another for the settings of decision_dif"),
+        ("decision-diffuser", {"diffuser": DIFFUSER}, "must be another for the settings of diffuser"),
+    ],
+)
+def test_bad_settings_are_refused(
+    agent: str, changes: dict[str, object], message: str, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Exception, match=message):
+        runs.offline(config(data, agent, **changes), tmp_path / "run", progress_bar=False)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match="critics = 'x': are for diffuser and decision-diffuser"):
+        OfflineConfig("data", critics="x")
