@@ -56,7 +56,7 @@ def cells(config: StudyConfig) -> list[Cell]:
 
         rows = PretrainConfig("", ROWS, STEPS, bc=BC, seed=base.pretrain.seed)
         states = replace(rows, policy=STATES)
-        diffuser = OfflineConfig("", agent="diffuser", diffuser=DiffuserConfig(BC, OutcomeConfig()))
+        diffuser = OfflineConfig("", ROWS, agent="diffuser", diffuser=DiffuserConfig(BC, OutcomeConfig()))
         both = look("both", SOME, GUIDE)
         every = (
             look("plain", ONE, GuidanceConfig()),
@@ -65,7 +65,7 @@ def cells(config: StudyConfig) -> list[Cell]:
             both,
         )
         told = (look("plain", COOL, GuidanceConfig()), look("told", COOL, TOLD))
-        decision = OfflineConfig("", agent="decision-diffuser", decision_diffuser=BC)
+        decision = OfflineConfig("", STATES, agent="decision-diffuser", decision_diffuser=BC)
         common = replace(base, offline=None, looks=(both,))
         found += [
             replace(

@@ -258,8 +258,8 @@ STEERED = {
     "decision-diffuser": GuidanceConfig(command=(1.0,)),
 }
 """What those that plan are steered by."""
-PLANNERS = {"diffuser": PlannerConfig(), "decision-diffuser": STATE_PLANNER}
-"""Their policies, unless others are asked for."""
+PLANNERS = {"diffuser": "planner", "decision-diffuser": "state-planner"}
+"""Their policies, as the command line calls them."""
 
 
 SETTINGS = {
@@ -279,8 +279,8 @@ class OfflineConfig:
     data: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DATA")]]
     """File or folder of the data set."""
     policy: PolicyChoice = BEHAVIOUR
-    """Which behaviour policy is cloned: IDQL's `ln-resnet` (default), or another; see `dprl pretrain --help`. Of
-    diffuser by default `planner`, of decision-diffuser `state-planner`."""
+    """Which behaviour policy is cloned: IDQL's `ln-resnet` (default), or another; see `dprl pretrain --help`. For
+    diffuser `planner`, for decision-diffuser `state-planner`."""
     steps: int = 20_000
     """Gradient steps."""
     episodes: int | None = None
@@ -331,10 +331,11 @@ class OfflineConfig:
         ):
             idle = field_ == ours or getattr(self, field_) == default
             check(idle, "agent", self.agent, f"must be another for the settings of {field_}: its own are of {ours}")
-        if self.agent in PLANNERS and self.policy == BEHAVIOUR:
-            object.__setattr__(self, "policy", PLANNERS[self.agent])
-        plans = self.agent in STEERED
-        check(plans or self.critics is None, "critics", self.critics, f"are for {' and '.join(STEERED)}")
+        if self.agent in PLANNERS:
+            fits = isinstance(self.policy, PlannerConfig)
+            check(fits, "policy", type(self.policy).__name__, f"must be {PLANNERS[self.agent]}: {self.agent} plans")
+        judged = self.agent in PLANNERS or self.critics is None
+        check(judged, "critics", self.critics, f"are for {' and '.join(PLANNERS)}")
         read = not self.memory_map or self.bc.num_workers != 0
         check(read, f"{ours}.bc.num_workers", 0, "must be at least 1 with memory_map: workers read what is on disk")
 

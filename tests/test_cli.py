@@ -423,7 +423,7 @@ def test_all_kinds_have_a_name_on_the_command_line():
 def test_planners_can_be_cloned(folder, monkeypatch, tmp_path, name, denoised):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(plots, "training_curves", lambda run: None)
-    chunks = "--policy.horizon 4 --policy.n-action-steps 2 --policy.command none"
+    chunks = "--policy.horizon 4 --policy.n-action-steps 2 --policy.command None"
     assert run(f"pretrain data --out {tmp_path / 'run'} --quiet --steps 1 --bc.batch-size 4 {name} {chunks}") == 0
     policy = Policy.from_pretrained(tmp_path / "run")
     assert (policy.name, policy.config.denoised) == ("planner", denoised)

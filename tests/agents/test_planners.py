@@ -235,5 +235,9 @@ def test_it_learns_with_critics_of_idql() -> None:
     judge = DiffusionPolicy.for_dataset(data, DiffusionConfig(num_train_timesteps=2, horizon=1))
     IDQL(judge, IDQLConfig()).fit(data, 2)
     policy = Planner.for_dataset(data, PLANS)
-    Diffuser(policy, DiffuserConfig(BC, VALUE), critics=judge).fit(data, 2)
-    assert policy.scorer is not judge.scorer
+    agent = Diffuser(policy, DiffuserConfig(BC, replace(VALUE, ema_decay=0.5)), critics=judge)
+    agent.fit(data, 2)
+    shown, _ = data.split(BC.validation_share, agent.seed)
+    ahead = prospects(shown, H, judge)
+    assert policy.scorer.mean == pytest.approx(ahead.mean(), rel=1e-4)
+    assert policy.scorer.std == pytest.approx(ahead.std(), rel=1e-4)

@@ -1,6 +1,7 @@
 """`dprl offline --agent diffuser` and `decision-diffuser`: runs, and how they are evaluated."""
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,10 @@ import torch
 
 from dprl.agents import BCConfig, DiffuserConfig, IDQLConfig, OutcomeConfig
 from dprl.cli import main
-from dprl.errors import ConfigError
+from dprl.errors import ConfigError, DprlError
 from dprl.experiments import plots, runs
 from dprl.experiments.runs import CollectConfig, OfflineConfig
-from dprl.guidance.spec import GuidanceConfig
+from dprl.guidance.spec import GuidanceConfig, steering
 from dprl.log import read_metrics
 from dprl.networks import MLPConfig
 from dprl.policy import (
@@ -130,7 +131,7 @@ def test_how_they_act() -> None:
 @pytest.mark.parametrize(
     ("agent", "changes", "message"),
     [
-        ("diffuser", {"policy": DiffusionConfig()}, "must be a planner that denoises rows"),
+        ("diffuser", {"policy": DiffusionConfig()}, "policy = 'DiffusionConfig': must be planner: diffuser plans"),
         ("decision-diffuser", {"policy": SMALL}, "must be a planner that denoises states"),
         ("diffuser", {"critics": "nowhere"}, "nowhere"),
         ("diffuser", {"decision_diffuser": BCConfig(batch_size=3)}, "must be another for the settings of decision_dif"),
@@ -140,8 +141,52 @@ def test_how_they_act() -> None:
 def test_bad_settings_are_refused(
     agent: str, changes: dict[str, object], message: str, data: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(DprlError, match=message):
         runs.offline(config(data, agent, **changes), tmp_path / "run", progress_bar=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_critics_are_for_those_that_plan() -> None:
     with pytest.raises(ConfigError, match="critics = 'x': are for diffuser and decision-diffuser"):
         OfflineConfig("data", critics="x")
+
+
+def test_a_run_goes_on_though_its_critics_were_moved(data: Path, critics: Path, tmp_path: Path) -> None:
+    shutil.copytree(critics, tmp_path / "critics")
+    settings = config(data, "diffuser", critics=str(tmp_path / "critics"))
+    runs.offline(settings, tmp_path / "run", progress_bar=False)
+    (tmp_path / "critics").rename(tmp_path / "moved")
+    runs.run_or_resume(replace(settings, critics=str(tmp_path / "moved")), tmp_path / "run", progress_bar=False)
+
+
+def test_critics_of_other_chunks_are_refused_and_those_of_actions_judge_plans(
+    data: Path, critics: Path, tmp_path: Path
+) -> None:
+    """By their first actions."""
+    small = {}
+    for name, agent, changes in (
+        ("rows", "diffuser", {}),
+        ("longer", "diffuser", {"policy": replace(SMALL, horizon=5)}),
+        ("states", "decision-diffuser", {}),
+    ):
+        runs.offline(config(data, agent, **changes), tmp_path / name, progress_bar=False)
+        small[name] = Policy.from_pretrained(tmp_path / name)
+    cloned, rows = Policy.from_pretrained(critics), small["rows"]
+    for policy, spec, gradient in (
+        (cloned, tmp_path / "rows", "held"),
+        (small["longer"], tmp_path / "rows", "held"),
+        (small["states"], tmp_path / "rows", "noisy"),
+    ):
+        with pytest.raises(ConfigError, match="its critics are of"):
+            steering(GuidanceConfig(guide=str(spec), gradient=gradient), policy)
+    obs = torch.zeros(2, 1, rows.features.observation_size) + 2
+    judged = steering(GuidanceConfig(guide=str(critics), scorer=str(critics)), rows)
+    plans = rows.sample(obs, guide=judged.guide, candidates=2, scorer=judged.scorer)
+    assert torch.equal(judged.scorer.score(obs, plans), judged.scorer.score(obs, rows.act(plans)))
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "rows", other)
+    with torch.no_grad():
+        rows.observation_normalizer.high.add_(1.0)
+        rows.observation_normalizer._refresh()
+    with pytest.raises(ConfigError, match="its critics are of range of chunks"):
+        steering(GuidanceConfig(guide=str(other), gradient="noisy"), rows)

@@ -21,7 +21,18 @@ import pytest
 
 from dprl.agents import BC, BCConfig
 from dprl.errors import CheckpointError, ConfigError, DprlError, MissingDependencyError, RunExistsError
-from dprl.experiments import horizons, imitation, multimodal, obstacle, plots, score_field, solvers, studies, vision
+from dprl.experiments import (
+    horizons,
+    imitation,
+    multimodal,
+    obstacle,
+    plots,
+    runs,
+    score_field,
+    solvers,
+    studies,
+    vision,
+)
 from dprl.experiments.catalogue import STUDIES
 from dprl.experiments.policies import ALL, COMPETITORS, DIFFUSION, slug, with_chunks
 from dprl.experiments.runs import CollectConfig, PretrainConfig
@@ -393,8 +404,10 @@ def test_looks_fit_their_policies() -> None:
     """A setting that does not fit is an error after hours of training."""
     for module in OF_CELLS:
         for c in module.cells(StudyConfig(Path("unused"), seeds=(0,))):
-            kind = next(k for k in KINDS if Policy.kinds[k].config_class is type(c.pretrain.policy))
+            kind = next(k for k in Policy.kinds if Policy.kinds[k].config_class is type(c.pretrain.policy))
             policy = Policy.kinds[kind](Features(2, 2), c.pretrain.policy)
+            if c.offline is not None:  # whose looks may ask for critics
+                runs._offline_agent(policy, replace(c.offline, critics=None))
             for look in c.looks:
                 policy.check_inference(look.inference)
                 steering(look.guidance, policy)

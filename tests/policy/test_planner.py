@@ -13,7 +13,7 @@ from dprl.data import Episodes
 from dprl.errors import ConfigError
 from dprl.guidance import CommandGuide, DenoisingStep, DiffuserGuide, Guide, ValueGuide
 from dprl.mdp import DenoisingMDP, ExplorationConfig
-from dprl.networks import MLPConfig, UNetConfig
+from dprl.networks import LNResNetConfig, MLPConfig, TransformerConfig, UNetConfig
 from dprl.policy import ChunkValueConfig, Features, InferenceConfig, Planner, PlannerConfig, Policy
 from dprl.seeding import torch_generator
 from tests.policy.small import CAMERA, FEATURES, random_episodes
@@ -106,7 +106,16 @@ def test_it_is_saved_and_loaded(config: PlannerConfig, tmp_path: Path) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("denoiser", [UNetConfig((8, 16), n_groups=4), MLPConfig(hidden_size=8)])
+@pytest.mark.parametrize(
+    "denoiser",
+    [
+        UNetConfig((8, 16), n_groups=4),
+        MLPConfig(hidden_size=8),
+        LNResNetConfig(hidden_size=8, n_blocks=1),
+        TransformerConfig(embedding_size=8, n_heads=2, n_layers=1),
+    ],
+    ids=["unet", "mlp", "ln_resnet", "transformer"],
+)
 def test_what_is_given_is_no_part_of_the_loss(config: PlannerConfig, denoiser: object) -> None:
     """Nor does the noise in its place matter, which the networks do not see."""
     policy = a_planner(replace(config, denoiser=denoiser))
@@ -126,6 +135,25 @@ def test_what_is_given_is_no_part_of_the_loss(config: PlannerConfig, denoiser: o
         torch.testing.assert_close(network.denoise(noisy, prepared), said[0])
     moved = policy.base(noisy, torch.tensor([2]), policy.condition(obs + 1.0))
     assert not torch.allclose(moved, said[0]), "the state is seen"
+
+
+def test_a_denoiser_of_no_condition_at_all() -> None:
+    policy = a_planner(replace(SMALL, command=None))
+    assert policy.sample(observations()).shape == (5, H, policy.chunk_size)
+
+
+def test_what_fills_a_plan_up_is_learned() -> None:
+    """For it is denoised with the rest; the inverse dynamics knows nothing of it."""
+    policy, data = a_planner(), rewarded()
+    rows = torch.as_tensor(policy.chunks_of(data).actions)[None, :H]
+    valid = torch.arange(H)[None] < 3
+    whole, part = (policy.loss(observations(1), rows, valid=v, generator=torch_generator(0)) for v in (None, valid))
+    assert whole == part
+    states = a_planner(STATES)
+    whole, part = (states.inverse_loss(rows, v) for v in (None, valid))
+    assert whole != part
+    rows[:, 3:] += 1.0
+    assert states.inverse_loss(rows, valid) == part
 
 
 def test_actions_follow_from_states() -> None:
@@ -156,8 +184,11 @@ def test_warm_starts_go_on_from_plans() -> None:
         policy, obs = a_planner(config), rewarded().observations[:5]
         inference, state = InferenceConfig(warm_start_steps=1), None
         for _ in range(2 * E):
-            action, state = policy.predict(obs, state, inference=inference)
+            action, state = policy.predict(obs, state, inference=inference, generator=torch_generator(0))
         assert action.shape == (5, FEATURES.action_size)
+        plan, other = policy.sample(observations()), policy.sample(observations())
+        warm = [policy.draw(observations(), inference, torch_generator(0), plan=p) for p in (plan, other)]
+        assert not torch.equal(*warm), "the plan counts"
 
 
 def test_what_scores_plans_chooses_among_them() -> None:
