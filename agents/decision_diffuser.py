@@ -16,7 +16,7 @@ large return, x̂_0 <- x̂_0(s_t) + w (x̂_0(s_t, y) - x̂_0(s_t)), with little 
 from __future__ import annotations
 
 from dprl.agents.bc import BC, BCConfig
-from dprl.agents.prospects import prospects
+from dprl.agents.prospects import StateValue, prospects
 from dprl.data import Episodes
 from dprl.errors import check
 from dprl.policy import Planner, PlannerConfig, Policy
@@ -32,14 +32,19 @@ class DecisionDiffuser(BC[Planner]):
     name = "decision-diffuser"
 
     def __init__(
-        self, policy: Policy, config: BCConfig | None = None, *, critics: Policy | None = None, seed: int = 0
+        self,
+        policy: Policy,
+        config: BCConfig | None = None,
+        *,
+        critics: Policy | StateValue | None = None,
+        seed: int = 0,
     ) -> None:
         """Prepare to learn.
 
         Args:
             policy: a planner of states, which can be told a return.
             config: the numbers.
-            critics: a policy whose critics say what follows a plan. Default: what followed in the data.
+            critics: V, or a policy whose critics say what follows a plan. Default: what followed in the data.
             seed: of minibatches and noise.
 
         Raises:

@@ -27,6 +27,7 @@ from torch import Tensor
 from dprl import checkpoint
 from dprl.agents.bc import BC, BCConfig
 from dprl.agents.outcome import Outcome, OutcomeConfig
+from dprl.agents.prospects import StateValue
 from dprl.data import Episodes
 from dprl.errors import check, check_count
 from dprl.policy import Planner, Policy
@@ -65,14 +66,19 @@ class Diffuser(Agent[Picks]):
     config: DiffuserConfig
 
     def __init__(
-        self, policy: Policy, config: DiffuserConfig | None = None, *, critics: Policy | None = None, seed: int = 0
+        self,
+        policy: Policy,
+        config: DiffuserConfig | None = None,
+        *,
+        critics: Policy | StateValue | None = None,
+        seed: int = 0,
     ) -> None:
         """Prepare to learn.
 
         Args:
             policy: a planner of whole rows; its `scorer` becomes what plans earn.
             config: the numbers.
-            critics: a policy whose critics say what follows a plan. Default: what followed in the data.
+            critics: V, or a policy whose critics say what follows a plan. Default: what followed in the data.
             seed: of the networks, minibatches and noise.
 
         Raises:

@@ -31,7 +31,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dprl import checkpoint
 from dprl.agents.bc import require_like
-from dprl.agents.prospects import prospects
+from dprl.agents.prospects import StateValue, prospects
 from dprl.config import validate
 from dprl.data import Episodes
 from dprl.data.loader import Batch, ChunkBatches
@@ -107,15 +107,20 @@ class Outcome(Agent[Tensor]):
     config: OutcomeConfig
 
     def __init__(
-        self, policy: Policy, config: OutcomeConfig | None = None, *, critics: Policy | None = None, seed: int = 0
+        self,
+        policy: Policy,
+        config: OutcomeConfig | None = None,
+        *,
+        critics: Policy | StateValue | None = None,
+        seed: int = 0,
     ) -> None:
         """Prepare to learn.
 
         Args:
             policy: whose chunks are judged; its `scorer` becomes what is learned.
             config: the numbers.
-            critics: a policy whose critics say what follows a chunk, see `prospects`. Default: what followed in the
-                data.
+            critics: V, or a policy whose critics say what follows a chunk, see `prospects`. Default: what followed in
+                the data.
             seed: of the networks, the held-out episodes, minibatches and noise.
 
         Raises:

@@ -2,8 +2,9 @@
 
     R = Σ_{i<H} γ^i r_i + γ^H V(s_H)                nothing follows where an episode terminated before
 
-where V is that of critics learned from the same data (`IDQL`). A return of the data alone says what those who were in a
-state earned; of a route that has to be put together from the pieces of several episodes it says nothing.
+where V is that of critics learned from the same data (`IDQL`), or of how a policy came to act online (`DPPO`). A return
+of the data alone says what those who were in a state earned; of a route that has to be put together from the pieces of
+several episodes it says nothing.
 
 Shapes: S steps, H rows of a plan, B batch, O observation steps, D observation size.
 """
@@ -11,59 +12,104 @@ Shapes: S steps, H rows of a plan, B batch, O observation steps, D observation s
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from dprl import checkpoint
+from dprl.agents.critic import Critic
+from dprl.agents.dppo_config import DPPOConfig
 from dprl.data import Episodes
 from dprl.data.transitions import decisions
 from dprl.errors import ConfigError
-from dprl.observations import Observation, TensorObservation, map_parts
+from dprl.observations import IMAGES, STATE, Observation, TensorObservation, map_parts
 from dprl.policy import ChunkCritic, Policy
+from dprl.policy.critic import ValueTerms
+from dprl.returns import RunningReturnStd
 from dprl.spec import FloatArray, IntArray
 
-AT_ONCE = 4_096
+AT_ONCE = 1_024
 
 
-def prospects(data: Episodes, horizon: int, critics: Policy) -> FloatArray:
+@dataclass(frozen=True)
+class StateValue:
+    """V that was learned, of what a policy observes."""
+
+    policy: Policy
+    of: Callable[[TensorObservation], Tensor]
+    """(B, O, D), or named parts, on the policy's device -> (B,)."""
+    terms: ValueTerms
+    """What it is a value of."""
+
+    @staticmethod
+    def of_critics(policy: Policy) -> StateValue:
+        """V of the critics that a policy has.
+
+        Raises:
+            ConfigError: it has none that were learned.
+        """
+        scorer = policy.scorer
+        if not isinstance(scorer, ChunkCritic) or scorer.terms is None:
+            raise ConfigError(
+                "critics: the policy has none that were learned; 'dprl offline' makes them, DPPO's runs have one"
+            )
+        return StateValue(policy, lambda obs: scorer.v(scorer.see(obs)), scorer.terms)
+
+    @staticmethod
+    def of_dppo(policy: Policy, config: DPPOConfig, state: checkpoint.StateTree, reward_kind: str) -> StateValue:
+        """V of the critic that DPPO has, or had where it stopped.
+
+        Args:
+            policy: what it tunes.
+            config: its numbers.
+            state: what `DPPO.state` returned.
+            reward_kind: of its environment, sparse or dense.
+        """
+        critic = Critic(policy, 0, config.critic_hidden_size, config.critic_activation).to(policy.device)
+        own = "0."  # beside it there may be a baseline
+        learned = {name.removeprefix(own): v for name, v in state["critic"].items() if name.startswith(own)}
+        critic.load_state_dict(learned)
+        scaler = RunningReturnStd(len(state["reward_scaler"]["returns"]), config.gamma)
+        scaler.restore(state["reward_scaler"])
+        gamma = config.gamma if config.gamma_per == "step" else config.gamma ** (1 / policy.n_action_steps)
+        bootstraps = reward_kind != "sparse" if config.bootstrap_truncated is None else config.bootstrap_truncated
+        return StateValue(policy, critic, ValueTerms(gamma, 1 / scaler.std, bootstraps, reward_kind=reward_kind))
+
+    @torch.no_grad()
+    def __call__(self, obs: Observation) -> FloatArray:
+        """(B, O, D), or named parts -> (B,)."""
+        return np.asarray(self.of(self.policy.checked(map_parts(torch.as_tensor, obs))).cpu())
+
+
+def prospects(data: Episodes, horizon: int, critics: Policy | StateValue) -> FloatArray:
     """Return R of every step: (S,), in units of the critics' rewards.
 
     Args:
         data: with rewards.
         horizon: H.
-        critics: a policy with learned critics, of the same observations.
+        critics: V, or a policy with learned critics, of the same observations.
 
     Raises:
         ConfigError: a policy without, or of other observations.
         DatasetError: the data have no rewards.
     """
-    scorer = critics.scorer
-    if not isinstance(scorer, ChunkCritic) or scorer.terms is None:
-        raise ConfigError("critics: the policy has none that were learned; 'dprl offline' makes them")
-    shapes, ours = critics.part_shapes(), data.observations.shape[1:]
-    if list(shapes.values()) != [ours]:
+    value = critics if isinstance(critics, StateValue) else StateValue.of_critics(critics)
+    shapes, ours = value.policy.part_shapes(), {IMAGES + name: images.shape[1:] for name, images in data.images.items()}
+    ours |= {STATE: data.observations.shape[1:]} if data.observations.shape[1] else {}
+    if shapes != ours:
         raise ConfigError(f"critics: they are of observations {shapes}, the data have {ours}")
-    terms, n_obs_steps = scorer.terms, critics.config.n_obs_steps
+    terms, n_obs_steps = value.terms, value.policy.config.n_obs_steps
     cut = decisions(data, n_obs_steps, horizon, terms.gamma, bootstrap_truncated=terms.bootstrap_truncated)
     steps = cut.action_rows[:, 0]
-    value = _value(critics, scorer)
     worth = _in_parts(value, data.observe, data.chunks(n_obs_steps, 1).observation_rows)  # where no more is known
     following = _in_parts(value, data.observe_outcomes, cut.next_rows)
     worth[steps] = terms.reward_scale * cut.rewards + cut.discounts * following
     return worth
 
 
-def _value(critics: Policy, scorer: ChunkCritic) -> Callable[[TensorObservation], FloatArray]:
-    @torch.no_grad()
-    def value(obs: TensorObservation) -> FloatArray:
-        return np.asarray(scorer.v(scorer.see(critics.checked(obs))).cpu())
-
-    return value
-
-
-def _in_parts(
-    value: Callable[[TensorObservation], FloatArray], observe: Callable[[IntArray], Observation], rows: IntArray
-) -> FloatArray:
+def _in_parts(value: StateValue, observe: Callable[[IntArray], Observation], rows: IntArray) -> FloatArray:
     """V of observations (n, O) rows: (n,)."""
     parts = (observe(rows[first : first + AT_ONCE]) for first in range(0, len(rows), AT_ONCE))
-    return np.concatenate([value(map_parts(torch.as_tensor, part)) for part in parts])
+    return np.concatenate([value(part) for part in parts])

@@ -38,6 +38,7 @@ from dprl.agents import (
     Outcome,
     OutcomeConfig,
 )
+from dprl.agents.prospects import StateValue
 from dprl.config import from_json, to_json, validate
 from dprl.data import Episodes, load_dataset, save_dataset
 from dprl.data.images import require_pillow
@@ -75,6 +76,7 @@ from dprl.rollout.recording import visited
 from dprl.seeding import derive_seed
 from dprl.spec import EnvOptions, EnvSpec, resolve, with_n_obs_steps
 from dprl.training import Evaluate, LoopConfig, RunFolder, train
+from dprl.training.agent import STATE_NAME
 from dprl.training.progress import ProgressBar
 from dprl.training.run import RUN_FILE
 
@@ -296,8 +298,8 @@ class OfflineConfig:
     `diffusion-ql`, where a diffusion policy also follows the critics' gradient; or what plans states and actions:
     `diffuser`, steered by what plans earn, and `decision-diffuser`, told what they shall."""
     critics: str | None = None
-    """For those that plan: the folder of a run or policy with critics that say what follows a plan. Default: what
-    followed in the data."""
+    """For those that plan: the folder of a run or policy with critics, or of DPPO's run, that say what follows a plan.
+    Default: what followed in the data."""
     idql: IDQLConfig = field(default_factory=IDQLConfig)
     """Of idql and iql."""
     diffusion_ql: DiffusionQLConfig = field(default_factory=DiffusionQLConfig)
@@ -456,6 +458,9 @@ class CriticTrainingConfig:
     scorer: str | None = None
     """For energy: what says how good chunks are: the folder of a policy with critics, or a function of yours as
     `module:function`. Default: the policy's own critics."""
+    critics: str | None = None
+    """For the return: the folder of a run or policy with critics, or of DPPO's run, that say what follows a chunk.
+    Default: what followed in the data."""
     steps: int = 10_000
     """Gradient steps."""
     episodes: int | None = None
@@ -483,7 +488,9 @@ class CriticTrainingConfig:
         read = not self.memory_map or self.outcome.num_workers != 0
         check(read, "outcome.num_workers", 0, "must be at least 1 with memory_map: workers read what is on disk")
         judges = self.scorer is None or self.agent == "energy"
-        check(judges, "scorer", self.scorer, "is for the agent energy: outcomes are learned from the data alone")
+        check(judges, "scorer", self.scorer, "is for the agent energy: outcomes are learned from the data")
+        follows = self.critics is None or self.agent == "outcome"
+        check(follows, "critics", self.critics, "are for the agent outcome: the energy is of a scorer")
 
 
 Training = PretrainConfig | OfflineConfig | CriticTrainingConfig
@@ -583,6 +590,8 @@ def train_critic(config: CriticTrainingConfig, out: Path, *, progress_bar: bool 
     config = replace(config, policy=str(Path(config.policy).resolve()))
     if config.scorer is not None and Path(config.scorer).exists():
         config = replace(config, scorer=str(Path(config.scorer).resolve()))
+    if config.critics is not None:
+        config = replace(config, critics=str(Path(config.critics).resolve()))
     return _on_data(config, "train-critic", out, progress_bar=progress_bar)
 
 
@@ -612,7 +621,7 @@ def resume(path: Path, *, data: Path | None = None, critics: str | None = None, 
     """Continue an interrupted run from its newest checkpoint, or from its start, as if it had never stopped.
 
     A complete run stays as it is. `data` is where a training's data are now, if they were moved, and `critics` where
-    those of a planner are.
+    those that say what follows are.
 
     Raises:
         CheckpointError: there is no run, or it is damaged.
@@ -625,7 +634,7 @@ def resume(path: Path, *, data: Path | None = None, critics: str | None = None, 
         started = run.last is not None
         if not isinstance(config, FinetuneConfig):
             config = replace(config, data=str(data)) if data else config
-            if critics is not None and isinstance(config, OfflineConfig):
+            if critics is not None and isinstance(config, OfflineConfig | CriticTrainingConfig):
                 config = replace(config, critics=critics)
             _train_on_data(config, run, _prepared(config, progress_bar), resume=started, progress_bar=progress_bar)
             return run
@@ -720,7 +729,7 @@ def _load(config: Training) -> Episodes:
 def _prepare_critic(config: CriticTrainingConfig, progress_bar: bool) -> _Training:
     policy, data = Policy.from_pretrained(config.policy, device=config.device), _load(config)
     if config.agent == "outcome":
-        agent = Outcome(policy, config.outcome, seed=config.seed)
+        agent = Outcome(policy, config.outcome, critics=_following(config), seed=config.seed)
         with _named(config.data):
             agent.set_data(data, config.steps)
         return _Training(agent)
@@ -761,8 +770,24 @@ def _prepare_training(config: PretrainConfig | OfflineConfig) -> _Training:
     return _Training(agent, score if config.eval_every else None, config.eval_every)
 
 
+def _following(config: OfflineConfig | CriticTrainingConfig) -> StateValue | None:
+    """What says what follows a chunk or plan, if that is asked for: V of a policy's critics, or of DPPO's run."""
+    if config.critics is None:
+        return None
+    folder = Path(config.critics)
+    policy = Policy.from_pretrained(folder, device=config.device)
+    if not (folder / RUN_FILE).exists():
+        return StateValue.of_critics(policy)
+    _, kind, about = RunFolder.open(folder)
+    tuning = from_json(FinetuneConfig, about, str(folder / RUN_FILE)) if kind == "finetune" else None
+    if tuning is None or tuning.agent != "dppo":
+        return StateValue.of_critics(policy)
+    state = checkpoint.load_state(find_policy(folder), STATE_NAME)
+    return StateValue.of_dppo(policy, tuning.dppo, state, resolve(tuning.env, tuning.options).reward)
+
+
 def _offline_agent(policy: Policy, config: OfflineConfig) -> IDQL | Diffuser | DecisionDiffuser:
-    critics = None if config.critics is None else Policy.from_pretrained(config.critics, device=config.device)
+    critics = _following(config)
     if config.agent == "diffuser":
         return Diffuser(policy, config.diffuser, critics=critics, seed=config.seed)
     if config.agent == "decision-diffuser":

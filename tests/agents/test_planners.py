@@ -18,45 +18,24 @@ from dprl.agents import (
     OutcomeConfig,
 )
 from dprl.agents.prospects import prospects
-from dprl.data import Episodes
-from dprl.data.transitions import returns_to_go
-from dprl.errors import ConfigError, DatasetError
+from dprl.errors import ConfigError
 from dprl.guidance import CommandGuide, DiffuserGuide, ValueGuide
 from dprl.networks import MLPConfig
 from dprl.policy import (
-    ChunkCritic,
     ChunkValueConfig,
-    CriticConfig,
     DiffusionConfig,
     DiffusionPolicy,
     Planner,
     PlannerConfig,
-    Policy,
 )
-from dprl.policy.critic import ValueTerms
-from dprl.seeding import numpy_generator, torch_generator
-from tests.policy.small import random_episodes
+from dprl.seeding import torch_generator
+from tests.agents.walks import critics, walks
 
 H = 4
 PLANS = PlannerConfig(horizon=H, n_action_steps=2, num_train_timesteps=10, denoiser=MLPConfig(hidden_size=64))
 STATES = replace(PLANS, denoised="states", inverse_size=32, command="return")
 BC = BCConfig(batch_size=128, learning_rate=3e-3, final_learning_rate=3e-4, ema_decay=0.98)
 VALUE = OutcomeConfig(critic=ChunkValueConfig(64, 2, n_networks=1), batch_size=128, learning_rate=3e-3, ema_decay=0.98)
-
-
-def walks(n: int = 600, length: int = 6) -> Episodes:
-    """From 0, each step of an episode to the same side; what is earned at its end is how far to the right that is."""
-    rng = numpy_generator(0, "walks")
-    side = rng.choice([-1.0, 1.0], n)[:, None]
-    actions = (side + 0.1 * rng.standard_normal((n, length))).astype(np.float32)
-    states = np.concatenate([np.zeros((n, 1), np.float32), np.cumsum(actions, 1)], axis=1).astype(np.float32)
-    rewards = np.zeros((n, length), np.float32)
-    rewards[:, -1] = states[:, -1]
-    whole, no = np.ones(n, np.bool_), np.zeros(n, np.bool_)
-    return Episodes(
-        states[:, :-1].reshape(-1, 1), actions.reshape(-1, 1), rewards.reshape(-1), states[:, -1:],
-        length * np.arange(1, n + 1), whole, no, np.arange(n),
-    )  # fmt: skip
 
 
 def share_to_the_right(plans: Tensor) -> float:
@@ -98,61 +77,7 @@ def test_decision_diffuser_plans_what_it_is_told() -> None:
 # ---------------------------------------------------------------------------------------------------- what plans earn
 
 
-class Known(ChunkCritic):
-    """V(s) = 10 s of one number, whatever the networks are."""
-
-    def v(self, seen: Tensor) -> Tensor:
-        return 10 * seen[:, 0]
-
-
-def critics(gamma: float = 0.5, scale: float = 2.0, bootstrap: bool = True) -> Policy:
-    policy = DiffusionPolicy.for_dataset(walks(4), DiffusionConfig(num_train_timesteps=2, horizon=1))
-    policy.observation_normalizer.fit(torch.tensor([[-1.0], [1.0]]))  # so that what is seen is the state
-    known = Known(policy, CriticConfig())
-    known.terms = ValueTerms(gamma, scale, bootstrap)
-    policy.scorer = known
-    return policy
-
-
-def cut_walk(terminated: bool) -> Episodes:
-    """One episode of three steps from 0 to 3."""
-    states = np.arange(3, dtype=np.float32)[:, None]
-    no = np.zeros(1, np.bool_)
-    rewards = np.array([1, 2, 4], np.float32)
-    end = np.array([[3.0]], np.float32)
-    return Episodes(states, np.ones((3, 1), np.float32), rewards, end, np.array([3]), no | terminated, no, np.arange(1))
-
-
-def test_prospects_are_rewards_ahead_and_what_critics_say_of_where_they_end() -> None:
-    """γ = 1/2, rewards doubled, V(s) = 10 s."""
-    ahead = prospects(cut_walk(terminated=True), 2, critics())
-    assert ahead.tolist() == [2 * (1 + 1) + 0.25 * 20, 2 * (2 + 2), 2 * 4]
-    ahead = prospects(cut_walk(terminated=False), 2, critics())
-    assert ahead.tolist() == [2 * (1 + 1) + 0.25 * 20, 2 * (2 + 2) + 0.25 * 30, 2 * 4 + 0.5 * 30]
-    ahead = prospects(cut_walk(terminated=False), 2, critics(bootstrap=False))
-    assert ahead.tolist() == [2 * (1 + 1) + 0.25 * 20, 2 * (2 + 2), 2 * 4]
-
-
-@pytest.mark.filterwarnings("ignore:.*of the rewards are in decisions that are left out")
-def test_where_nobody_knows_what_followed_the_present_state_counts() -> None:
-    data = replace(cut_walk(terminated=False), final_known=np.zeros(1, np.bool_))
-    assert prospects(data, 2, critics()).tolist() == [2 * (1 + 1) + 0.25 * 20, 10.0, 20.0]
-
-
-def test_as_far_as_the_data_go_they_are_the_returns() -> None:
-    data = walks(20)
-    ahead = prospects(data, 50, critics(gamma=0.9, scale=1.0))
-    np.testing.assert_allclose(ahead, returns_to_go(data, 0.9), rtol=1e-5, atol=1e-6)
-
-
-def test_critics_that_cannot_say_are_refused() -> None:
-    bare = DiffusionPolicy.for_dataset(walks(4), DiffusionConfig(num_train_timesteps=2))
-    with pytest.raises(ConfigError, match="critics: the policy has none that were learned"):
-        prospects(walks(4), 2, bare)
-    with pytest.raises(ConfigError, match="critics: they are of observations"):
-        prospects(random_episodes(), 2, critics())
-    with pytest.raises(DatasetError, match="neither rewards nor success"):
-        prospects(replace(walks(4), rewards_from="none"), 2, critics())
+def test_discounts_are_the_critics() -> None:
     policy = Planner.for_dataset(walks(4), PLANS)
     for changes in ({"gamma": 0.5}, {"termination_penalty": 1.0}):
         with pytest.raises(ConfigError, match="must be left out: critics have their own"):

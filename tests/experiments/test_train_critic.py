@@ -7,14 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from dprl.agents import EnergyConfig, OutcomeConfig
+from dprl.agents import DPPOConfig, EnergyConfig, OutcomeConfig
+from dprl.agents.prospects import StateValue, prospects
+from dprl.checkpoint import load_state
 from dprl.cli import main
+from dprl.config import from_json
 from dprl.data import load_dataset
 from dprl.errors import CheckpointError, ConfigError, DatasetError, RunExistsError
 from dprl.experiments import plots, runs
-from dprl.experiments.runs import CollectConfig, CriticTrainingConfig
+from dprl.experiments.runs import CollectConfig, CriticTrainingConfig, FinetuneConfig
 from dprl.log import read_metrics
 from dprl.policy import ChunkValueConfig, DiffusionConfig, DiffusionPolicy, NoisyChunkValue, Policy
+from dprl.policy.base import find_policy
+from dprl.spec import resolve
+from dprl.training import RunFolder
 from dprl.training.loop import InterruptedRunError
 from tests.policy.small import small_policy
 
@@ -99,6 +105,37 @@ def test_the_command_line(data: Path, policy: Path, tmp_path: Path, capsys: pyte
     assert json.loads(capsys.readouterr().out)["guidance"]["gradient"] == "noisy"
 
 
+@pytest.fixture(scope="module")
+def tuned(policy: Path) -> Path:
+    """A run of DPPO."""
+    dppo = DPPOConfig(2, n_steps=2, n_epochs=1, batch_size=8, critic_hidden_size=8)
+    runs.finetune(
+        FinetuneConfig(str(policy), "Avoid-v0", 16, n_envs=2, dppo=dppo, eval_every=0),
+        policy.parent / "tuned",
+        progress_bar=False,
+    )
+    return policy.parent / "tuned"
+
+
+def test_dppos_critic_says_what_follows(data: Path, policy: Path, tuned: Path, tmp_path: Path) -> None:
+    run = runs.train_critic(config(data, policy, "outcome", critics=str(tuned)), tmp_path / "run", progress_bar=False)
+    learned = Policy.from_pretrained(run.path).scorer
+    _, _, about = RunFolder.open(tuned)
+    dppo = from_json(FinetuneConfig, about, "").dppo
+    state = load_state(find_policy(tuned), "training")
+    value = StateValue.of_dppo(Policy.from_pretrained(tuned), dppo, state, resolve("Avoid-v0").reward)
+    shown, _ = load_dataset(str(data)).split(OUTCOME.validation_share, 0)
+    ahead = prospects(shown, 4, value)
+    assert float(learned.mean) == pytest.approx(ahead.mean(), rel=1e-4)
+    assert float(learned.std) == pytest.approx(ahead.std(), rel=1e-4)
+    (tuned / "checkpoints").rename(tuned / "away")
+    try:
+        with pytest.raises(CheckpointError, match="holds no policy"):
+            runs.train_critic(config(data, policy, "outcome", critics=str(tuned)), tmp_path / "b", progress_bar=False)
+    finally:
+        (tuned / "away").rename(tuned / "checkpoints")
+
+
 def test_what_cannot_be_is_refused_before_a_run_is_made(data: Path, policy: Path, tmp_path: Path) -> None:
     small_policy("gaussian").save_pretrained(tmp_path / "gaussian")
     small_policy("diffusion").save_pretrained(tmp_path / "other")
@@ -108,6 +145,8 @@ def test_what_cannot_be_is_refused_before_a_run_is_made(data: Path, policy: Path
         ({"policy": str(tmp_path / "other")}, DatasetError, "observation and action numbers"),
         ({"policy": str(tmp_path / "nothing")}, CheckpointError, "holds no policy"),
         ({"episodes": 9}, ConfigError, "the data set has 8"),
+        ({"critics": str(policy)}, ConfigError, "critics: the policy has none that were learned"),
+        ({"agent": "energy", "energy": ENERGY, "outcome": OutcomeConfig(), "critics": "x"}, ConfigError, "are for the"),
         ({"device": "nowhere"}, ConfigError, "device"),
     ):
         with pytest.raises(error, match=complaint):
@@ -122,5 +161,5 @@ def test_settings_of_what_is_not_learned_are_refused() -> None:
         CriticTrainingConfig("data", "policy", energy=ENERGY)
     with pytest.raises(ConfigError, match="must be at least 1 with memory_map"):
         CriticTrainingConfig("data", "policy", memory_map=True, outcome=replace(OUTCOME, num_workers=0))
-    with pytest.raises(ConfigError, match="outcomes are learned from the data alone"):
+    with pytest.raises(ConfigError, match="outcomes are learned from the data"):
         CriticTrainingConfig("data", "policy", scorer="a:b")

@@ -246,3 +246,49 @@ def test_exact_guidance_converges_to_the_tilted_distribution(name: str) -> None:
         errors.append(max(far.max(), spread.max()))
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 0.025
+
+
+class OneNumber:
+    """Of x_0 ~ N(0, 1/4) and J(x_0) = -2 (x_0 - 1)², which tilts it to N(1/2, 1/8): the energy of noisy actions."""
+
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        self.schedule = schedule
+
+    def clean(self, noisy: Tensor, timestep: int) -> Tensor:
+        """E[x_0 | x_t]."""
+        signal, noise = self.schedule.level(timestep)
+        return noisy * signal / (signal**2 + 4 * noise**2)
+
+    def noisy_at(self, obs: Tensor) -> Callable[[Tensor, int], Tensor]:
+        def energy(noisy: Tensor, timestep: int) -> Tensor:
+            signal, noise = self.schedule.level(timestep)
+            spread = 1 / (4 + (signal / noise) ** 2)
+            return (-0.5 * (self.clean(noisy, timestep) - 1) ** 2 / (1 / 4 + spread))[:, 0, 0]
+
+        return energy
+
+
+@pytest.mark.parametrize(("k", "approximate"), [(20, 0.338), (100, 0.460), (1000, 0.496)])
+def test_the_energy_scaled_by_the_variance_falls_short_of_the_mean_that_its_score_finds(
+    k: int, approximate: float
+) -> None:
+    config = ScheduleConfig(k, "squaredcos_cap_v2")
+    schedule, steps = NoiseSchedule(config).double(), solver_steps(config, SolverConfig("ddpm"))
+    value = OneNumber(schedule)
+
+    def mean(scaling: Scaling) -> float:
+        """Samples are affine in the draws, so draws of zero give it."""
+        advance = guided(
+            ValueGuide(value, 1.0, "noisy", scaling),
+            steps,
+            schedule,
+            lambda t: lambda x: value.clean(x, t),
+            obs=torch.zeros(1, 1, 1),
+            to_actions=lambda clean: clean,
+            allowed=lambda clean: clean,
+        )
+        draws = torch.zeros(n_draws(steps), 1, 1, 1, dtype=torch.float64)
+        return float(solve_guided(steps, advance, draws[0], draws[1:]))
+
+    assert mean("variance") == pytest.approx(approximate, abs=6e-4)
+    assert mean("score") == pytest.approx(0.5, abs=6e-4)
