@@ -107,6 +107,10 @@ STUDIES = {
         f"offline-{name}": (f"dprl.experiments.offline:on_{name}", f"offline-mujoco on {name} alone; --paper too")
         for name in GYM
     },
+    "guidance": (
+        "dprl.experiments.guidance:run",
+        "filtering and steering by critics, and both, at matched compute: three Meta-World tasks and Hopper",
+    ),
     "planners": (
         "dprl.experiments.planners:run",
         "Diffuser and Decision Diffuser beside IDQL, whose critics they ask, in offline-stitch's mazes",

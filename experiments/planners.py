@@ -13,20 +13,21 @@ import numpy as np
 
 from dprl.agents import BCConfig, DiffuserConfig, OutcomeConfig
 from dprl.experiments import plots
-from dprl.experiments.finetuning import mean_score, score, score_of
+from dprl.experiments.finetuning import score, score_of
 from dprl.experiments.offline import MAZES, cells_of
 from dprl.experiments.runs import STATE_PLANNER, OfflineConfig, PretrainConfig
 from dprl.experiments.studies import Cell, Look, Outcome, StudyConfig, grouped, run_cells, write_table
 from dprl.guidance.spec import GuidanceConfig
-from dprl.networks import UNetConfig
+from dprl.networks import MLPConfig
 from dprl.policy import InferenceConfig, PlannerConfig
 
-STEPS = 8_000
-MODEL = UNetConfig(down_dims=(32, 64, 64))
+STEPS = 4_000
+MODEL = MLPConfig(hidden_size=512, n_blocks=2)
 ROWS = PlannerConfig(denoiser=MODEL)
 STATES = replace(STATE_PLANNER, denoiser=MODEL)
 BC = BCConfig(batch_size=64, learning_rate=1e-3)
-GUIDE = GuidanceConfig(guide="critic", scale=1.0, gradient="noisy", scaling="score")
+VALUE = OutcomeConfig(batch_size=128, learning_rate=1e-3)
+GUIDE = GuidanceConfig(guide="critic", scale=0.3, gradient="noisy", scaling="normalized")
 TOLD = GuidanceConfig(command=(1.0,), command_scale=1.2)
 ONE, SOME, COOL = InferenceConfig(), InferenceConfig(candidates=16), InferenceConfig(temperature=0.5)
 METHODS = {
@@ -56,7 +57,7 @@ def cells(config: StudyConfig) -> list[Cell]:
 
         rows = PretrainConfig("", ROWS, STEPS, bc=BC, seed=base.pretrain.seed)
         states = replace(rows, policy=STATES)
-        diffuser = OfflineConfig("", ROWS, agent="diffuser", diffuser=DiffuserConfig(BC, OutcomeConfig()))
+        diffuser = OfflineConfig("", ROWS, agent="diffuser", diffuser=DiffuserConfig(BC, VALUE))
         both = look("both", SOME, GUIDE)
         every = (
             look("plain", ONE, GuidanceConfig()),
@@ -95,10 +96,17 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
         for method, shown in METHODS.items()
         for o in [found[method]]
     ]
-    _draw(by_task, config.out / f"{name}.png")
+    plots.bars(
+        {
+            task: {shown: [score_of(o) for o in found[method]] for method, shown in METHODS.items()}
+            for task, found in by_task.items()
+        },
+        config.out / f"{name}.png",
+    )
     note = (
         f"Seeds {', '.join(map(str, config.seeds))}, of data and learning; {config.episodes} held-out episodes each, "
-        f"the same for every method. Plans are of {ROWS.horizon} steps, of which {ROWS.n_action_steps} are executed; "
+        f"the same for every method. Plans are of {ROWS.horizon} steps, of which {ROWS.n_action_steps} are executed, "
+        f"their networks MLPs and {STEPS * config.scale:,.0f} gradient steps of them; "
         "what a plan earns is what its steps do and what IDQL's critics say of its end, but for the row that says "
         "otherwise. "
         "IDQL decides chunks of four actions. Milliseconds are of one decision for one environment."
@@ -109,18 +117,3 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
 
 def _method(outcome: Outcome) -> str:
     return f"{outcome.cell.split('.')[1]} | {outcome.look}"
-
-
-def _draw(by_task: dict[str, dict[str, list[Outcome]]], file: Path) -> None:
-    """Draw every method's score as a bar, and every seed's as a dot."""
-    figure = plots.new_figure(figsize=(4.6 * len(by_task), 3.6))
-    for axis, (task, found) in zip(figure.subplots(1, len(by_task), squeeze=False).flat, by_task.items(), strict=True):
-        for i, method in enumerate(METHODS):
-            axis.barh(i, mean_score(found[method]), color=f"C{i}", alpha=0.6)
-            axis.plot([score_of(o) for o in found[method]], [i] * len(found[method]), "k.", ms=4)
-        axis.set_yticks(range(len(METHODS)), list(METHODS.values()) if axis.get_subplotspec().is_first_col() else [])
-        axis.invert_yaxis()
-        axis.set_xlim(0, 1.02)
-        axis.set_xlabel("success")
-        axis.set_title(task, fontsize=10)
-    figure.savefig(file, dpi=120)

@@ -182,3 +182,18 @@ def trajectories(episodes: dict[str, list[Episode]], file: Path) -> None:
             axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
     figure.savefig(file, dpi=120)
+
+
+def bars(panels: dict[str, dict[str, Sequence[float]]], file: Path) -> None:
+    """Draw for every panel a bar for each name, the mean of its scores, and a dot for each of them."""
+    figure = new_figure(figsize=(1.8 + 2.8 * len(panels), 0.8 + 0.35 * max(map(len, panels.values()))))
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, groups) in zip(axes, panels.items(), strict=True):
+        for i, scores in enumerate(groups.values()):
+            axis.barh(i, sum(scores) / len(scores), color=f"C{i}", alpha=0.6)
+            axis.plot(scores, [i] * len(scores), "k.", ms=4)
+        axis.set_yticks(range(len(groups)), list(groups) if axis is axes[0] else [])
+        axis.invert_yaxis()
+        axis.set_xlabel("score")
+        axis.set_title(title, fontsize=10)
+    figure.savefig(file, dpi=120)
