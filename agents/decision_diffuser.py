@@ -6,9 +6,10 @@ dynamics that turn states into actions (section 3.1), eq. 8:
 
     L = E ||prediction(s_t, y or nothing, t) - target||² + E ||a_i - f(s_i, s_{i+1})||²
 
-y is of the return that the data's episode earned from there on, as in the paper, or of what `prospects` makes of it by
-critics, which also know of routes that no episode shows as a whole. Acting (algorithm 1) is denoising plans told a
-large return, x̂_0 <- x̂_0(s_t) + w (x̂_0(s_t, y) - x̂_0(s_t)), with little noise, and executing their first actions:
+y is of the return that the data's episode earned from there on, as in the paper, or of how much better it gets by the
+plan as critics judge it (`prospects`), which also know of routes that no episode shows as a whole. Acting (algorithm 1)
+is denoising plans told a large return, x̂_0 <- x̂_0(s_t) + w (x̂_0(s_t, y) - x̂_0(s_t)), with little noise, and executing
+their first actions:
 
     InferenceConfig(temperature=0.5), and the guide `CommandGuide(1.0, 1.2)`
 """

@@ -9,9 +9,10 @@ beside it what noisy plans earn (section 3.2),
 
     L_J = E (J(τ_t, t) - R(τ))²                           see `Outcome`
 
-where R is the return that the data's episode earned from there on, as in the paper, or what `prospects` makes of it by
-critics, which also know of routes that no episode shows as a whole. Acting (algorithm 1) is denoising plans from the
-present state, each step moved up the gradient of J, taking the best of several, executing its first actions:
+where R is the return that the data's episode earned from there on, as in the paper, or how much better it gets by the
+plan as critics judge it (`prospects`), which also know of routes that no episode shows as a whole. Acting (algorithm 1)
+is denoising plans from the present state, each step moved up the gradient of J, taking the best of several, executing
+its first actions:
 
     InferenceConfig(candidates=16), 64 in the paper, and a guide: `DiffuserGuide(planner.scorer)` as in the paper, or
     `ValueGuide(planner.scorer, gradient="noisy")`

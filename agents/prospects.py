@@ -1,10 +1,11 @@
-"""What is earned from each step on, if what follows a plan is as good as critics take it to be.
+"""How much better it gets by a plan, if what follows it is as good as critics take it to be.
 
-    R = Σ_{i<H} γ^i r_i + γ^H V(s_H)                nothing follows where an episode terminated before
+    A = Σ_{i<H} γ^i r_i + γ^H V(s_H) - V(s_0)       nothing follows where an episode terminated before
 
 where V is that of critics learned from the same data (`IDQL`), or of how a policy came to act online (`DPPO`). A return
 of the data alone says what those who were in a state earned; of a route that has to be put together from the pieces of
-several episodes it says nothing.
+several episodes it says nothing. What the start is worth is taken off: plans are told apart from others of their start,
+and the most that one may be told to earn is much the same wherever it starts.
 
 Shapes: S steps, H rows of a plan, B batch, O observation steps, D observation size.
 """
@@ -84,7 +85,7 @@ class StateValue:
 
 
 def prospects(data: Episodes, horizon: int, critics: Policy | StateValue) -> FloatArray:
-    """Return R of every step: (S,), in units of the critics' rewards.
+    """Return A of every step: (S,), in units of the critics' rewards; 0 where nobody knows what followed.
 
     Args:
         data: with rewards.
@@ -103,10 +104,11 @@ def prospects(data: Episodes, horizon: int, critics: Policy | StateValue) -> Flo
     terms, n_obs_steps = value.terms, value.policy.config.n_obs_steps
     cut = decisions(data, n_obs_steps, horizon, terms.gamma, bootstrap_truncated=terms.bootstrap_truncated)
     steps = cut.action_rows[:, 0]
-    worth = _in_parts(value, data.observe, data.chunks(n_obs_steps, 1).observation_rows)  # where no more is known
+    start = _in_parts(value, data.observe, cut.observation_rows)
     following = _in_parts(value, data.observe_outcomes, cut.next_rows)
-    worth[steps] = terms.reward_scale * cut.rewards + cut.discounts * following
-    return worth
+    better = np.zeros(len(data.actions), np.float32)
+    better[steps] = terms.reward_scale * cut.rewards + cut.discounts * following - start
+    return better
 
 
 def _in_parts(value: StateValue, observe: Callable[[IntArray], Observation], rows: IntArray) -> FloatArray:

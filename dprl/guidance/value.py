@@ -109,19 +109,22 @@ class ValueGuide:
         """See `Guide.shift`."""
         if self.scale == 0 or step.k < self.skip_last or step.level.signal == 0:
             return step
+        by = self.scale * self._factor(step)
         for _ in range(self.n_steps):
             step, gradient = self._gradient(step)
-            step = step.with_clean(step.clean + self.scale * _scaled(self.scaling, step, gradient))
+            if self.scaling == "normalized":
+                gradient = gradient / gradient.pow(2).mean((1, 2), keepdim=True).sqrt().clamp(min=SMALLEST_RMS)
+            step = step.with_clean(torch.add(step.clean, gradient, alpha=by))
         return step
 
     def _gradient(self, step: DenoisingStep) -> tuple[DenoisingStep, Tensor]:
-        """Return g (B, H, A), and the step, of which the network may have been taken."""
+        """Return g (B, H, A), with `held` at x̂_0; and the step, of which the network may have been taken."""
         if self.gradient == "noisy":
             assert isinstance(self.of, NoisyValue)
             return step, noisy_gradient(self.of, step)
         assert isinstance(self.of, Value)
         if self.gradient == "held":
-            return step, clean_gradient(self.of, step) / step.level.signal
+            return step, clean_gradient(self.of, step)
         with torch.enable_grad():
             noisy = step.noisy.detach().requires_grad_()
             predicted = step.predict(noisy)
@@ -129,6 +132,14 @@ class ValueGuide:
         # the clamp is passed straight through: what is clamped can still come back
         (gradient,) = torch.autograd.grad(predicted, noisy, clean_gradient(self.of, step))
         return step, gradient
+
+    def _factor(self, step: DenoisingStep) -> float:
+        """What the gradient is multiplied by, beside s; ∂x̂_0/∂x_t of `held` too, where the length of g counts."""
+        (signal, noise), (signal_next, noise_next) = step.level, step.following
+        if self.scaling == "normalized":
+            return noise
+        factors = {"score": noise**2 / signal, "variance": noise_next**2 / signal_next, "noise": noise, "constant": 1.0}
+        return factors[self.scaling] / (signal if self.gradient == "held" else 1.0)
 
 
 @dataclass(frozen=True)
@@ -182,19 +193,6 @@ def _gradient_at(x: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
     check(values.requires_grad, "value", "without a gradient", "must be differentiable in the actions")
     (gradient,) = torch.autograd.grad(values, x, torch.ones_like(values))
     return gradient
-
-
-def _scaled(scaling: Scaling, step: DenoisingStep, gradient: Tensor) -> Tensor:
-    (signal, noise), (signal_next, noise_next) = step.level, step.following
-    if scaling == "normalized":
-        return noise * gradient / gradient.pow(2).mean((1, 2), keepdim=True).sqrt().clamp(min=SMALLEST_RMS)
-    factors = {
-        "score": noise**2 / signal,
-        "variance": noise_next**2 / signal_next,
-        "noise": noise,
-        "constant": 1.0,
-    }
-    return factors[scaling] * gradient
 
 
 SMALLEST_RMS = 1e-12

@@ -108,8 +108,9 @@ class ChunkCritic(nn.Module):
 
         Of plans, whose rows begin with the actions, it is that of their actions.
         """
-        chunk = self._normalize(actions[:, : self.n_action_steps, : self._action_size]).flatten(1)
-        value: Tensor = self.q_net(torch.cat([seen, chunk], dim=1))
+        size = (self.n_action_steps, self._action_size)
+        executed = actions if actions.shape[1:] == size else actions[:, : size[0], : size[1]]
+        value: Tensor = self.q_net(torch.cat([seen, self._normalize(executed).flatten(1)], dim=1))
         return value
 
     def v(self, seen: Tensor) -> Tensor:

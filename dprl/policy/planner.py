@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dprl.config import validate
+from dprl.diffusion.schedule import PredictionType
 from dprl.errors import check
 from dprl.networks import Denoiser, DenoiserConfig, GivenState, UNetConfig, build_denoiser, with_state
 from dprl.networks.mlp import ResidualMLP
@@ -41,6 +42,9 @@ class PlannerConfig(DiffusionConfig):
     """E, how many actions of a plan are executed before the next one is made. The papers' planners make one each
     step."""
     num_train_timesteps: int = 20
+    prediction_type: PredictionType = "sample"
+    """As in Diffuser: plans of the data are smooth, and so is what is predicted. By `epsilon` the states of a plan come
+    out apart from each other, unless it is learned for long."""
     denoiser: DenoiserConfig = field(default_factory=UNetConfig)
     """The network. One that looks at a few neighbouring rows at once, as a U-Net does, can put together what no episode
     of the data shows as a whole."""

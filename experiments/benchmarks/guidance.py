@@ -2,9 +2,10 @@
 
     python -m dprl.experiments.benchmarks.guidance [--device cuda]
 
-The bare arithmetic of a step is one gradient of the critic at clean chunks; with `through` one of the denoiser at noisy
-ones, too, less the forward pass that unguided sampling takes anyway. What guidance adds is the time of a guided sample
-less that of an unguided one. Medians of repeated measurements, in turn in the same run.
+The bare arithmetic of a step is one gradient of the critic at clean chunks, with `through` one of the denoiser at noisy
+ones, too. It is taken as in sampling, each after the denoiser's forward pass, which pushes the critic's weights out of
+the caches; what the forward passes alone take is taken off. What guidance adds is the time of a guided sample less that
+of an unguided one. Medians of repeated measurements, in turn in the same run.
 """
 
 from __future__ import annotations
@@ -110,34 +111,35 @@ def measure(config: GuidanceBenchmark, denoiser: str, gradient: Gradient, batch:
     actions = [
         lambda: policy.sample(obs, generator=generator),
         lambda: policy.sample(obs, generator=generator, guide=guide),
-        bare_gradients(policy, critic, obs, gradient, config.steps),
+        forwards(policy, obs, config.steps),
+        with_gradients(policy, critic, obs, gradient, config.steps),
     ]
-    if gradient == "through":
-        actions.append(forwards(policy, obs, config.steps))
     for action in actions:
         action()
     times = np.array([[seconds(action, device) for action in actions] for _ in range(config.repeats)])
-    bare = times[:, 2] - (times[:, 3] if gradient == "through" else 0)
-    ratio = float(np.median((times[:, 1] - times[:, 0]) / bare))
-    unguided, guided = 1000 * np.median(times[:, 0]), 1000 * np.median(times[:, 1])
-    return Figure(denoiser, gradient, batch, float(unguided), float(guided), float(1000 * np.median(bare)), ratio - 1)
+    unguided, guided, forward, both = times.T
+    ratio = float(np.median((guided - unguided) / (both - forward)))
+    unguided_ms, guided_ms, bare_ms = (1000 * float(np.median(took)) for took in (unguided, guided, both - forward))
+    return Figure(denoiser, gradient, batch, unguided_ms, guided_ms, bare_ms, ratio - 1)
 
 
-def bare_gradients(
+def with_gradients(
     policy: DiffusionPolicy, critic: ChunkCritic, obs: Tensor, gradient: Gradient, steps: int
 ) -> Callable[[], None]:
-    """Return `steps` gradients of the critic, and where it is differentiated of the denoiser, and nothing else."""
+    """Return `steps` forward passes of the denoiser, each with the gradients of one guided step, and nothing else."""
     seen, noisy, prepared = critic.see(obs), *_denoised(policy, obs)
     clean = noisy.clone().requires_grad_()
-    noisy = noisy.clone().requires_grad_()
-    given = torch.ones_like(noisy)
+    through = gradient == "through"
+    noisy = noisy.clone().requires_grad_(through)
 
     def run() -> None:
         for _ in range(steps):
+            with torch.set_grad_enabled(through):
+                predicted = policy.base.denoise(noisy, prepared)
             q = critic.q_net(torch.cat([seen, clean.flatten(1)], dim=1)).amin(0)
-            torch.autograd.grad(q.sum(), clean)
-            if gradient == "through":
-                torch.autograd.grad(policy.base.denoise(noisy, prepared), noisy, given)
+            (given,) = torch.autograd.grad(q, clean, torch.ones_like(q))
+            if through:
+                torch.autograd.grad(predicted, noisy, given)
 
     return run
 
