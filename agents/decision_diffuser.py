@@ -16,12 +16,18 @@ their first actions:
 
 from __future__ import annotations
 
+import numpy as np
+
 from dprl.agents.bc import BC, BCConfig
 from dprl.agents.prospects import StateValue, prospects
 from dprl.data import Episodes
 from dprl.errors import check
 from dprl.policy import Planner, PlannerConfig, Policy
 from dprl.spec import FloatArray
+
+EXTREME = 0.05
+"""Share of the plans at either end that are told no more than the next: what critics err by is largest there, and a
+return that no plan has leads nowhere."""
 
 
 class DecisionDiffuser(BC[Planner]):
@@ -76,6 +82,7 @@ class DecisionDiffuser(BC[Planner]):
         return self.policy.commands(data, None if self._critics is None else self._outcomes(data))
 
     def _outcomes(self, data: Episodes) -> FloatArray:
-        """What plans earn that begin at each step: (S, 1). Between H states lie H - 1 actions."""
+        """How much better it gets by plans that begin at each step, extremes left out: (S, 1). H - 1 actions each."""
         assert self._critics is not None
-        return prospects(data, self.policy.config.horizon - 1, self._critics)[:, None]
+        better = prospects(data, self.policy.config.horizon - 1, self._critics)
+        return better.clip(*np.quantile(better, (EXTREME, 1 - EXTREME)).astype(np.float32))[:, None]

@@ -93,7 +93,7 @@ def prospects(data: Episodes, horizon: int, critics: Policy | StateValue) -> Flo
         critics: V, or a policy with learned critics, of the same observations.
 
     Raises:
-        ConfigError: a policy without, or of other observations.
+        ConfigError: a policy without, or of other observations or another kind of rewards.
         DatasetError: the data have no rewards.
     """
     value = critics if isinstance(critics, StateValue) else StateValue.of_critics(critics)
@@ -102,6 +102,10 @@ def prospects(data: Episodes, horizon: int, critics: Policy | StateValue) -> Flo
     if shapes != ours:
         raise ConfigError(f"critics: they are of observations {shapes}, the data have {ours}")
     terms, n_obs_steps = value.terms, value.policy.config.n_obs_steps
+    kind = "sparse" if data.rewards_from == "success" else data.reward_kind
+    if None not in (kind, terms.reward_kind) and kind != terms.reward_kind:
+        raise ConfigError(f"critics: they are of {terms.reward_kind} rewards, the data's are {kind}: values are of one "
+                          "kind")  # fmt: skip
     cut = decisions(data, n_obs_steps, horizon, terms.gamma, bootstrap_truncated=terms.bootstrap_truncated)
     steps = cut.action_rows[:, 0]
     start = _in_parts(value, data.observe, cut.observation_rows)

@@ -17,7 +17,19 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from dprl.agents import BC, DPPO, IDQL, IQL, DiffusionQL, DPPOConfig, Energy, OnlineIDQL, Outcome
+from dprl.agents import (
+    BC,
+    DPPO,
+    IDQL,
+    IQL,
+    DecisionDiffuser,
+    Diffuser,
+    DiffusionQL,
+    DPPOConfig,
+    Energy,
+    OnlineIDQL,
+    Outcome,
+)
 from dprl.config import to_json
 from dprl.data import DataOptions, open_dataset, summarize
 from dprl.data import convert as convert_dataset
@@ -169,7 +181,7 @@ def _names(what: str) -> list[tuple[str, str]]:
         return demos + [(f"dprl experiment {name}", summary) for name, (_, summary) in STUDIES.items()]
     return [
         (agent.name, (sys.modules[agent.__module__].__doc__ or "").splitlines()[0])
-        for agent in (BC, DPPO, IDQL, IQL, DiffusionQL, OnlineIDQL, Outcome, Energy)
+        for agent in (BC, DPPO, IDQL, IQL, DiffusionQL, OnlineIDQL, Outcome, Energy, Diffuser, DecisionDiffuser)
     ]
 
 
@@ -302,14 +314,22 @@ def finetune(config: Annotated[runs.FinetuneConfig, Flat], *, out: Out, quiet: Q
 
 
 @app.command
-def resume(run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]], *, quiet: Quiet = False) -> None:
+def resume(
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]],
+    *,
+    data: Path | None = None,
+    critics: str | None = None,
+    quiet: Quiet = False,
+) -> None:
     """Continue an interrupted run from its newest checkpoint, as if it had never stopped.
 
     Args:
         run: Folder of the run.
+        data: Where its data are now. Default: where they were.
+        critics: Where the critics are now that say what follows. Default: where they were.
         quiet: Show no progress bar.
     """
-    runs.resume(run, progress_bar=not quiet)
+    runs.resume(run, data=data, critics=critics, progress_bar=not quiet)
     print(f"{run} is complete.")
 
 
@@ -402,9 +422,7 @@ def tune_guidance(config: Annotated[tuning.TuneConfig, Flat], *, out: TuneOut, q
     print((out / "tuning.md").read_text(encoding="utf-8"))
     _tell(Departure(best.distance, best.disagreement))
     options = tuning.evaluation_options(config, best.combination)
-    print(
-        f"The figure is in {out / 'tuning.png'}. Next: dprl evaluate {config.policy} {options}{_how(config.inference)}"
-    )
+    print(f"The figure is in {out / 'tuning.png'}. Next: dprl evaluate {config.policy} {options}")
 
 
 @app.command

@@ -23,12 +23,12 @@ from dprl.policy import InferenceConfig, PlannerConfig
 
 STEPS = 4_000
 MODEL = MLPConfig(hidden_size=512, n_blocks=2)
-ROWS = PlannerConfig(denoiser=MODEL)
-STATES = replace(STATE_PLANNER, denoiser=MODEL)
-BC = BCConfig(batch_size=64, learning_rate=1e-3)
+ROWS = PlannerConfig(horizon=16, denoiser=MODEL)
+STATES = replace(STATE_PLANNER, horizon=16, denoiser=MODEL)
+BC = BCConfig(batch_size=64, learning_rate=3e-3, final_learning_rate=3e-5)
 VALUE = OutcomeConfig(batch_size=128, learning_rate=1e-3)
 GUIDE = GuidanceConfig(guide="critic", scale=0.3, gradient="noisy", scaling="normalized")
-TOLD = GuidanceConfig(command=(1.0,), command_scale=1.2)
+TOLD = GuidanceConfig(command=(1.0,), command_scale=1.0)
 ONE, SOME, COOL = InferenceConfig(), InferenceConfig(candidates=16), InferenceConfig(temperature=0.5)
 METHODS = {
     "idql | 1": "BC",

@@ -208,7 +208,8 @@ class PretrainConfig:
     """Folder of the data set."""
     policy: PolicyChoice = field(default_factory=lambda: DiffusionConfig(num_train_timesteps=10))
     """Which policy: diffusion with an `mlp` (default), `unet` or `transformer`, a rectified `flow`, or another kind:
-    IDQL's `ln-resnet`, `mse`, `gaussian`, `gmm`, `lstm-gmm`, `categorical`, `bet`, `ibc`."""
+    IDQL's `ln-resnet`, `mse`, `gaussian`, `gmm`, `lstm-gmm`, `categorical`, `bet`, `ibc`; or one that plans, `planner`
+    or `state-planner`, see `dprl offline`."""
     steps: int = 4_000
     """Gradient steps."""
     episodes: int | None = None
@@ -252,7 +253,7 @@ ACTING = {
     "iql": InferenceConfig(temperature=0.0),
     "diffusion-ql": InferenceConfig(candidates=50, selection="softmax"),
     "diffuser": InferenceConfig(candidates=16),
-    "decision-diffuser": InferenceConfig(),
+    "decision-diffuser": InferenceConfig(temperature=0.5),
 }
 """How the policies of offline learning act, unless they are asked for otherwise."""
 STEERED = {
@@ -315,7 +316,7 @@ class OfflineConfig:
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     """How the policy acts in these evaluations. Without `candidates`, idql's takes the best of 64, diffuser's of 16,
     and diffusion-ql's draws one of 50 by softmax of Q. iql's acts by its mean, at temperature 0, and so where it is
-    asked for 1."""
+    asked for 1; decision-diffuser's then at 0.5."""
     seed: int = 0
     device: str = "cpu"
     wandb: str | None = None
@@ -754,6 +755,7 @@ def _prepare_training(config: PretrainConfig | OfflineConfig) -> _Training:
         policy = kind.for_dataset(shown, config.policy, seed=config.seed).to(config.device)
         if isinstance(config, OfflineConfig):
             agent = _offline_agent(policy, config)
+            steering(config.steering, policy)
         else:
             agent = BC(policy, config.bc, seed=config.seed)
         RecedingHorizon(policy, config.acting)  # or the way it is evaluated is refused

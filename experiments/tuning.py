@@ -167,6 +167,8 @@ def tune(config: TuneConfig, out: Path, *, progress_bar: bool = True) -> Tried:
     done = _begun(config, out)
     n_done = len(done.keys() & set(config.combinations))
     obs = runs.watched(RecedingHorizon(policy, config.inference), spec, config.episodes, seed)
+    for combination in {c.skip_last: c for c in config.combinations if c.scale}.values():  # one for each gate
+        _require_moving(config, policy, combination, obs)
     with ProgressBar("tune", len(config.combinations), n_done, shown=progress_bar) as bar:
         for combination in config.combinations:
             if combination not in done:
@@ -183,8 +185,12 @@ def tune(config: TuneConfig, out: Path, *, progress_bar: bool = True) -> Tried:
 
 
 def evaluation_options(config: TuneConfig, best: Combination) -> str:
-    """Return the options of `dprl evaluate` that guide so."""
+    """Return the options of `dprl evaluate` that act, and guide, so."""
     parts = [] if config.env is None else [f"--env {config.env}"]
+    for prefix, chosen in (("--options.", config.options), ("--", config.inference)):
+        usual = type(chosen)()
+        given = {name: value for name, value in vars(chosen).items() if value != getattr(usual, name)}
+        parts += [f"{prefix}{name.replace('_', '-')} {value}" for name, value in given.items()]
     if best.scale:
         parts += [
             f"--guide {config.guide} --scale {best.scale:g} --gradient {config.gradient} --scaling {config.scaling}"
@@ -236,6 +242,15 @@ def _control(config: TuneConfig, policy: Policy, tried: Combination) -> Receding
     n = tried.candidates
     inference = replace(config.inference, candidates=n, selection=config.selection if n > 1 else None)
     return RecedingHorizon(policy, inference, guide=guide, scorer=scorer)
+
+
+def _require_moving(config: TuneConfig, policy: Policy, tried: Combination, obs: TensorObservation) -> None:
+    """Raise ConfigError where a guide moves nothing, or cannot be asked."""
+    guide = _control(config, policy, tried).guide
+    assert guide is not None
+    still = departure(policy, obs, guide, config.inference, seed=config.seed).distance == 0
+    check(not still, "skip_last", tried.skip_last, "the guide moves nothing: steps must be left that it moves, and "
+          "where there is a single one `variance` has none")  # fmt: skip
 
 
 def _tried(

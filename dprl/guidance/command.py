@@ -38,7 +38,10 @@ class CommandGuide:
     """w."""
 
     def __post_init__(self) -> None:
-        numbers = () if callable(self.command) else torch.tensor(self.command).reshape(-1).tolist()
+        try:
+            numbers = () if callable(self.command) else torch.tensor(self.command).reshape(-1).tolist()
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ConfigError(f"command = {self.command!r}: must be numbers, or a function of observations") from error
         for name, values in (("scale", (self.scale,)), ("command", numbers)):
             check(all(map(math.isfinite, values)), name, getattr(self, name), "must be finite")
 

@@ -18,6 +18,10 @@ from dprl.policy import InferenceConfig, Policy, Scorer
 from dprl.seeding import torch_generator
 
 FAR, DOUBTFUL = 2.0, 2.0
+STILL = (
+    "the guide moves nothing: its scale is 0 or its gradient is, every step is left alone by skip_last, or there is a "
+    "single step, from noise alone (a flow's) or with the scaling `variance`"
+)
 
 
 @runtime_checkable
@@ -45,6 +49,8 @@ class Departure:
     @property
     def warning(self) -> str | None:
         """What to be told, if anything."""
+        if self.distance == 0:
+            return STILL
         found = []
         if self.distance > FAR:
             found.append(f"guided chunks lie {self.distance:.1f} times as far from the policy's own as those from each "

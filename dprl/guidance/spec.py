@@ -109,7 +109,10 @@ def named(spec: str, policy: Policy, field: str, *, noisy: bool = False) -> Any:
     if ":" not in spec:
         raise ConfigError(f"{field} = {spec!r}: must be '{OWN}', a folder with critics, or 'module:function'")
     found = load(spec)
-    found = found() if isinstance(found, type) else found
+    try:
+        found = found() if isinstance(found, type) else found
+    except TypeError as error:
+        raise ConfigError(f"{field} = {spec!r}: a class must be made without arguments: {error}") from error
     return found if isinstance(found, Value | NoisyValue | Scorer) else Reward(found)
 
 

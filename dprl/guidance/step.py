@@ -23,7 +23,7 @@ Told = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class DenoisingStep:
-    """One step of one batch, before the solver takes it. All of it is in normalised units."""
+    """One step of one batch, before the solver takes it. All but the observations is in normalised units."""
 
     obs: TensorObservation
     """(B, O, D), or named parts, as the environment gives them."""
@@ -45,6 +45,8 @@ class DenoisingStep:
     allowed: Callable[[Tensor], Tensor] = lambda clean: clean
     """Clean actions in normalised units -> those, of the same shape, that are allowed: clamped, and with what is known
     of them put in place."""
+    kept: Callable[[Tensor, Tensor], Tensor] = lambda noisy, moved: moved
+    """x_t before and after a move (B, H, A) -> it, with what no guide may move as it was."""
     moved: Tensor | None = None
     """x̂_0 (B, H, A), where a guide moved it."""
     remembered: dict[Any, Any] = field(default_factory=dict)
@@ -60,14 +62,14 @@ class DenoisingStep:
         return replace(self, moved=self.allowed(clean))
 
     def with_noisy(self, noisy: Tensor) -> DenoisingStep:
-        """Return the step with another x_t, from which the network predicts anew.
+        """Return the step with another x_t, as far as it may be moved, from which the network predicts anew.
 
         Raises:
             ConfigError: a guide moved x̂_0 before, which would be lost.
         """
         first = self.moved is None
         check(first, "guide", "out of order", "a guide that moves noisy actions must come before those that move clean")
-        return replace(self, noisy=noisy)
+        return replace(self, noisy=self.kept(self.noisy, noisy))
 
     def once(self, see: Callable[[TensorObservation], Seen]) -> Seen:
         """Return ``see(obs)``, which is called at the first step only."""
@@ -108,6 +110,7 @@ def guided(
     obs: TensorObservation,
     to_actions: Callable[[Tensor], Tensor],
     allowed: Callable[[Tensor], Tensor],
+    kept: Callable[[Tensor, Tensor], Tensor] = lambda noisy, moved: moved,
     told: Callable[[int], Told] | None = None,
 ) -> Advance:
     """Return what `solve_guided` advances by.
@@ -120,6 +123,7 @@ def guided(
         obs: see `DenoisingStep`, as the rest.
         to_actions: ...
         allowed: ...
+        kept: ...
         told: timesteps -> `DenoisingStep.told` at them, if the policy can be told anything.
     """
     timesteps = [step.timestep for step in steps]
@@ -138,6 +142,7 @@ def guided(
             to_actions,
             None if told is None else told(timesteps[i]),
             allowed,
+            kept,
             remembered=remembered,
         )
         step = guide.shift(step)

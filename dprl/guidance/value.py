@@ -188,11 +188,13 @@ def _gradient_at(x: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         values = value(x)
-    shape = tuple(values.shape)
-    check(shape == (len(x),), "value", shape, f"must be one number for each of {len(x)} chunks")
-    check(values.requires_grad, "value", "without a gradient", "must be differentiable in the actions")
-    (gradient,) = torch.autograd.grad(values, x, torch.ones_like(values))
+    found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    check(found == (len(x),), "value", found, f"must be a tensor of one number for each of {len(x)} chunks")
+    check(values.requires_grad, "value", "without a gradient", UNDIFFERENTIABLE)
+    (gradient,) = torch.autograd.grad(values, x, torch.ones_like(values), allow_unused=True)
+    check(gradient is not None, "value", "without a gradient", UNDIFFERENTIABLE)
     return gradient
 
 
 SMALLEST_RMS = 1e-12
+UNDIFFERENTIABLE = "must be differentiable in the actions"

@@ -91,7 +91,10 @@ def checked_scores(scores: Tensor, chunks: Tensor) -> Tensor:
     Raises:
         ConfigError: there is no finite score for every chunk.
     """
-    scores = torch.as_tensor(scores)
+    try:
+        scores = torch.as_tensor(scores)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"scorer = {type(scores).__name__}: must return one score for each chunk: {error}") from error
     shape = tuple(scores.shape)
     check(shape == (len(chunks),), "scorer", shape, f"must return one score for each of {len(chunks)} chunks")
     check(bool(scores.isfinite().all()), "scorer", "not finite", "must return finite scores")

@@ -181,7 +181,8 @@ class DiffusionPolicy(Policy):
         if self.config.command == "goal":
             self.command_normalizer.load_state_dict(self.observation_normalizer.state_dict())
         elif self.config.command == "return":
-            self.fit_commands(self._outcomes(data))
+            outcomes = self._outcomes(data)
+            self.command_normalizer.fit(torch.as_tensor(np.stack([outcomes.min(0), outcomes.max(0)])))
 
     def fit_commands(self, outcomes: FloatArray) -> None:
         """Let commands be shares of the range of `outcomes` (S, 1).
@@ -189,8 +190,7 @@ class DiffusionPolicy(Policy):
         Raises:
             DatasetError: they are all the same.
         """
-        if outcomes.min() == outcomes.max():
-            raise DatasetError(f"every return of the data is {outcomes.flat[0]:g}: there is nothing to command")
+        _require_different(outcomes)
         self.command_normalizer.fit(torch.as_tensor(np.stack([outcomes.min(0), outcomes.max(0)])))
 
     def _outcomes(self, data: Episodes) -> FloatArray:
@@ -207,12 +207,14 @@ class DiffusionPolicy(Policy):
             outcomes: (S, C) what came of every step. Default: what came in the data.
 
         Raises:
-            DatasetError: returns are needed, and the data have no rewards.
+            DatasetError: returns are needed, and the data have no rewards, or the same everywhere.
         """
         if self.config.command is None:
             return np.zeros((int(data.ends[-1]), 0), np.float32)
-        came = torch.as_tensor(self._outcomes(data) if outcomes is None else outcomes, device=self.device)
-        return np.asarray(self.command_normalizer.normalize(came).cpu())
+        came = self._outcomes(data) if outcomes is None else outcomes
+        if self.config.command == "return":
+            _require_different(came)
+        return np.asarray(self.command_normalizer.normalize(torch.as_tensor(came, device=self.device)).cpu())
 
     def loss(
         self,
@@ -426,8 +428,13 @@ class DiffusionPolicy(Policy):
 
         told = None if self.config.command is None else self._told(*conditions, given)
         whole = self._whole
-        advance = guided(guide, steps, schedule, network, obs=obs, to_actions=whole, allowed=allowed, told=told)
-        return whole(solve_guided(steps, advance, x, draws, temperature))
+        advance = guided(
+            guide, steps, schedule, network, obs=obs, to_actions=whole, allowed=allowed, kept=self._kept, told=told
+        )
+        clean = solve_guided(steps, advance, x, draws, temperature)
+        finite = bool(clean.isfinite().all())
+        check(finite, "guide", "not finite", "its gradients and commands must be finite numbers")
+        return whole(clean)
 
     def _told(self, tuned: Tensor, base: Tensor, given: Callable[[Tensor], Tensor]) -> Callable[[int], Told]:
         """The network at a timestep as `DenoisingStep.told`, of what `conditions` returned."""
@@ -501,6 +508,10 @@ class DiffusionPolicy(Policy):
         """What puts in place what is known of clean chunks: (B, H, `denoised_size`) -> the same."""
         return lambda clean: clean
 
+    def _kept(self, noisy: Tensor, moved: Tensor) -> Tensor:
+        """x_t before and after a guide's move, (B, H, `denoised_size`) -> it, with what must not be moved as it was."""
+        return moved
+
     def _weights(self) -> Tensor | None:
         """How much the error of each number counts in the loss: (H, `denoised_size`). Default: all alike."""
         return None
@@ -522,6 +533,11 @@ class DiffusionPolicy(Policy):
 
 # All are cached because a policy decides many times a second.
 _solver_config = lru_cache(maxsize=256, typed=True)(SolverConfig)
+
+
+def _require_different(returns: FloatArray) -> None:
+    if returns.min() == returns.max():
+        raise DatasetError(f"every return of the data is {returns.flat[0]:g}: there is nothing to command")
 
 
 @lru_cache(maxsize=256)

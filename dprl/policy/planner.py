@@ -192,6 +192,9 @@ class Planner(DiffusionPolicy):
     def _given(self, obs: TensorObservation) -> Callable[[Tensor], Tensor]:
         return with_state(self.condition(obs)[:, 0])
 
+    def _kept(self, noisy: Tensor, moved: Tensor) -> Tensor:
+        return with_state(noisy[:, 0, -self.features.observation_size :])(moved)
+
     def _weights(self) -> Tensor:
         weights = torch.ones(self._chunk_shape, device=self.device)
         if self.config.denoised == "rows":

@@ -95,7 +95,9 @@ def test_plans_are_told_apart_by_what_critics_say() -> None:
     told = Planner.for_dataset(data, STATES)
     agent = DecisionDiffuser(told, BC, critics=says)
     agent.fit(data, 2)
-    expected = prospects(data, H - 1, says)
+    better = prospects(data, H - 1, says)
+    expected = better.clip(*np.quantile(better, (0.05, 0.95)))
+    assert expected.max() < better.max()
     commands = agent.commands(data)[:, 0]
     np.testing.assert_allclose(
         commands, 2 * (expected - expected.min()) / (expected.max() - expected.min()) - 1, atol=1e-5

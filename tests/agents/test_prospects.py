@@ -74,7 +74,9 @@ def test_dppos_value_is_of_rewards_as_it_scales_them(critic: str, gamma_per: str
     assert value.terms.bootstrap_truncated
     assert 0 < value.terms.reward_scale != 1
     assert not StateValue.of_dppo(agent.policy, config, agent.state(), "sparse").terms.bootstrap_truncated
-    data = reach_demonstrations(0, 3)
+    with pytest.raises(ConfigError, match="critics: they are of dense rewards, the data's are sparse"):
+        prospects(reach_demonstrations(0, 3), 1, value)
+    data = replace(reach_demonstrations(0, 3), reward_kind="dense")
     seen = torch.as_tensor(data.observations[:, None])
     with torch.no_grad():
         np.testing.assert_allclose(value(data.observations[:, None]), agent.critic(seen), rtol=1e-6)

@@ -102,7 +102,7 @@ def _stop_in_the_second():
     ("agent", "policy", "steering"),
     [
         ("diffuser", "planner", " --candidates 16 --guide critic --gradient noisy"),
-        ("decision-diffuser", "state-planner", " --command 1.0"),
+        ("decision-diffuser", "state-planner", " --temperature 0.5 --command 1.0"),
     ],
 )
 def test_the_command_says_how_the_policy_is_evaluated(
@@ -123,7 +123,7 @@ def test_the_command_says_how_the_policy_is_evaluated(
 def test_how_they_act() -> None:
     assert config(Path("data"), "diffuser").acting == InferenceConfig(candidates=16)
     assert config(Path("data"), "diffuser").steering.gradient == "noisy"
-    assert config(Path("data"), "decision-diffuser").acting == InferenceConfig()
+    assert config(Path("data"), "decision-diffuser").acting == InferenceConfig(temperature=0.5)
     assert config(Path("data"), "decision-diffuser").steering.command == (1.0,)
     assert OfflineConfig("data").steering == GuidanceConfig()
 

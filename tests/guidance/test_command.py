@@ -156,8 +156,13 @@ def test_what_cannot_be_told_is_refused() -> None:
     for changes in ({"command_dropout": 0.5}, {"command": "goal", "command_gamma": 0.5}):
         with pytest.raises(ConfigError, match="needs a command that has it"):
             DiffusionConfig(**changes)
+    data = random_episodes()
+    agent = BC(DiffusionPolicy.for_dataset(data, DiffusionConfig(command="return")))
     with pytest.raises(DatasetError, match="every return of the data is 0: there is nothing to command"):
-        DiffusionPolicy.for_dataset(random_episodes(), DiffusionConfig(command="return"))
+        agent.set_data(data, 1)
+    for nothing in ("much", None):
+        with pytest.raises(ConfigError, match="must be numbers, or a function of observations"):
+            CommandGuide(nothing)
     with pytest.raises(ConfigError, match="must be one without a command"):
         mdp_of(told, 1, ExplorationConfig(), SolverConfig())
     with pytest.raises(ConfigError, match="needs a command"):

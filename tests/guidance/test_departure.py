@@ -27,7 +27,10 @@ class Two:
 
 def test_a_guide_that_does_nothing_leads_nowhere() -> None:
     found = departure(small_policy("diffusion"), OBS, ValueGuide(Two(), 0.0))
-    assert (found.distance, found.disagreement, found.warning) == (0.0, 1.0, None)
+    assert (found.distance, found.disagreement) == (0.0, 1.0)
+    assert "the guide moves nothing" in found.warning
+    skipping = ValueGuide(Two(), 1.0, skip_last=99)
+    assert "the guide moves nothing" in departure(small_policy("diffusion"), OBS, skipping).warning
 
 
 def test_what_networks_add_to_all_chunks_alike_is_no_disagreement() -> None:

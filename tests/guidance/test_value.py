@@ -217,10 +217,20 @@ def test_what_cannot_be_is_refused(make: object, message: str) -> None:
 
 
 def test_a_value_that_is_none_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"value = \(\): must be one number for each of 4 chunks"):
-        ValueGuide(Reward(lambda obs, actions: actions.sum())).shift(a_step())
-    with pytest.raises(ConfigError, match="must be differentiable in the actions"):
-        ValueGuide(Reward(lambda obs, actions: actions.detach().sum((1, 2)))).shift(a_step())
+    for nothing, shown in ((lambda a: a.sum(), r"\(\)"), (lambda a: 1.0, "'float'"), (lambda a: None, "'NoneType'")):
+        with pytest.raises(ConfigError, match=f"value = {shown}: must be a tensor of one number for each of 4 chunks"):
+            ValueGuide(Reward(lambda obs, actions, of=nothing: of(actions))).shift(a_step())
+    other = torch.zeros(4, requires_grad=True)
+    for still in (lambda a: a.detach().sum((1, 2)), lambda a: 1 * other):
+        with pytest.raises(ConfigError, match="must be differentiable in the actions"):
+            ValueGuide(Reward(lambda obs, actions, of=still: of(actions))).shift(a_step())
+
+
+def test_a_gradient_that_is_none_comes_to_light() -> None:
+    """Where two chunks are the same their distance has none."""
+    still = Reward(lambda obs, actions: ((actions - actions.detach()) ** 2).sum((1, 2)).sqrt())
+    with pytest.raises(ConfigError, match="guide = 'not finite': its gradients and commands must be finite"):
+        sampled(small_policy("diffusion"), ValueGuide(still))
 
 
 def test_observations_are_seen_once_for_all_steps_of_a_sample() -> None:

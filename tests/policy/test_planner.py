@@ -128,7 +128,7 @@ def test_what_is_given_is_no_part_of_the_loss(config: PlannerConfig, denoiser: o
     other = noisy.clone()
     other[:, 0, size:] += 1.0
     condition = policy.condition(obs)
-    for network in (policy.base, policy.base.eval()):
+    for network in (policy.base.train(), policy.base.eval()):
         said = [network(x, torch.tensor([2]), condition) for x in (noisy, other)]
         assert torch.equal(*said)
         (prepared,) = network.prepare_steps(torch.tensor([2]), condition)
