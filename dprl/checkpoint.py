@@ -103,6 +103,12 @@ def verify(folder: Path) -> None:
             raise CheckpointError(f"'{file}' is damaged: its SHA-256 differs from the manifest's; use another one")
 
 
+def fingerprint(folder: Path) -> str:
+    """Return what tells the weights in a folder apart from others: the SHA-256 of those of its .safetensors files."""
+    digests = [f"{file.name} {_sha256(file)}" for file in sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
 def replace_link(link: Path, target: str) -> None:
     """Point the symbolic link `link` at `target` (relative) in one step."""
     temporary = link.parent / f".{link.name}.{uuid.uuid4().hex[:8]}.tmp"

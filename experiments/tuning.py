@@ -1,6 +1,6 @@
 """`dprl tune-guidance`: how strongly to guide a policy, found by trying.
 
-OUT/tuning.json   the settings
+OUT/tuning.json   the settings, and what tells the weights apart that were tried
 OUT/tried.json    what each combination did that was tried; those are not tried again
 OUT/tuning.md, .csv, .png
 """
@@ -25,7 +25,7 @@ from dprl.guidance.departure import Departure, departure
 from dprl.guidance.spec import GuidanceConfig, steering
 from dprl.guidance.value import Gradient, Scaling
 from dprl.observations import TensorObservation
-from dprl.policy import InferenceConfig, Policy, RecedingHorizon
+from dprl.policy import InferenceConfig, Policy, RecedingHorizon, find_policy
 from dprl.policy.candidates import Selection
 from dprl.rollout.evaluation import Z95, check_evaluation, wilson
 from dprl.seeding import derive_seed
@@ -33,7 +33,7 @@ from dprl.spec import EnvOptions, EnvSpec, resolve
 from dprl.training.progress import ProgressBar
 from dprl.training.run import RunFolder
 
-SETTINGS_FILE, TRIED_FILE = "tuning.json", "tried.json"
+SETTINGS_FILE, TRIED_FILE, WEIGHTS = "tuning.json", "tried.json", "weights"
 
 
 @dataclass(frozen=True)
@@ -164,11 +164,11 @@ def tune(config: TuneConfig, out: Path, *, progress_bar: bool = True) -> Tried:
     check_evaluation(policy, spec, config.episodes, seed)
     for combination in config.combinations:
         _control(config, policy, combination)  # or it is refused before anything is played
-    done = _begun(config, out)
-    n_done = len(done.keys() & set(config.combinations))
     obs = runs.watched(RecedingHorizon(policy, config.inference), spec, config.episodes, seed)
     for combination in {c.skip_last: c for c in config.combinations if c.scale}.values():  # one for each gate
         _require_moving(config, policy, combination, obs)
+    done = _begun(config, out)
+    n_done = len(done.keys() & set(config.combinations))
     with ProgressBar("tune", len(config.combinations), n_done, shown=progress_bar) as bar:
         for combination in config.combinations:
             if combination not in done:
@@ -206,14 +206,21 @@ def evaluation_options(config: TuneConfig, best: Combination) -> str:
 
 def _begun(config: TuneConfig, out: Path) -> dict[Combination, Tried]:
     """What was tried in `out` before, which may be nothing; the folder is there afterwards."""
-    file, settings = out / SETTINGS_FILE, to_json(config)
+    file, settings, weights = out / SETTINGS_FILE, to_json(config), _weights(config)
     wider = ("scales", "skip_last", "candidates", "pool", "workers")  # no result depends on them
     if not file.exists():
         RunFolder.require_free(out)
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(file, settings)
+        checkpoint.write_json(file, {"settings": settings, WEIGHTS: weights})
         return {}
-    begun = to_json(from_json(TuneConfig, checkpoint.read_json(file), str(file)))
+    stored = checkpoint.read_json(file)
+    if not isinstance(stored, dict) or not {"settings", WEIGHTS} <= stored.keys():
+        raise CheckpointError(f"'{file}' is damaged: it must hold settings and weights. Choose another folder")
+    begun = to_json(from_json(TuneConfig, stored["settings"], str(file)))
+    for name, now in weights.items():
+        same = stored[WEIGHTS].get(name) == now
+        check(same, name, getattr(config, name), f"has other weights than when '{out}' was begun: choose another "
+              "folder")  # fmt: skip
     for name in settings.keys() - set(wider):
         check(begun[name] == settings[name], name, settings[name], f"must be {begun[name]!r}, as in '{out}', which is "
               "begun: or choose another folder")  # fmt: skip
@@ -223,6 +230,13 @@ def _begun(config: TuneConfig, out: Path) -> dict[Combination, Tried]:
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"'{out / TRIED_FILE}' is damaged: {error}. Remove it, and all is tried again") from error
     return {t.combination: t for t in tried}
+
+
+def _weights(config: TuneConfig) -> dict[str, str]:
+    """What tells the weights apart of all that is named by its folder."""
+    named = {name: getattr(config, name) for name in ("policy", "guide", "scorer")}
+    folders = {name: find_policy(Path(value)) for name, value in named.items() if value and Path(value).exists()}
+    return {name: checkpoint.fingerprint(folder) for name, folder in folders.items()}
 
 
 def _control(config: TuneConfig, policy: Policy, tried: Combination) -> RecedingHorizon:

@@ -1,16 +1,18 @@
 """`dprl tune-guidance`: what is tried, what it leaves, how it goes on, and what is refused."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from dprl.cli import main
 from dprl.errors import CheckpointError, ConfigError, DprlError, RunExistsError
 from dprl.experiments import tuning
 from dprl.experiments.tuning import Combination, TuneConfig
-from dprl.policy import ChunkCritic, CriticConfig, Features, InferenceConfig
+from dprl.policy import ChunkCritic, CriticConfig, Features, InferenceConfig, Policy
 from dprl.spec import EnvOptions
 from tests.policy.small import small_policy
 
@@ -77,11 +79,13 @@ def test_what_cannot_be_is_refused_before_anything_is_played(policy: Path, tmp_p
         ({"candidates": (2, 2)}, "candidates"),
         ({"inference": InferenceConfig(candidates=4)}, "inference.candidates"),
         ({"gradient": "noisy"}, "must have a method noisy_at"),
+        ({"skip_last": (0, 99)}, "skip_last = 99: the guide moves nothing"),
+        ({"guide": f"{__name__}:column"}, r"value = \(\d+, 1\): must be a tensor of one number"),
         ({"device": "nowhere"}, "device"),
     ):
         with pytest.raises(DprlError, match=complaint):
             tuning.tune(config(policy, **changes), tmp_path / "out", progress_bar=False)
-        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out").exists(), complaint
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(RunExistsError):
@@ -91,7 +95,39 @@ def test_what_cannot_be_is_refused_before_anything_is_played(policy: Path, tmp_p
         tuning.tune(config(policy, episodes=4), tmp_path / "out", progress_bar=False)
 
 
+def test_other_weights_in_the_same_folder_are_told_apart(policy: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "policy"
+    shutil.copytree(policy, folder)
+    tuning.tune(config(folder), tmp_path / "out", progress_bar=False)
+    other = Policy.from_pretrained(folder)
+    with torch.no_grad():
+        next(other.base.parameters()).add_(0.1)
+    other.save_pretrained(folder, overwrite=True)
+    with pytest.raises(ConfigError, match="has other weights than when"):
+        tuning.tune(config(folder), tmp_path / "out", progress_bar=False)
+
+
+def column(obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    return actions.sum((1, 2))[:, None]
+
+
 def test_the_command_line(policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--guide", "critic", "--scales", "1", "--episodes", "2", "--options.max-episode-steps", "4", "--quiet"]
-    assert main(["tune-guidance", str(policy), "--out", str(tmp_path / "out"), *arguments]) == 0
-    assert f"Next: dprl evaluate {policy}" in capsys.readouterr().out
+    options = ["--options.max-episode-steps", "4", "--temperature", "0.5"]
+    arguments = [
+        "--guide",
+        "critic",
+        "--scales",
+        "1",
+        "--episodes",
+        "2",
+        *options[:2],
+        "--inference.temperature",
+        "0.5",
+    ]
+    out = tmp_path / "out"
+    assert main(["tune-guidance", str(policy), "--out", str(out), *arguments, "--quiet"]) == 0
+    command = capsys.readouterr().out.split("Next: ")[1].split()
+    assert command[:3] == ["dprl", "evaluate", str(policy)]
+    assert command[3:7] == options
+    assert " ".join(command) in (out / "tuning.md").read_text()
+    assert main([*command[1:], "--episodes", "2", "--quiet"]) == 0
