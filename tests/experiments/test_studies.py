@@ -35,7 +35,7 @@ from dprl.experiments import (
 )
 from dprl.experiments.catalogue import STUDIES
 from dprl.experiments.policies import ALL, COMPETITORS, DIFFUSION, slug, with_chunks
-from dprl.experiments.runs import CollectConfig, PretrainConfig
+from dprl.experiments.runs import CollectConfig, PretrainConfig, Seen
 from dprl.experiments.studies import (
     Cell,
     Look,
@@ -456,6 +456,9 @@ def test_a_study_writes_table_and_figure(module: object, tmp_path: Path, monkeyp
     """From invented outcomes: what is under test is what becomes of them."""
     config = StudyConfig(tmp_path, seeds=(0, 1), episodes=10, scale=0.5)
     cells = module.cells(config)
+    if hasattr(module, "demonstrators_of"):  # which trains them
+        seen = (Seen(9, 1.0, 3_000.0, 1.0), Seen(3, 0.5, 1_000.0, 1.0))
+        monkeypatch.setattr(module, "demonstrators_of", lambda *a, **k: seen)
 
     def invented(todo: list[Cell], config: StudyConfig, *, progress_bar: bool = True) -> list[Outcome]:
         assert [c.name for c in todo] == [c.name for c in cells]
