@@ -26,8 +26,7 @@ from dprl.policy import Planner, PlannerConfig, Policy
 from dprl.spec import FloatArray
 
 EXTREME = 0.05
-"""Share of the plans at either end that are told no more than the next: what critics err by is largest there, and a
-return that no plan has leads nowhere."""
+"""Share of the plans at either end that are told the same as the next: what few plans fulfil leads nowhere."""
 
 
 class DecisionDiffuser(BC[Planner]):

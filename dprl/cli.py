@@ -300,10 +300,7 @@ def train_critic(config: Annotated[runs.CriticTrainingConfig, Flat], *, out: Out
 
 def _how(acting: InferenceConfig | GuidanceConfig) -> str:
     """The options that let a policy act so."""
-    usual = type(acting)()
-    asked = {name: value for name, value in vars(acting).items() if value not in (getattr(usual, name), "argmax")}
-    said = {name: " ".join(map(str, v)) if isinstance(v, tuple) else v for name, v in asked.items()}
-    return "".join(f" --{name.replace('_', '-')} {value}" for name, value in said.items())
+    return "".join(f" {option}" for option in tuning.options_of(acting))
 
 
 @app.command

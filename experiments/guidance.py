@@ -1,8 +1,8 @@
 """Study `guidance`: what critics make of a cloned policy that stays as it is, by filtering, by steering and by both.
 
 Policy and critics are IDQL's of `offline-metaworld`'s data and of `offline-hopper`'s medium-expert. Ways are compared
-at matched compute: those of a group evaluate the denoiser about as often for one decision. Scales were chosen by
-`dprl tune-guidance` on data, training and episodes of a seed that no table has.
+at matched compute: those of a group evaluate the denoiser about as often for one decision. Scales are first guesses,
+not tuned yet.
 """
 
 from __future__ import annotations
@@ -129,6 +129,6 @@ def _setting(config: StudyConfig, references: References) -> str:
         f"actions, {references.random:,.0f}, and the expert's, {references.expert:,.0f}. Denoiser and critic: their "
         "evaluations for one decision, a gradient counted as two more; milliseconds are of one decision for one "
         "environment. Gradients are taken at the predicted clean actions and scaled by the noise, with the network "
-        "held still but where it says otherwise. Scales, chosen by `dprl tune-guidance` on a seed that is not in this "
-        f"table (guided, through the network, guided with candidates): {scales}."
+        "held still but where it says otherwise. Scales, which were not tuned (guided, through the network, "
+        f"guided with candidates): {scales}."
     )

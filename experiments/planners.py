@@ -1,7 +1,7 @@
 """Study of planners: Diffuser and Decision Diffuser beside the IDQL whose critics they share, in mazes shown in pieces.
 
-Those who begin where the task does never reach its goal, so returns of the data say nothing there: what follows a plan
-is what critics say of its end (`dprl.agents.prospects`). Beside it stands Diffuser of the data's own returns.
+Those who begin where the task does never reach its goal, so returns of the data say nothing there: plans are judged by
+how much better critics take it to get (`dprl.agents.prospects`). Beside it stands Diffuser of the data's own returns.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
         f"Seeds {', '.join(map(str, config.seeds))}, of data and learning; {config.episodes} held-out episodes each, "
         f"the same for every method. Plans are of {ROWS.horizon} steps, of which {ROWS.n_action_steps} are executed, "
         f"their networks MLPs and {STEPS * config.scale:,.0f} gradient steps of them; "
-        "what a plan earns is what its steps do and what IDQL's critics say of its end, but for the row that says "
+        "a plan is judged by how much better IDQL's critics take it to get, but for the row that says "
         "otherwise. "
         "IDQL decides chunks of four actions. Milliseconds are of one decision for one environment."
     )

@@ -187,10 +187,7 @@ def tune(config: TuneConfig, out: Path, *, progress_bar: bool = True) -> Tried:
 def evaluation_options(config: TuneConfig, best: Combination) -> str:
     """Return the options of `dprl evaluate` that act, and guide, so."""
     parts = [] if config.env is None else [f"--env {config.env}"]
-    for prefix, chosen in (("--options.", config.options), ("--", config.inference)):
-        usual = type(chosen)()
-        given = {name: value for name, value in vars(chosen).items() if value != getattr(usual, name)}
-        parts += [f"{prefix}{name.replace('_', '-')} {value}" for name, value in given.items()]
+    parts += options_of(config.options, "--options.") + options_of(config.inference)
     if best.scale:
         parts += [
             f"--guide {config.guide} --scale {best.scale:g} --gradient {config.gradient} --scaling {config.scaling}"
@@ -202,6 +199,14 @@ def evaluation_options(config: TuneConfig, best: Combination) -> str:
         parts += [] if config.scorer is None else [f"--scorer {config.scorer}"]
         parts += [] if config.selection == "argmax" else [f"--selection {config.selection}"]
     return " ".join(parts)
+
+
+def options_of(chosen: EnvOptions | InferenceConfig | GuidanceConfig, prefix: str = "--") -> list[str]:
+    """Return the options of `dprl evaluate` that choose so, but for what is usual."""
+    usual = type(chosen)()
+    given = {name: value for name, value in vars(chosen).items() if value not in (getattr(usual, name), "argmax")}
+    said = {name: " ".join(map(str, v)) if isinstance(v, tuple) else v for name, v in given.items()}
+    return [f"{prefix}{name.replace('_', '-')} {value}" for name, value in said.items()]
 
 
 def _begun(config: TuneConfig, out: Path) -> dict[Combination, Tried]:

@@ -181,16 +181,10 @@ class DiffusionPolicy(Policy):
         if self.config.command == "goal":
             self.command_normalizer.load_state_dict(self.observation_normalizer.state_dict())
         elif self.config.command == "return":
-            outcomes = self._outcomes(data)
-            self.command_normalizer.fit(torch.as_tensor(np.stack([outcomes.min(0), outcomes.max(0)])))
+            self.fit_commands(self._outcomes(data))
 
     def fit_commands(self, outcomes: FloatArray) -> None:
-        """Let commands be shares of the range of `outcomes` (S, 1).
-
-        Raises:
-            DatasetError: they are all the same.
-        """
-        _require_different(outcomes)
+        """Let commands be shares of the range of `outcomes` (S, 1)."""
         self.command_normalizer.fit(torch.as_tensor(np.stack([outcomes.min(0), outcomes.max(0)])))
 
     def _outcomes(self, data: Episodes) -> FloatArray:
@@ -212,8 +206,8 @@ class DiffusionPolicy(Policy):
         if self.config.command is None:
             return np.zeros((int(data.ends[-1]), 0), np.float32)
         came = self._outcomes(data) if outcomes is None else outcomes
-        if self.config.command == "return":
-            _require_different(came)
+        if self.config.command == "return" and came.min() == came.max():
+            raise DatasetError(f"every return of the data is {came.flat[0]:g}: there is nothing to command")
         return np.asarray(self.command_normalizer.normalize(torch.as_tensor(came, device=self.device)).cpu())
 
     def loss(
@@ -533,11 +527,6 @@ class DiffusionPolicy(Policy):
 
 # All are cached because a policy decides many times a second.
 _solver_config = lru_cache(maxsize=256, typed=True)(SolverConfig)
-
-
-def _require_different(returns: FloatArray) -> None:
-    if returns.min() == returns.max():
-        raise DatasetError(f"every return of the data is {returns.flat[0]:g}: there is nothing to command")
 
 
 @lru_cache(maxsize=256)

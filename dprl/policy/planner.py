@@ -43,8 +43,7 @@ class PlannerConfig(DiffusionConfig):
     step."""
     num_train_timesteps: int = 20
     prediction_type: PredictionType = "sample"
-    """As in Diffuser: plans of the data are smooth, and so is what is predicted. By `epsilon` the states of a plan come
-    out apart from each other, unless it is learned for long."""
+    """As in Diffuser. After a few thousand steps the states of a plan come out apart from each other by `epsilon`."""
     denoiser: DenoiserConfig = field(default_factory=UNetConfig)
     """The network. One that looks at a few neighbouring rows at once, as a U-Net does, can put together what no episode
     of the data shows as a whole."""

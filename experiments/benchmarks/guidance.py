@@ -3,9 +3,9 @@
     python -m dprl.experiments.benchmarks.guidance [--device cuda]
 
 The bare arithmetic of a step is one gradient of the critic at clean chunks, with `through` one of the denoiser at noisy
-ones, too. It is taken as in sampling, each after the denoiser's forward pass, which pushes the critic's weights out of
-the caches; what the forward passes alone take is taken off. What guidance adds is the time of a guided sample less that
-of an unguided one. Medians of repeated measurements, in turn in the same run.
+ones, too. It is taken as in sampling, each after a forward pass of the denoiser; what the forward passes alone take is
+taken off. What guidance adds is the time of a guided sample less that of an unguided one. Medians of repeated
+measurements, in turn in the same run.
 """
 
 from __future__ import annotations
