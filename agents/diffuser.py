@@ -9,13 +9,14 @@ beside it what noisy plans earn (section 3.2),
 
     L_J = E (J(τ_t, t) - R(τ))²                           see `Outcome`
 
-where R is the return that the data's episode earned from there on, as in the paper, or how much better it gets by the
-plan as critics judge it (`prospects`), which also know of routes that no episode shows as a whole. Acting (algorithm 1)
-is denoising plans from the present state, each step moved up the gradient of J, taking the best of several, executing
-its first actions:
+where R is the return that the data's episode earned from there on. Acting (algorithm 1) is denoising plans from the
+present state, each step moved up the gradient of J, taking the best of several, executing its first actions:
 
     InferenceConfig(candidates=16), 64 in the paper, and a guide: `DiffuserGuide(planner.scorer)` as in the paper, or
     `ValueGuide(planner.scorer, gradient="noisy")`
+
+Of a route that has to be put together from the pieces of several episodes R says nothing. Critics learned from the same
+data (`IDQL`) may guide and choose in place of J; they judge a plan by its first actions.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from torch import Tensor
 from dprl import checkpoint
 from dprl.agents.bc import BC, BCConfig
 from dprl.agents.outcome import Outcome, OutcomeConfig
-from dprl.agents.prospects import StateValue
 from dprl.data import Episodes
 from dprl.errors import check, check_count
 from dprl.policy import Planner, Policy
@@ -71,7 +71,6 @@ class Diffuser(Agent[Picks]):
         policy: Policy,
         config: DiffuserConfig | None = None,
         *,
-        critics: Policy | StateValue | None = None,
         seed: int = 0,
     ) -> None:
         """Prepare to learn.
@@ -79,7 +78,6 @@ class Diffuser(Agent[Picks]):
         Args:
             policy: a planner of whole rows; its `scorer` becomes what plans earn.
             config: the numbers.
-            critics: V, or a policy whose critics say what follows a plan. Default: what followed in the data.
             seed: of the networks, minibatches and noise.
 
         Raises:
@@ -97,7 +95,7 @@ class Diffuser(Agent[Picks]):
             num_workers=bc.num_workers,
         )
         self.model = BC(policy, bc, seed=seed)
-        self.value = Outcome(policy, value, critics=critics, seed=seed)
+        self.value = Outcome(policy, value, seed=seed)
 
     @property
     def timesteps(self) -> int:  # type: ignore[override]

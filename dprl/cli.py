@@ -46,6 +46,7 @@ from dprl.guidance.spec import GuidanceConfig, steering
 from dprl.policy import (
     ChunkCritic,
     DiffusionConfig,
+    DiffusionPolicy,
     GaussianConfig,
     GMMConfig,
     InferenceConfig,
@@ -372,6 +373,11 @@ def evaluate(
     if loaded.features.env_id not in (None, spec.id):
         print(f"note: the policy learned in {loaded.features.env_id}, not in {spec.id}", file=sys.stderr)
     guide, scorer = steering(guidance, loaded)
+    used = scorer is None or guide is not None or (inference.candidates or 1) > 1
+    check(used, "scorer", guidance.scorer, "needs candidates, above 1, to choose among")
+    beyond = guidance.command is not None and isinstance(loaded, DiffusionPolicy) and not loaded.known(guidance.command)
+    if beyond:
+        print(f"note: command = {guidance.command}: beyond what came of any chunk of the data", file=sys.stderr)
     control = RecedingHorizon(loaded, inference, guide=guide, scorer=scorer)
     if n_action_steps is not None:
         ensembles = inference.temporal_ensembling is not None

@@ -1,7 +1,8 @@
-"""Study of planners: Diffuser and Decision Diffuser beside the IDQL whose critics they share, in mazes shown in pieces.
+"""Study of planners: Diffuser and Decision Diffuser beside IDQL, whose critics they ask, in mazes shown in pieces.
 
-Those who begin where the task does never reach its goal, so returns of the data say nothing there: plans are judged by
-how much better critics take it to get (`dprl.agents.prospects`). Beside it stands Diffuser of the data's own returns.
+Those who begin where the task does never reach its goal, so the data's own returns say nothing there: plans of rows are
+steered and chosen by critics, which judge their first actions, and plans of states are told how much better it gets by
+them as critics say (`dprl.agents.prospects`). Beside them stands Diffuser as in the paper, of the data's returns.
 """
 
 from __future__ import annotations
@@ -21,23 +22,22 @@ from dprl.guidance.spec import GuidanceConfig
 from dprl.networks import MLPConfig
 from dprl.policy import InferenceConfig, PlannerConfig
 
-STEPS = 4_000
 MODEL = MLPConfig(hidden_size=512, n_blocks=2)
-ROWS = PlannerConfig(horizon=16, denoiser=MODEL)
-STATES = replace(STATE_PLANNER, horizon=16, denoiser=MODEL)
+ROWS, ROWS_STEPS = PlannerConfig(horizon=16, n_action_steps=4, denoiser=MODEL), 10_000
+STATES, STATES_STEPS = replace(STATE_PLANNER, horizon=16, denoiser=MODEL), 4_000
 BC = BCConfig(batch_size=64, learning_rate=3e-3, final_learning_rate=3e-5)
 VALUE = OutcomeConfig(batch_size=128, learning_rate=1e-3)
-GUIDE = GuidanceConfig(guide="critic", scale=0.3, gradient="noisy", scaling="normalized")
+CLIMB = GuidanceConfig(guide="critic", scale=0.3, gradient="through", scaling="normalized")
+RETURNS = replace(CLIMB, gradient="noisy")
 TOLD = GuidanceConfig(command=(1.0,), command_scale=1.0)
 ONE, SOME, COOL = InferenceConfig(), InferenceConfig(candidates=16), InferenceConfig(temperature=0.5)
 METHODS = {
     "idql | 1": "BC",
     "idql | 64": "IDQL, N = 64",
     "diffuser | plain": "plans of rows, not steered",
-    "diffuser | best": "plans of rows, the best of 16",
-    "diffuser | guided": "Diffuser: guided",
-    "diffuser | both": "Diffuser: guided, the best of 16",
-    "returns | both": "the same by the data's own returns",
+    "diffuser | returns": "Diffuser: guided by the data's returns, the best of 16",
+    "diffuser | best": "plans of rows, the best of 16 by critics",
+    "diffuser | guided": "plans of rows, guided by critics",
     "decision-diffuser | plain": "plans of states, told nothing",
     "decision-diffuser | told": "Decision Diffuser: told the most",
 }
@@ -45,44 +45,41 @@ METHODS = {
 
 def cells(config: StudyConfig) -> list[Cell]:
     """IDQL, and planners that ask its critics, on every maze and seed."""
-    found = []
-    for base in cells_of(MAZES, config):
-        task, method, seed = base.name.split(".")
-        if method != "idql":
-            continue
-        found.append(base)
+    learned = [cell for cell in cells_of(MAZES, config) if cell.name.split(".")[1] == "idql"]
+    return [cell for base in learned for cell in _of_one(base)]
 
-        def look(name: str, inference: InferenceConfig, guidance: GuidanceConfig, base: Cell = base) -> Look:
-            return Look(name, inference, episodes=config.episodes, env=base.looks[0].env, guidance=guidance)
 
-        rows = PretrainConfig("", ROWS, STEPS, bc=BC, seed=base.pretrain.seed)
-        states = replace(rows, policy=STATES)
-        diffuser = OfflineConfig("", ROWS, agent="diffuser", diffuser=DiffuserConfig(BC, VALUE))
-        both = look("both", SOME, GUIDE)
-        every = (
+def _of_one(base: Cell) -> tuple[Cell, ...]:
+    """IDQL and both planners."""
+    task, _, seed = base.name.split(".")
+
+    def look(name: str, inference: InferenceConfig, guidance: GuidanceConfig, *, by_base: bool = False) -> Look:
+        return replace(base.looks[0], name=name, inference=inference, guidance=guidance, by_base=by_base)
+
+    rows = PretrainConfig("", ROWS, ROWS_STEPS, bc=BC, seed=base.pretrain.seed)
+    diffuser = replace(
+        base,
+        name=f"{task}.diffuser.{seed}",
+        base=base.name,
+        pretrain=rows,
+        offline=OfflineConfig("", ROWS, agent="diffuser", diffuser=DiffuserConfig(BC, VALUE)),
+        looks=(
             look("plain", ONE, GuidanceConfig()),
-            look("best", SOME, GuidanceConfig()),
-            look("guided", ONE, GUIDE),
-            both,
-        )
-        told = (look("plain", COOL, GuidanceConfig()), look("told", COOL, TOLD))
-        decision = OfflineConfig("", STATES, agent="decision-diffuser", decision_diffuser=BC)
-        common = replace(base, offline=None, looks=(both,))
-        found += [
-            replace(
-                common, name=f"{task}.diffuser.{seed}", base=base.name, pretrain=rows, looks=every, offline=diffuser
-            ),
-            replace(common, name=f"{task}.returns.{seed}", pretrain=rows, offline=diffuser),
-            replace(
-                common,
-                name=f"{task}.decision-diffuser.{seed}",
-                base=base.name,
-                pretrain=states,
-                looks=told,
-                offline=decision,
-            ),
-        ]
-    return found
+            look("returns", SOME, RETURNS),
+            look("best", SOME, GuidanceConfig(), by_base=True),
+            look("guided", ONE, CLIMB, by_base=True),
+        ),
+    )
+    decision = replace(
+        base,
+        name=f"{task}.decision-diffuser.{seed}",
+        base=base.name,
+        pretrain=replace(rows, policy=STATES, steps=STATES_STEPS),
+        offline=OfflineConfig("", STATES, agent="decision-diffuser", decision_diffuser=BC),
+        looks=(look("plain", COOL, GuidanceConfig()), look("told", COOL, TOLD)),
+    )
+    asked = tuple(look for look in base.looks if f"idql | {look.name}" in METHODS)
+    return replace(base, looks=asked), diffuser, decision
 
 
 def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
@@ -105,11 +102,10 @@ def run(config: StudyConfig, *, progress_bar: bool = True) -> Path:
     )
     note = (
         f"Seeds {', '.join(map(str, config.seeds))}, of data and learning; {config.episodes} held-out episodes each, "
-        f"the same for every method. Plans are of {ROWS.horizon} steps, of which {ROWS.n_action_steps} are executed, "
-        f"their networks MLPs and {STEPS * config.scale:,.0f} gradient steps of them; "
-        "a plan is judged by how much better IDQL's critics take it to get, but for the row that says "
-        "otherwise. "
-        "IDQL decides chunks of four actions. Milliseconds are of one decision for one environment."
+        "the same for every method. Critics are IDQL's, which decides chunks of four actions. Plans are of "
+        f"{ROWS.horizon} steps, of which {ROWS.n_action_steps} are executed, of states {STATES.n_action_steps}; their "
+        f"networks are MLPs and learn for {ROWS_STEPS * config.scale:,.0f} gradient steps, of states "
+        f"{STATES_STEPS * config.scale:,.0f}. Milliseconds are of one decision for one environment."
     )
     columns = ["maze", "method", "success (95 %)", "each seed", "ms"]
     return write_table(config, name, "Planning", columns, rows, [note], outcomes)

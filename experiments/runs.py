@@ -299,7 +299,7 @@ class OfflineConfig:
     `diffusion-ql`, where a diffusion policy also follows the critics' gradient; or what plans states and actions:
     `diffuser`, steered by what plans earn, and `decision-diffuser`, told what they shall."""
     critics: str | None = None
-    """For those that plan: the folder of a run or policy with critics, or of DPPO's run, that say what follows a plan.
+    """For decision-diffuser: folder of a run or policy with critics, or of DPPO's run, that say what follows a plan.
     Default: what followed in the data."""
     idql: IDQLConfig = field(default_factory=IDQLConfig)
     """Of idql and iql."""
@@ -337,8 +337,13 @@ class OfflineConfig:
         if self.agent in PLANNERS:
             fits = isinstance(self.policy, PlannerConfig)
             check(fits, "policy", type(self.policy).__name__, f"must be {PLANNERS[self.agent]}: {self.agent} plans")
-        judged = self.agent in PLANNERS or self.critics is None
-        check(judged, "critics", self.critics, f"are for {' and '.join(PLANNERS)}")
+        told = self.agent == "decision-diffuser" or self.critics is None
+        check(
+            told,
+            "critics",
+            self.critics,
+            "are for decision-diffuser; others take theirs when they act: --guide, --scorer",
+        )
         read = not self.memory_map or self.bc.num_workers != 0
         check(read, f"{ours}.bc.num_workers", 0, "must be at least 1 with memory_map: workers read what is on disk")
 
@@ -789,11 +794,10 @@ def _following(config: OfflineConfig | CriticTrainingConfig) -> StateValue | Non
 
 
 def _offline_agent(policy: Policy, config: OfflineConfig) -> IDQL | Diffuser | DecisionDiffuser:
-    critics = _following(config)
     if config.agent == "diffuser":
-        return Diffuser(policy, config.diffuser, critics=critics, seed=config.seed)
+        return Diffuser(policy, config.diffuser, seed=config.seed)
     if config.agent == "decision-diffuser":
-        return DecisionDiffuser(policy, config.decision_diffuser, critics=critics, seed=config.seed)
+        return DecisionDiffuser(policy, config.decision_diffuser, critics=_following(config), seed=config.seed)
     if config.agent == "diffusion-ql":
         return DiffusionQL(policy, config.diffusion_ql, seed=config.seed)
     return (IQL if config.agent == "iql" else IDQL)(policy, config.idql, seed=config.seed)

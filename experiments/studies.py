@@ -82,6 +82,14 @@ class Look:
     """Where. Default: where it was shown."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     """What steers the policy."""
+    by_base: bool = False
+    """Whether the critics that steer and choose are those of the cell's base."""
+
+    def steered(self, base: Path | None) -> GuidanceConfig:
+        """What steers the policy, with the folder of the base's policy in its place."""
+        if not self.by_base:
+            return self.guidance
+        return replace(self.guidance, guide=self.guidance.guide and str(base), scorer=str(base))
 
 
 @dataclass(frozen=True)
@@ -93,8 +101,8 @@ class Cell:
     pretrain: PretrainConfig
     looks: tuple[Look, ...] = (Look("default"),)
     base: str | None = None
-    """The cell whose policy is fine-tuned, or whose critics say what follows a plan; it is run before. Of a fine-tuning
-    `collect` and `pretrain` are its own."""
+    """The cell whose policy is fine-tuned, or whose critics judge plans or what follows them; it is run before. Of a
+    fine-tuning `collect` and `pretrain` are its own."""
     finetune: FinetuneConfig | None = None
     """How; its `policy` is filled in, and with idql its `data`."""
     more: tuple[CollectConfig, ...] = ()
@@ -258,7 +266,8 @@ def _scaled(cell: Cell, config: StudyConfig) -> Cell:
     policy = str((config.out / "runs" / cell.base).resolve())
     if cell.finetune is None:
         assert cell.offline is not None
-        return replace(cell, offline=replace(cell.offline, critics=policy))
+        told = cell.offline.agent == "decision-diffuser"
+        return replace(cell, offline=replace(cell.offline, critics=policy)) if told else cell
     timesteps = max(1, round(cell.finetune.total_timesteps * config.scale))
     finetune = replace(cell.finetune, policy=policy, total_timesteps=timesteps)
     return replace(cell, finetune=finetune if finetune.agent == "dppo" else replace(finetune, data=data))
@@ -415,7 +424,8 @@ def _train_and_look(cell: Cell, config: StudyConfig) -> None:
         if look.blind:
             _blindfold(policy)
         seed, how = HELD_OUT + cell.pretrain.seed, look.inference
-        guide, scorer = steering(look.guidance, policy)
+        base = None if cell.base is None else config.out / "runs" / cell.base
+        guide, scorer = steering(look.steered(base), policy)
         result = evaluate(policy, spec, look.episodes, seed, inference=how, guide=guide, scorer=scorer)
         if look.keep_paths:
             played = record(policy, spec, look.episodes, seed, inference=how, guide=guide, scorer=scorer)

@@ -166,6 +166,7 @@ ERRORS = {
     "guide that is none": (f"{EVALUATE} --guide critics", "guide = 'critics'", "module:function"),
     "scale of nothing": (f"{EVALUATE} --scale 2", "scale = 2.0", "needs a guide"),
     "critics of a policy without": (f"{EVALUATE} --guide critic", "guide = 'critic'", "dprl offline"),
+    "scorer of nothing": (f"{EVALUATE} --scorer tests.toys:reach_spec", "scorer = ", "needs candidates"),
     "guide of no diffusion policy": (f"evaluate gmm --env {PENDULUM} --guide tests.toys:reach_spec", "guide = ", "gmm"),
     "no workers": (f"{EVALUATE} --pool ray --workers 0", "workers = 0"),
     "missing policy": (f"evaluate nowhere --env {PENDULUM}", "nowhere", "config.json"),

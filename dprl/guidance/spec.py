@@ -73,8 +73,13 @@ def steering(config: GuidanceConfig, policy: Policy) -> Steering:
     guide: Guide | None = None
     if config.guide is not None:
         gradient = config.gradient or "held"
+        noisy = gradient == "noisy"
+        value = named(config.guide, policy, "guide", noisy=noisy)
+        what, other = ("noisy", "held or through") if noisy else ("clean", "noisy")
+        fits = isinstance(value, NoisyValue if noisy else Value)
+        check(fits, "guide", config.guide, f"is not of {what} actions: its gradient must be {other}. {KNOWN}")
         guide = ValueGuide(
-            named(config.guide, policy, "guide", noisy=gradient == "noisy"),
+            value,
             1.0 if config.scale is None else config.scale,
             gradient,
             config.scaling or "variance",
@@ -150,4 +155,5 @@ def _range(policy: Policy) -> list[list[float]]:
     return found
 
 
+KNOWN = "Critics of IDQL are of clean actions, those of 'dprl train-critic' of both, functions of clean ones"
 MAKERS = "'dprl offline' and 'dprl train-critic' make policies with critics"

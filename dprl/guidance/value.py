@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -120,17 +120,16 @@ class ValueGuide:
     def _gradient(self, step: DenoisingStep) -> tuple[DenoisingStep, Tensor]:
         """Return g (B, H, A), with `held` at x̂_0; and the step, of which the network may have been taken."""
         if self.gradient == "noisy":
-            assert isinstance(self.of, NoisyValue)
-            return step, noisy_gradient(self.of, step)
-        assert isinstance(self.of, Value)
+            return step, noisy_gradient(cast("NoisyValue", self.of), step)
+        value = cast("Value", self.of)
         if self.gradient == "held":
-            return step, clean_gradient(self.of, step)
+            return step, clean_gradient(value, step)
         with torch.enable_grad():
             noisy = step.noisy.detach().requires_grad_()
             predicted = step.predict(noisy)
         step = step if step.moved is not None else step.with_clean(predicted.detach())
         # the clamp is passed straight through: what is clamped can still come back
-        (gradient,) = torch.autograd.grad(predicted, noisy, clean_gradient(self.of, step))
+        (gradient,) = torch.autograd.grad(predicted, noisy, clean_gradient(value, step))
         return step, gradient
 
     def _factor(self, step: DenoisingStep) -> float:

@@ -451,6 +451,11 @@ class DiffusionPolicy(Policy):
 
         return at
 
+    def known(self, command: tuple[float, ...]) -> bool:
+        """Whether a command (C,) lies in the range of those in the data."""
+        told = self.command_normalizer.normalize(self._in_units(torch.tensor(command)))
+        return bool((told.abs() <= 1 + 1e-4).all())
+
     def _in_units(self, command: Tensor) -> Tensor:
         """A command in units of the data: returns are given as shares of their range."""
         command = command.to(self.device, torch.float32)

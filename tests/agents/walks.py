@@ -1,13 +1,26 @@
-"""Episodes of a point on a line, and critics that know what its states are worth."""
+"""Episodes of a point on a line, planners of it, and critics that know what its states are worth."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dprl.agents import BCConfig, DecisionDiffuser, Diffuser
 from dprl.data import Episodes
-from dprl.policy import ChunkCritic, CriticConfig, DiffusionConfig, DiffusionPolicy, Policy
+from dprl.networks import MLPConfig
+from dprl.policy import ChunkCritic, CriticConfig, DiffusionConfig, DiffusionPolicy, PlannerConfig, Policy
 from dprl.policy.critic import ValueTerms
 from dprl.seeding import numpy_generator
+
+PLANS = PlannerConfig(horizon=4, n_action_steps=2, num_train_timesteps=10, denoiser=MLPConfig(hidden_size=64))
+STATES = replace(PLANS, denoised="states", inverse_size=32, command="return")
+BC = BCConfig(batch_size=128, learning_rate=3e-3, final_learning_rate=3e-4, ema_decay=0.98)
+START = torch.zeros(1_000, 1, 1)
+AnyPlans = TypeVar("AnyPlans", Diffuser, DecisionDiffuser)
 
 
 def walks(n: int = 600, length: int = 6) -> Episodes:
@@ -39,3 +52,28 @@ def critics(gamma: float = 0.5, scale: float = 2.0, bootstrap: bool = True) -> P
     known.terms = ValueTerms(gamma, scale, bootstrap)
     policy.scorer = known
     return policy
+
+
+def share_to_the_right(plans: Tensor) -> float:
+    return float((plans[:, 0, 0] > 0).float().mean())
+
+
+def require_resumed_equals_uninterrupted(make: Callable[[], AnyPlans], folder: Path) -> tuple[AnyPlans, AnyPlans]:
+    """Return both agents."""
+    data, first = walks(20), []
+    whole, stopped = make(), make()
+    for agent in (whole, stopped):
+        agent.set_data(data, 200)
+        metrics = agent.update(agent.collect())
+        first.append({name: value for name, value in metrics.items() if "time" not in name})
+    assert first[0] == first[1]
+    stopped.save(folder / "saved")
+    resumed = make()
+    resumed.set_data(data, 200)
+    resumed.load_state(folder / "saved")
+    assert resumed.timesteps == 100
+    for agent in (whole, resumed):
+        agent.update(agent.collect())
+    ours, theirs = whole.policy.state_dict(), resumed.policy.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return whole, resumed

@@ -64,8 +64,9 @@ def critics(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("agent", AGENTS)
-@pytest.mark.parametrize("judged", [False, True], ids=["by the data", "by critics"])
+@pytest.mark.parametrize(
+    ("agent", "judged"), [("diffuser", False), ("decision-diffuser", False), ("decision-diffuser", True)]
+)
 def test_a_run_is_resumed_exactly_and_evaluated_as_it_acts(
     agent: str, judged: bool, data: Path, critics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,7 +134,7 @@ def test_how_they_act() -> None:
     [
         ("diffuser", {"policy": DiffusionConfig()}, "policy = 'DiffusionConfig': must be planner: diffuser plans"),
         ("decision-diffuser", {"policy": SMALL}, "must be a planner that denoises states"),
-        ("diffuser", {"critics": "nowhere"}, "nowhere"),
+        ("decision-diffuser", {"critics": "nowhere"}, "nowhere"),
         ("diffuser", {"decision_diffuser": BCConfig(batch_size=3)}, "must be another for the settings of decision_dif"),
         ("decision-diffuser", {"diffuser": DIFFUSER}, "must be another for the settings of diffuser"),
     ],
@@ -146,14 +147,16 @@ def test_bad_settings_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_critics_are_for_those_that_plan() -> None:
-    with pytest.raises(ConfigError, match="critics = 'x': are for diffuser and decision-diffuser"):
-        OfflineConfig("data", critics="x")
+@pytest.mark.parametrize("agent", ["idql", "diffuser"])
+def test_critics_are_for_the_one_that_is_told(agent: str) -> None:
+    policy = {} if agent == "idql" else {"policy": SMALL}
+    with pytest.raises(ConfigError, match="critics = 'x': are for decision-diffuser; others take theirs when they act"):
+        OfflineConfig("data", agent=agent, critics="x", **policy)
 
 
 def test_a_run_goes_on_though_its_critics_were_moved(data: Path, critics: Path, tmp_path: Path) -> None:
     shutil.copytree(critics, tmp_path / "critics")
-    settings = config(data, "diffuser", critics=str(tmp_path / "critics"))
+    settings = config(data, "decision-diffuser", critics=str(tmp_path / "critics"))
     runs.offline(settings, tmp_path / "run", progress_bar=False)
     (tmp_path / "critics").rename(tmp_path / "moved")
     runs.run_or_resume(replace(settings, critics=str(tmp_path / "moved")), tmp_path / "run", progress_bar=False)

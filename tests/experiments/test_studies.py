@@ -49,7 +49,7 @@ from dprl.experiments.studies import (
     shown,
     write_table,
 )
-from dprl.guidance.spec import steering
+from dprl.guidance.spec import GuidanceConfig, steering
 from dprl.log import read_metrics
 from dprl.policy import Features, GMMConfig, InferenceConfig, LSTMGMMConfig, MSEConfig, Policy
 from dprl.rollout.evaluation import wilson
@@ -439,6 +439,14 @@ def test_every_kind_is_compared() -> None:
     """But planners, which are told apart by what they earn."""
     kinds = {kind.config_class for name, kind in Policy.kinds.items() if name != "planner"}
     assert {type(config) for config in ALL.values()} == kinds
+
+
+def test_critics_of_a_look_may_be_its_bases() -> None:
+    base, climb = Path("base"), GuidanceConfig(guide="critic", scale=0.3)
+    assert Look("own", guidance=climb).steered(base) == climb
+    judged = Look("judged", guidance=climb, by_base=True).steered(base)
+    assert judged == GuidanceConfig(guide="base", scale=0.3, scorer="base")
+    assert Look("chosen", by_base=True).steered(base) == GuidanceConfig(scorer="base")
 
 
 def test_an_lstm_keeps_its_single_steps() -> None:

@@ -121,6 +121,15 @@ def test_it_does_what_it_is_told(tmp_path: Path) -> None:
     assert guide == CommandGuide((1.0,), 1.2)
 
 
+def test_commands_beyond_the_data_are_known_as_such() -> None:
+    policy = small_policy("diffusion", command="return")
+    assert [policy.known((share,)) for share in (-0.1, 0.0, 0.5, 1.0, 1.1)] == [False, True, True, True, False]
+    goal = small_policy("diffusion", command="goal")
+    goal.command_normalizer.fit(torch.tensor([[-2.0, 0, 0], [2.0, 1, 1]]))
+    assert goal.known((-2.0, 0.5, 1.0))
+    assert not goal.known((0.0, 1.2, 0.0))
+
+
 def test_dropout_keeps_commands_from_the_network() -> None:
     """Where it is dropped the loss is that of being told nothing."""
     data = random_episodes()

@@ -71,12 +71,17 @@ def test_another_policys_critics_see_by_its_own_normalisation(tmp_path: Path) ->
         (GuidanceConfig("tests.guidance.test_spec:none"), "cannot be loaded"),
         (GuidanceConfig("tests.guidance.test_spec:OBS"), "must name a function"),
         (GuidanceConfig(scorer="tests.guidance.test_spec:Near"), r"has no method score\(obs, actions\)"),
-        (GuidanceConfig("tests.guidance.test_spec:far", gradient="noisy"), r"must have a method noisy_at\(obs\)"),
+        (GuidanceConfig("tests.guidance.test_spec:far", gradient="noisy"), "is not of noisy actions"),
     ],
 )
 def test_what_names_nothing_that_fits_is_refused(config: GuidanceConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         steering(config, small_policy("diffusion"))
+
+
+def test_critics_of_clean_actions_have_no_gradient_at_noisy_ones() -> None:
+    with pytest.raises(ConfigError, match="guide = 'critic': is not of noisy actions: its gradient must be held or "):
+        steering(GuidanceConfig("critic", gradient="noisy"), with_critics())
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
