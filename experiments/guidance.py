@@ -1,8 +1,7 @@
 """Study `guidance`: what critics make of a cloned policy that stays as it is, by filtering, by steering and by both.
 
 Policy and critics are IDQL's of `offline-metaworld`'s data and of `offline-hopper`'s medium-expert. Ways are compared
-at matched compute: those of a group evaluate the denoiser about as often for one decision. Scales are first guesses,
-not tuned yet.
+at matched compute: those of a group evaluate the denoiser about as often for one decision.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ SCALES = {
     "push": {"guided": 10.0, "through": 10.0, "both": 3.0},
     "pick-place": {"guided": 10.0, "through": 10.0, "both": 3.0},
     "bin-picking": {"guided": 10.0, "through": 10.0, "both": 10.0},
-    SCORED: {"guided": 1.0, "through": 1.0, "both": 1.0},
+    SCORED: {"guided": 0.6, "through": 10.0, "both": 0.03},
 }
 """The best of several (`dprl tune-guidance`) on a seed that no study's table has."""
 
@@ -130,6 +129,6 @@ def _setting(config: StudyConfig, references: References) -> str:
         f"actions, {references.random:,.0f}, and the expert's, {references.expert:,.0f}. Denoiser and critic: their "
         "evaluations for one decision, a gradient counted as two more; milliseconds are of one decision for one "
         "environment. Gradients are taken at the predicted clean actions and scaled by the noise, with the network "
-        "held still but where it says otherwise. Scales, which were not tuned (guided, through the network, "
+        "held still but where it says otherwise. Scales, tuned on a seed of their own (guided, through the network, "
         f"guided with candidates): {scales}."
     )
