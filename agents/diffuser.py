@@ -15,8 +15,8 @@ present state, each step moved up the gradient of J, taking the best of several,
     InferenceConfig(candidates=16), 64 in the paper, and a guide: `DiffuserGuide(planner.scorer)` as in the paper, or
     `ValueGuide(planner.scorer, gradient="noisy")`
 
-Of a route that has to be put together from the pieces of several episodes R says nothing. Critics learned from the same
-data (`IDQL`) may guide and choose in place of J; they judge a plan by its first actions.
+Of a route that has to be put together from the pieces of several episodes R tells only where they cross. Critics
+learned from the same data (`IDQL`) may guide and choose in place of J; they judge a plan by its first actions.
 """
 
 from __future__ import annotations

@@ -145,6 +145,9 @@ class Energy(Agent[Tensor]):
         self._support = _Support(
             obs, *(torch.cat(column) for column in zip(*(part[1:] for part in parts), strict=True))
         )
+        worth = self._support.worth
+        told = bool((worth != worth[:, :1]).any())
+        check(told, "scorer", float(worth.flatten()[0]), "says the same of every chunk: there is nothing to tell apart")
 
     @torch.no_grad()
     def _drawn(self, obs: TensorObservation, generator: torch.Generator) -> _Support:

@@ -4,7 +4,7 @@
 
 where V is that of critics learned from the same data (`IDQL`), or of how a policy came to act online (`DPPO`). A return
 of the data alone says what those who were in a state earned; of a route that has to be put together from the pieces of
-several episodes it says nothing. What the start is worth is taken off: plans are told apart from others of their start,
+several episodes it says little. What the start is worth is taken off: plans are told apart from others of their start,
 and the most that one may be told to earn is much the same wherever it starts.
 
 Shapes: S steps, H rows of a plan, B batch, O observation steps, D observation size.

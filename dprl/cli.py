@@ -41,7 +41,7 @@ from dprl.experiments import demo as demo_module
 from dprl.experiments import inspection, runs, tuning
 from dprl.experiments.catalogue import CATALOGUE, SIZED, STUDIES, find
 from dprl.experiments.studies import StudyConfig
-from dprl.guidance.departure import Departure, departure
+from dprl.guidance.departure import Departure, Ensemble, climbed, departure
 from dprl.guidance.spec import GuidanceConfig, steering
 from dprl.policy import (
     ChunkCritic,
@@ -284,7 +284,7 @@ def offline(config: Annotated[runs.OfflineConfig, Flat], *, out: Out, quiet: Qui
     env = config.env or ("ENV" if learned_in is None else None)
     where = f" --env {env}" if env else ""
     how = _how(config.acting) + _how(config.steering)
-    print(f"The policy and its critics are in {out}. Next: dprl evaluate {out}{where}{how}")
+    print(f"What was learned is in {out}. Next: dprl evaluate {out}{where}{how}")
 
 
 @app.command(name="train-critic")
@@ -373,7 +373,8 @@ def evaluate(
     if loaded.features.env_id not in (None, spec.id):
         print(f"note: the policy learned in {loaded.features.env_id}, not in {spec.id}", file=sys.stderr)
     guide, scorer = steering(guidance, loaded)
-    used = scorer is None or guide is not None or (inference.candidates or 1) > 1
+    chooses = (inference.candidates or 1) > 1
+    used = scorer is None or chooses or (guide is not None and isinstance(scorer, Ensemble))
     check(used, "scorer", guidance.scorer, "needs candidates, above 1, to choose among")
     beyond = guidance.command is not None and isinstance(loaded, DiffusionPolicy) and not loaded.known(guidance.command)
     if beyond:
@@ -385,10 +386,12 @@ def evaluate(
             not ensembles, "n_action_steps", n_action_steps, "temporal_ensembling decides at every step; leave it out"
         )
         loaded.set_n_action_steps(n_action_steps)
-    judge, executed = control.scorer, control.n_action_steps
-    if inference.candidates and isinstance(judge, ChunkCritic) and judge.n_action_steps != executed:
-        print(f"note: the critics judge {judge.n_action_steps} actions of a chunk, and {executed} are executed",
-              file=sys.stderr)  # fmt: skip
+    executed = control.n_action_steps
+    for judge in (control.scorer if chooses else None, None if guide is None else climbed(guide)):
+        if isinstance(judge, ChunkCritic) and judge.n_action_steps != executed:
+            print(f"note: the critics judge {judge.n_action_steps} actions of a chunk, and {executed} are executed",
+                  file=sys.stderr)  # fmt: skip
+            break
     with ProgressBar("evaluate", episodes, shown=not quiet and not json_) as bar:
         result = runs.played(control, spec, episodes, seed, pool, workers, on_progress=bar.advance)
     how: dict[str, Any] = {
@@ -423,9 +426,9 @@ def tune_guidance(config: Annotated[tuning.TuneConfig, Flat], *, out: TuneOut, q
     """Try scales, gates and candidates of a guide, on start states of their own. Interrupted, it goes on."""
     best = tuning.tune(config, out, progress_bar=not quiet)
     print((out / "tuning.md").read_text(encoding="utf-8"))
-    _tell(Departure(best.distance, best.disagreement))
-    options = tuning.evaluation_options(config, best.combination)
-    print(f"The figure is in {out / 'tuning.png'}. Next: dprl evaluate {config.policy} {options}")
+    if best.scale:
+        _tell(Departure(best.distance, best.disagreement))
+    print(f"The figure is in {out / 'tuning.png'}. Next: {tuning.command_of(config, best.combination)}")
 
 
 @app.command

@@ -1,8 +1,9 @@
 """Study of planners: Diffuser and Decision Diffuser beside IDQL, whose critics they ask, in mazes shown in pieces.
 
-Those who begin where the task does never reach its goal, so the data's own returns say nothing there: plans of rows are
-steered and chosen by critics, which judge their first actions, and plans of states are told how much better it gets by
-them as critics say (`dprl.agents.prospects`). Beside them stands Diffuser as in the paper, of the data's returns.
+Those who begin where the task does never reach its goal: returns tell of it only where others cross their way. Plans of
+rows are steered and chosen by critics, which judge their first actions; plans of states are told how much better it
+gets by them as critics say (`dprl.agents.prospects`). Beside them stands Diffuser as in the paper, of the data's
+returns.
 """
 
 from __future__ import annotations

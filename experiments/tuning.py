@@ -7,6 +7,8 @@ OUT/tuning.md, .csv, .png
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import itertools
 import math
 from dataclasses import dataclass, field, replace
@@ -91,6 +93,8 @@ class TuneConfig:
         check(guided, "scales", self.scales, "must not have 0: no guide is always tried")
         asked = self.inference.candidates
         check(asked is None, "inference.candidates", asked, "must be left out: give candidates, which are tried")
+        chooses = max(self.candidates) > 1 or self.selection == "argmax"
+        check(chooses, "selection", self.selection, "needs candidates above 1 to choose among")
 
     @property
     def combinations(self) -> list[Combination]:
@@ -184,14 +188,14 @@ def tune(config: TuneConfig, out: Path, *, progress_bar: bool = True) -> Tried:
     return best
 
 
-def evaluation_options(config: TuneConfig, best: Combination) -> str:
-    """Return the options of `dprl evaluate` that act, and guide, so."""
-    parts = [] if config.env is None else [f"--env {config.env}"]
+def command_of(config: TuneConfig, best: Combination) -> str:
+    """Return the command that evaluates what acts, and is guided, so."""
+    parts = ["dprl evaluate", config.policy]
+    parts += [] if config.env is None else [f"--env {config.env}"]
     parts += options_of(config.options, "--options.") + options_of(config.inference)
     if best.scale:
-        parts += [
-            f"--guide {config.guide} --scale {best.scale:g} --gradient {config.gradient} --scaling {config.scaling}"
-        ]
+        scale = str(best.scale).removesuffix(".0")
+        parts += [f"--guide {config.guide} --scale {scale} --gradient {config.gradient} --scaling {config.scaling}"]
         parts += [f"--guide-steps {config.guide_steps}"] if config.guide_steps > 1 else []
         parts += [f"--skip-last {best.skip_last}"] if best.skip_last else []
     if best.candidates > 1:
@@ -224,8 +228,7 @@ def _begun(config: TuneConfig, out: Path) -> dict[Combination, Tried]:
     begun = to_json(from_json(TuneConfig, stored["settings"], str(file)))
     for name, now in weights.items():
         same = stored[WEIGHTS].get(name) == now
-        check(same, name, getattr(config, name), f"has other weights than when '{out}' was begun: choose another "
-              "folder")  # fmt: skip
+        check(same, name, getattr(config, name), f"has changed since '{out}' was begun: choose another folder")
     for name in settings.keys() - set(wider):
         check(begun[name] == settings[name], name, settings[name], f"must be {begun[name]!r}, as in '{out}', which is "
               "begun: or choose another folder")  # fmt: skip
@@ -238,10 +241,16 @@ def _begun(config: TuneConfig, out: Path) -> dict[Combination, Tried]:
 
 
 def _weights(config: TuneConfig) -> dict[str, str]:
-    """What tells the weights apart of all that is named by its folder."""
-    named = {name: getattr(config, name) for name in ("policy", "guide", "scorer")}
-    folders = {name: find_policy(Path(value)) for name, value in named.items() if value and Path(value).exists()}
-    return {name: checkpoint.fingerprint(folder) for name, folder in folders.items()}
+    """What tells apart all that is named by its folder, or by the module that it is in."""
+    found = {}
+    for name in ("policy", "guide", "scorer"):
+        value = getattr(config, name)
+        if value and Path(value).exists():
+            found[name] = checkpoint.fingerprint(find_policy(Path(value)))
+        elif value and ":" in value:
+            file = getattr(importlib.import_module(value.split(":")[0]), "__file__", None)
+            found[name] = "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return found
 
 
 def _control(config: TuneConfig, policy: Policy, tried: Combination) -> RecedingHorizon:
@@ -277,7 +286,7 @@ def _tried(
 ) -> Tried:
     control = _control(config, policy, tried)
     result = runs.played(control, spec, config.episodes, seed, config.pool, config.workers, on_progress=lambda _: None)
-    left = Departure(0.0, 1.0, 0.0)
+    left = Departure(0.0, None)
     if control.guide is not None:
         left = departure(policy, obs, control.guide, config.inference, scorer=control.scorer, seed=config.seed)
     half = None if result.return_ci95 is None else (result.return_ci95[1] - result.return_ci95[0]) / 2
@@ -314,7 +323,7 @@ def _write(config: TuneConfig, tried: list[Tried], best: Tried, spec: EnvSpec, o
         away = ["" if value is None else f"{value:.2f}" for value in (t.distance, t.disagreement, t.gain)]
         rows.append([str(t.candidates), str(t.skip_last), f"{t.scale:g}", score, f"{t.latency_ms:.2f}", *away])
     note = NOTE.format(episodes=config.episodes, scaling=config.scaling, gradient=config.gradient)
-    command = f"Best here: `dprl evaluate {config.policy} {evaluation_options(config, best.combination)}`"
+    command = f"Best here: `{command_of(config, best.combination)}`"
     title = f"Guidance of {spec.id} by {config.guide}"
     write_files(out, "tuning", title, columns, rows, [note, "", command])
     _draw(tried, measure, out / "tuning.png")

@@ -42,8 +42,10 @@ class CommandGuide:
             numbers = () if callable(self.command) else torch.tensor(self.command).reshape(-1).tolist()
         except (RuntimeError, TypeError, ValueError) as error:
             raise ConfigError(f"command = {self.command!r}: must be numbers, or a function of observations") from error
-        for name, values in (("scale", (self.scale,)), ("command", numbers)):
-            check(all(map(math.isfinite, values)), name, getattr(self, name), "must be finite")
+        given = callable(self.command) or len(numbers) > 0
+        check(given and all(map(math.isfinite, numbers)), "command", self.command, "must be finite numbers")
+        real = isinstance(self.scale, int | float) and not isinstance(self.scale, bool)
+        check(real and math.isfinite(self.scale), "scale", self.scale, "must be a finite number")
 
     def shift(self, step: DenoisingStep) -> DenoisingStep:
         """See `Guide.shift`.
@@ -73,5 +75,6 @@ class CommandGuide:
     def _of(self, obs: TensorObservation) -> Tensor:
         if callable(self.command):
             found: Tensor = self.command(obs)
+            check(isinstance(found, Tensor), "command", type(found).__name__, "must return a tensor, (B, C) or (C,)")
             return found
         return torch.tensor(self.command).reshape(-1)

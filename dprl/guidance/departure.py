@@ -89,7 +89,7 @@ def departure(
     normalize = policy.chunk_normalizer.normalize
     spread = (normalize(plain) - normalize(other)).pow(2).mean().sqrt()
     distance = (normalize(guided) - normalize(plain)).pow(2).mean().sqrt() / spread
-    judges = next((e for e in (_climbed(guide), scorer, policy.scorer) if isinstance(e, Ensemble)), None)
+    judges = next((e for e in (climbed(guide), scorer, policy.scorer) if isinstance(e, Ensemble)), None)
     away = float(distance) if spread > 0 else float("nan")
     if judges is None:
         return Departure(away, None)
@@ -105,7 +105,7 @@ def departure(
     )
 
 
-def _climbed(guide: Guide) -> object:
-    """What a guide climbs; of several the first of whom that is known."""
+def climbed(guide: Guide) -> object:
+    """Return what a guide climbs; of several the first of whom that is known."""
     parts = guide.guides if isinstance(guide, Guides) else (guide,)
     return next((part.of for part in parts if isinstance(part, ValueGuide | DiffuserGuide)), None)

@@ -52,6 +52,8 @@ class GuidanceConfig:
         for name in ("scale", "gradient", "scaling", "guide_steps", "skip_last"):
             value = getattr(self, name)
             check(self.guide is not None or value is None, name, value, "needs a guide")
+        once = self.gradient != "noisy" or self.guide_steps in (None, 1)
+        check(once, "guide_steps", self.guide_steps, "must be 1 with gradient = noisy: a larger scale does as much")
         commanded = self.command is not None or self.command_scale is None
         check(commanded, "command_scale", self.command_scale, "needs a command")
 
@@ -90,7 +92,9 @@ def steering(config: GuidanceConfig, policy: Policy) -> Steering:
         size = policy.command_size if isinstance(policy, DiffusionPolicy) else 0
         check(size > 0, "command", config.command, "the policy was trained without: 'dprl pretrain --policy.command'")
         check(len(config.command) == size, "command", config.command, f"must have {size} number{'s' * (size > 1)}")
-        told = CommandGuide(config.command, 1.2 if config.command_scale is None else config.command_scale)
+        told = CommandGuide(
+            config.command, CommandGuide.scale if config.command_scale is None else config.command_scale
+        )
         guide = told if guide is None else Guides((told, guide))
     return Steering(guide, None if config.scorer is None else scorer_named(config.scorer, policy))
 

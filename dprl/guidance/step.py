@@ -94,6 +94,10 @@ class Guides:
 
     guides: tuple[Guide, ...]
 
+    def __post_init__(self) -> None:
+        fits = isinstance(self.guides, tuple) and all(isinstance(guide, Guide) for guide in self.guides)
+        check(fits, "guides", self.guides, "must be a tuple of guides, which have a method shift(step)")
+
     def shift(self, step: DenoisingStep) -> DenoisingStep:
         """See `Guide.shift`."""
         for guide in self.guides:

@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 
 from dprl.config import validate
-from dprl.errors import check
+from dprl.errors import ConfigError, check
 from dprl.guidance.step import DenoisingStep
-from dprl.observations import TensorObservation
+from dprl.observations import TensorObservation, map_parts
 
 Gradient = Literal["held", "through", "noisy"]
 Scaling = Literal["score", "variance", "noise", "constant", "normalized"]
@@ -70,14 +70,29 @@ class Reward:
     function: Callable[[TensorObservation, Tensor], Tensor]
     """(B, O, D), or named parts, and (B, H, A) in the environment's units -> (B,)."""
 
+    def __post_init__(self) -> None:
+        check(callable(self.function), "function", self.function, "must be a function of observations and actions")
+
     def at(self, obs: TensorObservation) -> Callable[[Tensor], Tensor]:
         """See `Value.at`."""
-        return lambda actions: self.function(obs, actions)
+        return lambda actions: self._asked(obs, actions)
 
     @torch.no_grad()
     def score(self, obs: TensorObservation, actions: Tensor) -> Tensor:
         """See `dprl.policy.Scorer`."""
-        return self.function(obs, actions)
+        return self._asked(obs, actions.clone())
+
+    def _asked(self, obs: TensorObservation, actions: Tensor) -> Tensor:
+        """What the function says; what it writes into a tensor changes nothing else."""
+        try:
+            return self.function(obs.clone() if isinstance(obs, Tensor) else obs, actions)
+        except Exception as error:  # whatever it raises, its user is told of what it was given
+            name = getattr(self.function, "__name__", type(self.function).__name__)
+            seen = map_parts(lambda part: tuple(part.shape), obs)
+            raise ConfigError(
+                f"{name}(obs, actions) raised {type(error).__name__}: {error}. It was given observations {seen} and "
+                f"actions {tuple(actions.shape)}"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -110,6 +125,8 @@ class ValueGuide:
         if self.scale == 0 or step.k < self.skip_last or step.level.signal == 0:
             return step
         by = self.scale * self._factor(step)
+        if by == 0:  # `variance` at the last step
+            return step
         for _ in range(self.n_steps):
             step, gradient = self._gradient(step)
             if self.scaling == "normalized":
@@ -162,7 +179,7 @@ class DiffuserGuide:
 
     def shift(self, step: DenoisingStep) -> DenoisingStep:
         """See `Guide.shift`."""
-        if self.scale == 0 or step.k < self.skip_last:
+        if self.scale == 0 or step.k < self.skip_last or step.level.signal == 0:
             return step
         (signal, noise), (signal_next, noise_next) = step.level, step.following
         variance = (noise_next / noise) ** 2 * (1 - (signal / signal_next) ** 2) if self.by_variance else 1.0

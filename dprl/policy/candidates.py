@@ -63,6 +63,7 @@ def best_of(
             f"candidates = {candidates}: choosing among samples needs a scorer; set policy.scorer, or load a policy "
             "that was saved with a critic ('dprl offline' makes one)"
         )
+    check(isinstance(scorer, Scorer), "scorer", type(scorer).__name__, "must have a method score(obs, actions)")
     n = batch_size(obs)
     every = repeated(obs, candidates)
     chunks = draw(every)
@@ -97,6 +98,8 @@ def checked_scores(scores: Tensor, chunks: Tensor) -> Tensor:
         raise ConfigError(f"scorer = {type(scores).__name__}: must return one score for each chunk: {error}") from error
     shape = tuple(scores.shape)
     check(shape == (len(chunks),), "scorer", shape, f"must return one score for each of {len(chunks)} chunks")
+    check(not scores.is_complex(), "scorer", str(scores.dtype), "must return real numbers")
+    scores = scores if scores.is_floating_point() else scores.float()
     check(bool(scores.isfinite().all()), "scorer", "not finite", "must return finite scores")
     return scores.to(chunks.device)
 

@@ -119,6 +119,11 @@ def test_a_policy_without_critics_needs_a_scorer() -> None:
         Energy(two_modes())
 
 
+def test_a_scorer_that_says_the_same_of_all_is_refused() -> None:
+    with pytest.raises(ConfigError, match="says the same of every chunk"):
+        Energy(two_modes(), Reward(lambda obs, actions: obs.sum((1, 2)))).fit(nothing_seen(8), 1)
+
+
 def test_scores_that_are_none_are_refused() -> None:
     for wrong in (lambda obs, a: a[:, 0], lambda obs, a: a[:, 0, 0] * torch.nan):
         with pytest.raises(ConfigError, match="scorer = "):

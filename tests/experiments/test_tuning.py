@@ -44,7 +44,7 @@ def test_it_leaves_table_and_figure_and_names_the_best(policy: Path, tmp_path: P
     assert len(rows) == 2 * 3
     assert best.score == max(row["success"] for row in rows)
     unguided = [row for row in rows if row["scale"] == 0]
-    assert all((row["distance"], row["disagreement"]) == (0.0, 1.0) for row in unguided)
+    assert all((row["distance"], row["disagreement"]) == (0.0, None) for row in unguided)
     assert all(row["distance"] > 0 for row in rows if row["scale"])
     table = (tmp_path / "out" / "tuning.md").read_text()
     assert f"dprl evaluate {policy}" in table
@@ -78,7 +78,7 @@ def test_what_cannot_be_is_refused_before_anything_is_played(policy: Path, tmp_p
         ({"scales": (0.0, 1.0)}, "must not have 0"),
         ({"candidates": (2, 2)}, "candidates"),
         ({"inference": InferenceConfig(candidates=4)}, "inference.candidates"),
-        ({"gradient": "noisy"}, "must have a method noisy_at"),
+        ({"gradient": "noisy"}, "is not of noisy actions"),
         ({"skip_last": (0, 99)}, "skip_last = 99: the guide moves nothing"),
         ({"guide": f"{__name__}:column"}, r"value = \(\d+, 1\): must be a tensor of one number"),
         ({"device": "nowhere"}, "device"),
@@ -103,8 +103,21 @@ def test_other_weights_in_the_same_folder_are_told_apart(policy: Path, tmp_path:
     with torch.no_grad():
         next(other.base.parameters()).add_(0.1)
     other.save_pretrained(folder, overwrite=True)
-    with pytest.raises(ConfigError, match="has other weights than when"):
+    with pytest.raises(ConfigError, match="has changed since"):
         tuning.tune(config(folder), tmp_path / "out", progress_bar=False)
+
+
+def test_a_function_that_was_edited_is_told_apart(
+    policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = tmp_path / "my_tuned_reward.py"
+    file.write_text("def up(obs, actions):\n    return actions.sum((1, 2))\n")
+    settings = config(policy, guide="my_tuned_reward:up")
+    tuning.tune(settings, tmp_path / "out", progress_bar=False)
+    file.write_text("def up(obs, actions):\n    return -actions.sum((1, 2))\n")
+    with pytest.raises(ConfigError, match="guide = 'my_tuned_reward:up': has changed since"):
+        tuning.tune(settings, tmp_path / "out", progress_bar=False)
 
 
 def column(obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:

@@ -84,6 +84,11 @@ def test_critics_of_clean_actions_have_no_gradient_at_noisy_ones() -> None:
         steering(GuidanceConfig("critic", gradient="noisy"), with_critics())
 
 
+def test_one_gradient_at_noisy_actions_is_all_there_is() -> None:
+    with pytest.raises(ConfigError, match="guide_steps = 2: must be 1 with gradient = noisy"):
+        GuidanceConfig("critic", gradient="noisy", guide_steps=2)
+
+
 def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     policy = small_policy("diffusion")
     policy.save_pretrained(tmp_path / "without")

@@ -233,6 +233,38 @@ def test_a_gradient_that_is_none_comes_to_light() -> None:
         sampled(small_policy("diffusion"), ValueGuide(still))
 
 
+def test_what_a_function_writes_into_its_arguments_changes_nothing_else() -> None:
+    def writes(obs: Tensor, actions: Tensor) -> Tensor:
+        obs -= 1
+        return actions.mul_(0).sum((1, 2))
+
+    before, policy = OBS.clone(), small_policy("diffusion")
+    chosen = sampled(policy, candidates=3, scorer=Reward(writes))
+    assert OBS.equal(before)
+    assert chosen.abs().sum() > 0
+
+
+def test_what_a_function_raises_says_what_it_was_given() -> None:
+    def narrow(obs: Tensor, actions: Tensor) -> Tensor:
+        return actions @ torch.zeros(5, 1)
+
+    with pytest.raises(ConfigError, match=r"narrow\(obs, actions\) raised RuntimeError: .* actions \(4, 3, 2\)"):
+        sampled(small_policy("diffusion"), ValueGuide(Reward(narrow)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Reward(None), "function = None: must be a function"),
+        (lambda: Guides((lambda step: step,)), "must be a tuple of guides"),
+        (lambda: Guides(ValueGuide(Near())), "must be a tuple of guides"),
+    ],
+)
+def test_what_is_no_guide_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
 def test_observations_are_seen_once_for_all_steps_of_a_sample() -> None:
     policy, seen = small_policy("diffusion"), []
 
@@ -244,7 +276,7 @@ def test_observations_are_seen_once_for_all_steps_of_a_sample() -> None:
     value = Looking()
     sampled(policy, ValueGuide(value, 0.1))
     assert seen == [(4, 2, 3)]
-    assert len(value.asked) == policy.config.num_train_timesteps
+    assert len(value.asked) == policy.config.num_train_timesteps - 1, "`variance` moves nothing at the last"
 
 
 def test_a_critic_is_climbed_as_it_scores() -> None:

@@ -169,6 +169,7 @@ def test_sample_needs_it_too() -> None:
         (torch.zeros(20, 1), r"scorer = \(20, 1\): must return one score for each of 20 chunks"),
         (torch.zeros(4), r"scorer = \(4,\): must return one"),
         (torch.full((20,), torch.nan), "must return finite scores"),
+        (torch.zeros(20, dtype=torch.complex64), "must return real numbers"),
     ],
 )
 def test_scores_that_are_none_are_refused(scores: Tensor, message: str) -> None:
@@ -180,6 +181,18 @@ def test_scores_that_are_none_are_refused(scores: Tensor, message: str) -> None:
     control = RecedingHorizon(policy, InferenceConfig(candidates=5))
     with pytest.raises(ConfigError, match=message):
         control.plan(OBS, control.start(4), None)
+
+
+def test_scores_may_be_yes_and_no() -> None:
+    class Positive:
+        def score(self, obs: Tensor, actions: Tensor) -> Tensor:
+            return actions[:, 0, 0] > 0
+
+    for selection in ("argmax", "softmax"):
+        control = RecedingHorizon(with_scorer(scorer=Positive()), InferenceConfig(candidates=5, selection=selection))
+        assert control.plan(OBS, control.start(4), torch_generator(0, "t"))[0].shape[0] == 4
+    with pytest.raises(ConfigError, match="scorer = 'function': must have a method score"):
+        small_policy("diffusion").sample(OBS, candidates=3, scorer=lambda obs, actions: actions.sum((1, 2)))
 
 
 def test_implicit_weights_are_a_critics() -> None:

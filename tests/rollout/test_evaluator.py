@@ -8,13 +8,17 @@ import pytest
 import torch
 
 from dprl.errors import ClosedPoolError, ConfigError
+from dprl.guidance import Guides, ValueGuide
+from dprl.policy import ChunkCritic, CriticConfig, InferenceConfig, RecedingHorizon
 from dprl.rollout import evaluate
 from dprl.spec import env_seeds
+from tests.policy.small import small_policy
 from tests.rollout.faulty import Fault, faulty_spec, plant
 from tests.toys import toy_policy
 
 ray = pytest.importorskip("ray")
 from dprl.rollout.ray_pool import RayEvaluator, WorkerOptions  # noqa: E402
+from dprl.rollout.ray_pool.evaluator import on_cpu  # noqa: E402
 from tests.rollout.leaks import assert_nothing_is_left, start_ray  # noqa: E402
 
 EPISODES, SEED = 60, 1
@@ -47,6 +51,25 @@ def test_it_evaluates_the_policy_as_it_was(num_workers, cluster, tmp_path):
         assert untimed(second.result()) == untimed(evaluate(policy, spec, EPISODES, SEED)) != expected
     assert list(tmp_path.iterdir()) == []
     assert_nothing_is_left()
+
+
+def test_all_that_guides_and_chooses_goes_to_the_cpu_with_the_policy(monkeypatch):
+    """Critics of another policy, too, which its own move does not reach. (All is on the CPU here.)"""
+    policy, other = small_policy("diffusion"), small_policy("diffusion")
+    policy.scorer, critic = ChunkCritic(policy, CriticConfig(hidden_size=8)), ChunkCritic(other, CriticConfig())
+    guide = Guides((ValueGuide(critic), ValueGuide(policy.scorer)))
+    control = RecedingHorizon(policy, InferenceConfig(candidates=2), guide=guide, scorer=critic)
+    monkeypatch.setattr(type(policy), "device", property(lambda self: torch.device("cuda")))
+    moved, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda file, to, *a, **k: moved.append(to) or load(file, to, *a, **k))
+    copied = on_cpu(control)
+    assert moved == ["cpu"]
+    assert copied.scorer is copied.guide.guides[0].of is not critic
+    assert copied.policy.scorer is copied.guide.guides[1].of is not policy.scorer
+    monkeypatch.undo()
+    obs = torch.zeros(3, 2, 3)
+    ours, theirs = (c.plan(obs, c.start(3), torch.Generator().manual_seed(0))[0] for c in (control, copied))
+    assert ours.equal(theirs)
 
 
 @pytest.mark.full

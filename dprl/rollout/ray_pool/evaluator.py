@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import copy
+import io
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Self
+
+import torch
 
 from dprl.errors import check, check_count
 from dprl.guidance import Guide
@@ -151,6 +153,11 @@ def on_cpu(control: RecedingHorizon) -> RecedingHorizon:
     """Return it, or a copy of it on the CPU."""
     if control.policy.device.type == "cpu":
         return control
-    copied = copy.deepcopy(control)  # a guide's critic, if it is the policy's scorer, is so still
-    copied.policy.cpu()
-    return copied
+    from ray import cloudpickle
+
+    # it finds every tensor: those of other policies, whose critics guide or choose, too
+    written = io.BytesIO()
+    torch.save(control, written, pickle_module=cloudpickle)
+    written.seek(0)
+    found: RecedingHorizon = torch.load(written, "cpu", weights_only=False)
+    return found
