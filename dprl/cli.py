@@ -387,7 +387,7 @@ def evaluate(
         )
         loaded.set_n_action_steps(n_action_steps)
     executed = control.n_action_steps
-    for judge in (control.scorer if chooses else None, None if guide is None else climbed(guide)):
+    for judge in (control.scorer if chooses else None, *([] if guide is None else climbed(guide))):
         if isinstance(judge, ChunkCritic) and judge.n_action_steps != executed:
             print(f"note: the critics judge {judge.n_action_steps} actions of a chunk, and {executed} are executed",
                   file=sys.stderr)  # fmt: skip

@@ -89,7 +89,7 @@ def departure(
     normalize = policy.chunk_normalizer.normalize
     spread = (normalize(plain) - normalize(other)).pow(2).mean().sqrt()
     distance = (normalize(guided) - normalize(plain)).pow(2).mean().sqrt() / spread
-    judges = next((e for e in (climbed(guide), scorer, policy.scorer) if isinstance(e, Ensemble)), None)
+    judges = next((e for e in (*climbed(guide), scorer, policy.scorer) if isinstance(e, Ensemble)), None)
     away = float(distance) if spread > 0 else float("nan")
     if judges is None:
         return Departure(away, None)
@@ -105,7 +105,8 @@ def departure(
     )
 
 
-def climbed(guide: Guide) -> object:
-    """Return what a guide climbs; of several the first of whom that is known."""
-    parts = guide.guides if isinstance(guide, Guides) else (guide,)
-    return next((part.of for part in parts if isinstance(part, ValueGuide | DiffuserGuide)), None)
+def climbed(guide: Guide) -> list[object]:
+    """Return what a guide climbs, of several guides all that is known."""
+    if isinstance(guide, Guides):
+        return [value for part in guide.guides for value in climbed(part)]
+    return [guide.of] if isinstance(guide, ValueGuide | DiffuserGuide) else []

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,12 @@ class ChunkValue(nn.Module):
     def of(policy: Policy, config: ChunkValueConfig) -> ChunkValue:
         """Make networks for what `policy` observes and draws."""
         return (NoisyChunkValue if config.noised else ChunkValue)(policy, config)
+
+    @property
+    def sees_as(self) -> nn.Module:
+        """The policy by whose normalisation it sees."""
+        policy: nn.Module = cast("Any", self._condition).__self__
+        return policy
 
     def see(self, obs: TensorObservation, generator: torch.Generator | None = None) -> Tensor:
         """Normalise and encode: (B, O, D), or named parts, -> (B, O·F). A generator augments images."""

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,12 @@ class ChunkCritic(nn.Module):
 
         self.q_net = net(config.n_critics, size + self.n_action_steps * features.action_size)
         self.v_net = net(1, size)
+
+    @property
+    def sees_as(self) -> nn.Module:
+        """The policy by whose normalisation it sees."""
+        policy: nn.Module = cast("Any", self._condition).__self__
+        return policy
 
     def see(self, obs: TensorObservation, generator: torch.Generator | None = None) -> Tensor:
         """Normalise and encode: (B, O, D), or named parts, -> (B, O·F). A generator augments images."""

@@ -75,7 +75,7 @@ def test_values_see_plans_that_begin_so() -> None:
 
             return worth
 
-    policy.sample(obs, guide=ValueGuide(Watched(), 1.0))
+    policy.sample(obs, guide=ValueGuide(Watched(), 1.0, scaling="noise"))
     assert len(seen) == 4
     for states in seen:
         torch.testing.assert_close(states, obs[:, 0])

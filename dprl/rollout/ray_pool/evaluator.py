@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import io
+import copy
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
+from torch import nn
 
 from dprl.errors import check, check_count
 from dprl.guidance import Guide
-from dprl.policy import InferenceConfig, Policy, RecedingHorizon, Scorer
+from dprl.guidance.departure import climbed
+from dprl.policy import ChunkCritic, ChunkValue, InferenceConfig, Policy, RecedingHorizon, Scorer
 from dprl.rollout.evaluation import Evaluation, Outcome, check_evaluation, play, seats, summary
 from dprl.rollout.ray_pool.cluster import RayConnection
 from dprl.rollout.ray_pool.workers import Crew, WorkerOptions, sent
@@ -153,11 +154,11 @@ def on_cpu(control: RecedingHorizon) -> RecedingHorizon:
     """Return it, or a copy of it on the CPU."""
     if control.policy.device.type == "cpu":
         return control
-    from ray import cloudpickle
-
-    # it finds every tensor: those of other policies, whose critics guide or choose, too
-    written = io.BytesIO()
-    torch.save(control, written, pickle_module=cloudpickle)
-    written.seek(0)
-    found: RecedingHorizon = torch.load(written, "cpu", weights_only=False)
-    return found
+    copied = copy.deepcopy(control)  # a guide's critic, if it is the policy's scorer, is so still
+    copied.policy.cpu()
+    for judge in (copied.scorer, *([] if copied.guide is None else climbed(copied.guide))):
+        if isinstance(judge, nn.Module):
+            judge.cpu()
+        if isinstance(judge, ChunkCritic | ChunkValue):
+            judge.sees_as.cpu()
+    return copied
